@@ -1,0 +1,47 @@
+"""`llmarch <command>`: dispatches to llmarch/commands, importing only what the command needs."""
+
+import importlib
+import sys
+
+COMMANDS = {
+  "train": "train a decoder from a config, checkpoint it, sample from it",
+  "generate": "continue prompts with a trained decoder",
+  "presets": "list the published architectures that ship as presets",
+  "describe": "print the stack, parameters, FLOPs and memory of a config",
+  "tokenizer": "train a BPE tokenizer, or encode a source to a token file",
+  "bench": "measure train step, prefill and decode on given shapes",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command. Returns its exit code: 0, or 2 for bad input (one sentence on stderr)."""
+  argv = sys.argv[1:] if argv is None else argv
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    print(_help())
+    return 0
+  name, *rest = argv
+  from llmarch.config import UserError, nearest
+
+  try:
+    if name not in COMMANDS:
+      raise UserError(f"there is no command {name!r}{nearest(name, COMMANDS)}")
+    return importlib.import_module(f"llmarch.commands.{name}").main(rest)
+  except UserError as e:
+    print(f"llmarch: {e}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("llmarch: interrupted", file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # the reader of a pipe (head, less) has left
+    sys.stderr.close()
+    return 141
+
+
+def _help() -> str:
+  width = max(map(len, COMMANDS))
+  lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+  return "usage: llmarch COMMAND [--flags]   (llmarch COMMAND --help lists the flags)\n\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

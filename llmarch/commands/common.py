@@ -1,0 +1,130 @@
+"""What the commands share: flags, configs from files and overrides, JSON or tables."""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from llmarch.config import UserError, build, nearest, override, to_dict
+
+
+def parse_flags(argv: list[str], define: Callable[[flags.FlagValues], None], usage: str) -> flags.FlagValues:
+  """Parses a command's own flags. `--help` prints usage and exits 0; a bad flag raises UserError."""
+  values = flags.FlagValues()
+  flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+  define(values)
+  try:
+    rest = values(["llmarch", *argv])[1:]
+  except flags.Error as e:
+    raise UserError(" ".join(str(e).split())) from None
+  if values.help:
+    print(f"usage: {usage}\n{_flag_help(values)}")
+    raise SystemExit(0)
+  if rest:
+    raise UserError(f"{rest[0]!r} is not a flag; write --name=value (--help lists the flags)")
+  return values
+
+
+def _flag_help(values: flags.FlagValues) -> str:
+  shown = [values[name] for name in sorted(values) if name == values[name].name]
+  default = lambda f: "" if f.default in (None, "", False, []) else f" (default {f.default})"  # noqa: E731
+  return "\n".join(f"  --{f.name}: {f.help}{default(f)}" for f in shown)
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+  """Takes `--config.a.b=value` (or `--config.a.b value`) out of argv: -> the rest, [("a.b", "value"), ...]."""
+  rest, found, i = [], [], 0
+  while i < len(argv):
+    arg, i = argv[i], i + 1
+    if not arg.startswith("--config."):
+      rest.append(arg)
+      continue
+    key, equals, value = arg.removeprefix("--config.").partition("=")
+    if not equals:
+      if i == len(argv):
+        raise UserError(f"{arg} has no value; write {arg}=VALUE")
+      value, i = argv[i], i + 1
+    found.append((key, value))
+  return rest, found
+
+
+def load_config(source: str | None, overrides: list[tuple[str, str]] = ()):
+  """An ExperimentConfig from "FILE.py", "FILE.py:argument", "config.json", a run's folder or a preset's name.
+
+  Overrides are applied to the complete config, so that every key can be set, whether the file names it or
+  not. Raises UserError for whatever is wrong with any of them.
+  """
+  import llmarch.layers.registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
+  from llmarch.experiment import ExperimentConfig
+
+  if not source:
+    raise UserError("--config is missing; give a file such as configs/tiny.py, or the name of a preset")
+  config = build(ExperimentConfig, _read_config(source), "config")
+  if overrides:
+    config = build(ExperimentConfig, override(to_dict(config), overrides), "config")
+  return config
+
+
+def _read_config(source: str) -> dict:
+  path, _, argument = source.partition(".py:")
+  if source.endswith(".py") or argument:
+    return _run_config(path if not argument else f"{path}.py", argument)
+  if os.path.isdir(source):
+    source = os.path.join(source, "config.json")
+  if source.endswith(".json"):
+    try:
+      with open(source) as f:
+        return json.load(f)
+    except OSError as e:
+      raise UserError(f"--config: cannot read {source} ({e.strerror}); give an existing file or run folder") from None
+    except ValueError as e:
+      raise UserError(f"--config: {source} is not valid JSON ({e}); restore it from the run's own copy") from None
+  from llmarch.presets import PRESETS
+
+  if source not in PRESETS:
+    raise UserError(f"--config: {source!r} is neither a .py file, a run folder nor a preset{nearest(source, PRESETS)}")
+  return {"model": PRESETS[source]()}
+
+
+def _run_config(path: str, argument: str) -> dict:
+  if not os.path.isfile(path):
+    raise UserError(f"--config: there is no file {path}; give an existing config such as configs/tiny.py")
+  spec = importlib.util.spec_from_file_location("llmarch_config_file", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(argument) if argument else module.get_config()
+  except UserError:
+    raise
+  except Exception as e:
+    raise UserError(f"--config: {path} failed with {type(e).__name__}: {e}; mend the file") from e
+  return config.to_dict() if hasattr(config, "to_dict") else config
+
+
+def print_table(rows: list[dict], as_json: bool, *, title: str = "") -> None:
+  """Rows of equal keys, as JSON on request, else as a table (None is a dash, integers get separators)."""
+  if as_json:
+    json.dump(rows, sys.stdout, indent=1)
+    print()
+    return
+  from rich.console import Console
+  from rich.table import Table
+
+  table = Table(title=title or None, box=None, header_style="bold", pad_edge=False)
+  for key in rows[0]:
+    right = any(isinstance(row[key], (int, float)) for row in rows)
+    table.add_column(key, justify="right" if right else "left", overflow="fold")
+  for row in rows:
+    table.add_row(*(_cell(value) for value in row.values()))
+  Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _cell(value) -> str:
+  if value is None:
+    return "-"
+  if isinstance(value, int) and not isinstance(value, bool):
+    return f"{value:,}"
+  return f"{value:.4g}" if isinstance(value, float) else str(value)

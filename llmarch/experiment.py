@@ -1,0 +1,289 @@
+"""An experiment as data: the model, its text, its optimizer and its schedule of work (standard library only)."""
+
+from typing import Literal
+
+from llmarch.config import (
+  ModelConfig,
+  Variant,
+  check,
+  check_above,
+  check_at_least,
+  check_rate,
+  config_dataclass,
+)
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+class SourceConfig(Variant):
+  """Where documents come from; see data/sources.py."""
+
+
+@config_dataclass
+class Stdlib(SourceConfig, kind="stdlib"):
+  """The source code of the running Python's standard library: real text on every machine."""
+
+
+@config_dataclass
+class Text(SourceConfig, kind="text"):
+  """Text files, a document each. `paths` are globs."""
+
+  paths: tuple[str, ...]
+
+
+@config_dataclass
+class JSONL(SourceConfig, kind="jsonl"):
+  """JSON-lines files, a document a line, its text under `field`."""
+
+  paths: tuple[str, ...]
+  field: str = "text"
+
+
+@config_dataclass
+class TokenFile(SourceConfig, kind="tokens"):
+  """A memory-mapped token file written by `llmarch tokenizer --encode` (data/tokenfile.py)."""
+
+  path: str
+
+
+@config_dataclass
+class HFDataset(SourceConfig, kind="hf"):
+  """A Hugging Face dataset (needs the package `datasets`)."""
+
+  path: str
+  name: str | None = None
+  split: str = "train"
+  field: str = "text"
+
+
+@config_dataclass
+class Copy(SourceConfig, kind="copy"):
+  """Random symbols, a separator, the same symbols again; the loss counts the second half."""
+
+  length: int = 16
+  num_symbols: int = 32
+
+
+@config_dataclass
+class Recall(SourceConfig, kind="recall"):
+  """Multi-query associative recall (2312.04927): key-value pairs, then keys whose value is asked."""
+
+  num_pairs: int = 8
+  num_symbols: int = 32
+
+
+@config_dataclass
+class Induction(SourceConfig, kind="induction"):
+  """A random sequence repeated until the row is full; the loss counts all but the first copy."""
+
+  period: int = 16
+  num_symbols: int = 32
+
+
+@config_dataclass
+class Needle(SourceConfig, kind="needle"):
+  """A marked key and value hidden at a random place in noise, and asked at the end."""
+
+  length: int = 64
+  num_symbols: int = 32
+
+
+@config_dataclass
+class DataConfig:
+  """Text to batches. A batch is a pure function of this config, the seed and the step."""
+
+  source: SourceConfig = Stdlib()
+  tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
+  packing: Literal["chunks", "documents"] = "chunks"
+  validation_fraction: float = 0.05  # of the documents, chosen by hash of their content
+  shuffle: bool = True
+  cache_dir: str = ""  # tokenised caches; "" is $LLMARCH_CACHE or ~/.cache/llmarch
+  prefetch: int = 2  # batches made ahead
+
+  def __post_init__(self):
+    check_rate(self, "validation_fraction")
+    check_at_least(self, 0, "prefetch")
+
+
+# ------------------------------------------------------------------------------------------- optimizer
+
+
+class AlgorithmConfig(Variant):
+  """An optax optimizer; see train/optim.py."""
+
+
+@config_dataclass
+class AdamW(AlgorithmConfig, kind="adamw"):
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+
+  def __post_init__(self):
+    check_rate(self, "b1", "b2")
+    check_above(self, 0, "eps")
+
+
+@config_dataclass
+class Lion(AlgorithmConfig, kind="lion"):
+  b1: float = 0.9
+  b2: float = 0.99
+
+  def __post_init__(self):
+    check_rate(self, "b1", "b2")
+
+
+@config_dataclass
+class Adafactor(AlgorithmConfig, kind="adafactor"):
+  decay_rate: float = 0.8
+  min_dim_size_to_factor: int = 128
+
+
+@config_dataclass
+class Muon(AlgorithmConfig, kind="muon"):
+  """Muon for matrices inside the blocks; Adam for embeddings, head, norms and biases."""
+
+  beta: float = 0.95
+  ns_steps: int = 5
+  adam_b1: float = 0.9
+  adam_b2: float = 0.95
+  adam_learning_rate_ratio: float = 1.0  # Adam's rate over Muon's
+
+  def __post_init__(self):
+    check_rate(self, "beta", "adam_b1", "adam_b2")
+    check_at_least(self, 1, "ns_steps")
+
+
+@config_dataclass
+class SGD(AlgorithmConfig, kind="sgd"):
+  momentum: float = 0.0
+
+  def __post_init__(self):
+    check_rate(self, "momentum")
+
+
+class ScheduleConfig(Variant):
+  """Learning rate over steps, as a fraction of the peak; see train/optim.py."""
+
+
+@config_dataclass
+class Constant(ScheduleConfig, kind="constant"):
+  warmup: int = 0
+
+
+@config_dataclass
+class Linear(ScheduleConfig, kind="linear"):
+  warmup: int = 0
+  final: float = 0.0  # fraction of the peak at the last step
+
+
+@config_dataclass
+class Cosine(ScheduleConfig, kind="cosine"):
+  warmup: int = 0
+  final: float = 0.1
+
+
+@config_dataclass
+class InverseSqrt(ScheduleConfig, kind="inverse_sqrt"):
+  """Linear warm-up, then sqrt(warmup / step) (1706.03762, section 5.3)."""
+
+  warmup: int = 1000
+
+  def __post_init__(self):
+    check_at_least(self, 1, "warmup")
+
+
+@config_dataclass
+class WSD(ScheduleConfig, kind="wsd"):
+  """Warm-up, stable, linear decay over the last `decay` steps (2404.06395)."""
+
+  warmup: int = 0
+  decay: int = 0
+  final: float = 0.0
+
+
+@config_dataclass
+class OptimizerConfig:
+  algorithm: AlgorithmConfig = AdamW()
+  schedule: ScheduleConfig = Cosine()
+  learning_rate: float = 1e-3  # at the peak
+  weight_decay: float = 0.1  # decoupled; on matrices and embeddings, not on norms and biases
+  clip_norm: float | None = 1.0
+
+  def __post_init__(self):
+    check_at_least(self, 0, "learning_rate", "weight_decay")
+    check_above(self, 0, "clip_norm")
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+@config_dataclass
+class TrainConfig:
+  steps: int = 1000
+  batch_size: int = 16  # sequences a step, over all devices and micro-batches
+  seq_len: int = 256
+  log_every: int = 10
+  grad_accum: int = 1  # micro-batches a step; gradients are summed in f32
+  remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+  loss: Literal["causal", "prefix"] = "causal"
+  loss_chunk: int = 128  # tokens a row whose logits exist at a time
+  z_loss: float = 0.0  # PaLM: 1e-4
+  label_smoothing: float = 0.0
+  ema: float | None = None  # decay of an exponential moving average of the parameters
+  telemetry_every: int = 0  # steps between rows of per-layer statistics; 0 is never
+
+  def __post_init__(self):
+    check_at_least(self, 1, "steps", "batch_size", "seq_len", "log_every", "grad_accum", "loss_chunk")
+    check_at_least(self, 0, "z_loss", "telemetry_every")
+    check_rate(self, "label_smoothing")
+    check(self.ema is None or 0 < self.ema < 1, f"ema must lie between 0 and 1, got {self.ema}")
+    check(
+      self.batch_size % self.grad_accum == 0,
+      f"batch_size={self.batch_size} must be a multiple of grad_accum={self.grad_accum}",
+    )
+
+
+@config_dataclass
+class EvalConfig:
+  every: int = 100  # steps; 0 is never
+  batches: int = 8
+  sample_tokens: int = 128  # length of the sample of text; 0 is none
+  sample_prompt: str = "def "
+  temperature: float = 0.8
+
+  def __post_init__(self):
+    check_at_least(self, 0, "every", "sample_tokens", "temperature")
+    check_at_least(self, 1, "batches")
+
+
+@config_dataclass
+class CheckpointConfig:
+  every: int = 500  # steps; 0 saves the last step only
+  max_to_keep: int = 2
+  keep_best: int = 0  # and this many more, by eval/loss
+
+  def __post_init__(self):
+    check_at_least(self, 0, "every", "keep_best")
+    check_at_least(self, 1, "max_to_keep")
+
+
+@config_dataclass
+class ExperimentConfig:
+  """All that decides a run; written to its workdir as config.json."""
+
+  model: ModelConfig
+  seed: int = 0
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  eval: EvalConfig = EvalConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  mesh: str = ""  # "data=2,tensor=4"; "" is one device
+
+  def __post_init__(self):
+    check_at_least(self, 0, "seed")
+    check(
+      self.train.seq_len <= self.model.max_seq_len,
+      f"train.seq_len={self.train.seq_len} is longer than model.max_seq_len={self.model.max_seq_len};"
+      " lower the one or raise the other",
+    )

@@ -1,0 +1,161 @@
+"""Softmax attention: MHA, GQA and MQA, with every norm, bias, cap and position scheme of the space.
+
+B batch, T length, D model, N query heads, K key-value heads, H head dim, S cache length.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmarch.config import (
+  MixerConfig,
+  NormConfig,
+  PositionConfig,
+  check,
+  check_above,
+  check_at_least,
+  check_rate,
+  config_dataclass,
+)
+from llmarch.layers.context import Context
+from llmarch.layers.norm import Norm
+from llmarch.layers.param import Maker
+from llmarch.layers.position import LogitBias, Mask, Rotary
+from llmarch.ops import attention as ops
+from llmarch.ops import cache
+from llmarch.ops.einsum import einsum
+from llmarch.sharding import shard
+
+
+@config_dataclass
+class QKNorm:
+  """Normalises queries and keys before the positions: over each head (Qwen 3), or all heads at once (OLMo 2)."""
+
+  norm: NormConfig
+  whole: bool = False
+
+
+@config_dataclass
+class AttentionConfig(MixerConfig, kind="attention"):
+  num_heads: int
+  num_kv_heads: int | None = None  # None: num_heads (MHA); 1: MQA
+  head_dim: int | None = None  # None: d_model / num_heads
+  position: PositionConfig | None = None
+  mask: Mask = "causal"
+  window: int | None = None  # sees keys at a distance below it
+  qkv_bias: bool = False
+  out_bias: bool = False
+  qk_norm: QKNorm | None = None
+  query_scale: float | None = None  # None: head_dim^-0.5
+  softcap: float | None = None  # cap on the logits: c tanh(logits / c)
+  sinks: bool = False  # a trained logit a head that joins the softmax and attends to nothing
+  dropout: float = 0.0  # on the attention weights
+
+  def __post_init__(self):
+    check_at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "window")
+    check_above(self, 0, "query_scale", "softcap")
+    check_rate(self, "dropout")
+    check(
+      self.num_heads % self.kv_heads == 0,
+      f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.kv_heads}",
+    )
+    check(
+      self.position is None or isinstance(self.position, Rotary | LogitBias),
+      f"position={self.position and self.position.kind!r} belongs to the embedding: set model.embed.position",
+    )
+
+  def check_against(self, d_model: int, max_seq_len: int):
+    check(
+      self.head_dim is not None or d_model % self.num_heads == 0,
+      f"num_heads={self.num_heads} does not divide d_model={d_model}; give head_dim",
+    )
+    if isinstance(self.position, Rotary):
+      self.position.check_against(self.dim(d_model))
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+  def dim(self, d_model: int) -> int:
+    return d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+  def capacity(self, max_len: int, chunk: int) -> int:
+    """Slots of the cache. A chunk is written before it is read, so a window needs chunk - 1 more."""
+    return max_len if self.window is None else min(max_len, self.window + chunk - 1)
+
+  def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> dict[str, cache.Spec]:
+    shape = (batch, self.kv_heads, self.capacity(max_len, chunk), self.dim(d_model))
+    kv = cache.Spec(shape, ("cache_batch", "cache_heads", "cache_length", "head_dim"), dtype)
+    return {"k": kv, "v": kv}
+
+
+class Attention(nnx.Module):
+  """y, state, aux = attention(x, context, state, shared, key)."""
+
+  def __init__(self, config: AttentionConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
+    self.config = config
+    D, N, K, H = d_model, config.num_heads, config.kv_heads, config.dim(d_model)
+    self.q = make.weight("q", "embed heads head_dim", (D, N, H), fan_in="embed")
+    self.k = make.weight("k", "embed kv_heads head_dim", (D, K, H), fan_in="embed")
+    self.v = make.weight("v", "embed kv_heads head_dim", (D, K, H), fan_in="embed", scale=init_scale)
+    self.o = make.weight("o", "heads head_dim embed", (N, H, D), "heads head_dim", init_scale * output_scale)
+    if config.qkv_bias:
+      self.q_bias = make.constant("heads head_dim", (N, H), 0.0)
+      self.k_bias = make.constant("kv_heads head_dim", (K, H), 0.0)
+      self.v_bias = make.constant("kv_heads head_dim", (K, H), 0.0)
+    if config.out_bias:
+      self.o_bias = make.constant("embed", (D,), 0.0)
+    if config.qk_norm:
+      whole = config.qk_norm.whole
+      self.q_norm = Norm(config.qk_norm.norm, N * H if whole else H, make)
+      self.k_norm = Norm(config.qk_norm.norm, K * H if whole else H, make)
+    if config.sinks:
+      self.sinks = make.constant("heads", (N,), 0.0)
+
+  def __call__(self, x: jax.Array, context: Context, state: dict | None, shared, key: jax.Array | None):
+    """x [B, T, D]; state {"k", "v"} [B, K, S, H]; shared: the block's T5 table or None -> y [B, T, D], state, aux."""
+    c = self.config
+    q = shard(self._project("q", x), "batch", "length", "act_heads", "head_dim")
+    k = shard(self._project("k", x), "batch", "length", "act_kv_heads", "head_dim")
+    v = shard(self._project("v", x), "batch", "length", "act_kv_heads", "head_dim")
+    if c.qk_norm:
+      q, k = self._normalise(self.q_norm, q), self._normalise(self.k_norm, k)
+    if isinstance(c.position, Rotary):
+      q, k = c.position.turn(q, k, context.queries.positions, context.length)
+
+    if state is None:
+      buffer = context.buffers[None]
+      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+    else:
+      buffer = context.buffers[state["k"].shape[2]]
+      state = {name: cache.write(state[name], buffer.slots, kv) for name, kv in (("k", k), ("v", v))}
+      k, v = (state[name].astype(x.dtype) for name in ("k", "v"))  # [B, K, S, H]
+
+    seen = ops.visible(context.queries, buffer.keys, mask=c.mask, window=c.window)
+    bias = None
+    if isinstance(c.position, LogitBias):
+      distance = buffer.keys.positions[:, None, :] - context.queries.positions[:, :, None]
+      bias = c.position.bias(shared, distance, c.num_heads, c.mask == "bidirectional")
+    out, entropy = ops.attend(
+      q, k, v, seen, bias, self.sinks[...] if c.sinks else None,
+      scale=q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale,
+      softcap=c.softcap, dropout=c.dropout, key=key, entropy=context.telemetry,
+    )  # fmt: skip
+    y = einsum("btnh,nhd->btd", out, self.o[...])
+    if c.out_bias:
+      y += self.o_bias[...].astype(y.dtype)
+    return y, state, {"attention_entropy": _mean_over(entropy, context)} if context.telemetry else {}
+
+  def _project(self, name: str, x: jax.Array) -> jax.Array:
+    y = einsum("btd,dnh->btnh", x, getattr(self, name)[...])
+    return y + getattr(self, f"{name}_bias")[...].astype(y.dtype) if self.config.qkv_bias else y
+
+  def _normalise(self, norm: Norm, x: jax.Array) -> jax.Array:
+    flat = x.reshape(*x.shape[:2], -1) if self.config.qk_norm.whole else x
+    return norm(flat).reshape(x.shape)
+
+
+def _mean_over(entropy: jax.Array, context: Context) -> jax.Array:
+  """Mean over heads and real tokens of [B, T, N]."""
+  real = (context.queries.positions >= 0)[..., None]
+  return jnp.sum(entropy * real) / jnp.maximum(jnp.sum(real) * entropy.shape[-1], 1)

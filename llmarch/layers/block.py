@@ -1,0 +1,77 @@
+"""A block: norms and residuals around a mixer and a feed-forward, whatever they are."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmarch.config import BlockConfig
+from llmarch.layers.context import Context
+from llmarch.layers.norm import Norm
+from llmarch.layers.param import Maker
+from llmarch.layers.registry import FFNS, MIXERS
+from llmarch.sharding import shard
+
+
+class Block(nnx.Module):
+  """x, state, aux = block(x, context, state, shared, key). The formulas are in BlockConfig."""
+
+  def __init__(self, config: BlockConfig, d_model: int, make: Maker):
+    self.config = config
+    scales = config.init_scale, config.output_init_scale
+    self.mixer = MIXERS[type(config.mixer)](config.mixer, d_model, make.child("mixer"), *scales)
+    if config.ffn:
+      self.ffn = FFNS[type(config.ffn)](config.ffn, d_model, make.child("ffn"), *scales)
+    branches = ("mixer", "ffn") if config.ffn and config.residual != "parallel" else ("mixer",)
+    for branch in branches:
+      setattr(self, f"{branch}_norm", Norm(config.norm, d_model, make))
+      if config.residual == "sandwich":
+        setattr(self, f"{branch}_out_norm", Norm(config.norm, d_model, make))
+
+  def __call__(self, x: jax.Array, context: Context, state, shared, key: jax.Array | None):
+    """x [B, T, D] -> x, the mixer's new state, aux."""
+    keys = [None] * 3 if key is None else jax.random.split(key, 3)
+    aux = {}
+
+    def mixer(h):
+      nonlocal state
+      y, state, more = self.mixer(h, context, state, shared, keys[0])
+      aux.update(more)
+      return y
+
+    def ffn(h):
+      y, more = self.ffn(h, context, keys[1])
+      aux.update(more)
+      return y
+
+    if self.config.residual.startswith("parallel"):
+      h = self.mixer_norm(x)
+      y = mixer(h) + ffn(h if self.config.residual == "parallel" else self.ffn_norm(x))
+      x = self._join(x, y, keys[2])
+    else:
+      keys_out = [None] * 2 if key is None else jax.random.split(keys[2])
+      x = self._branch("mixer", mixer, x, keys_out[0])
+      if self.config.ffn:
+        x = self._branch("ffn", ffn, x, keys_out[1])
+    if context.telemetry:
+      aux["residual_rms"] = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+    return x, state, aux
+
+  def _branch(self, name: str, f, x: jax.Array, key) -> jax.Array:
+    """One serial branch, its norms where the residual form wants them."""
+    norm, form = getattr(self, f"{name}_norm"), self.config.residual
+    if form == "pre":
+      return self._join(x, f(norm(x)), key)
+    if form == "post":
+      return norm(self._join(x, f(x), key))
+    if form == "sandwich":
+      return self._join(x, getattr(self, f"{name}_out_norm")(f(norm(x))), key)
+    return self._join(x, norm(f(x)), key)  # output
+
+  def _join(self, x: jax.Array, y: jax.Array, key) -> jax.Array:
+    """a x + m dropout(y)."""
+    c = self.config
+    if key is not None and c.dropout:
+      y = y * (jax.random.bernoulli(key, 1 - c.dropout, y.shape) / (1 - c.dropout)).astype(y.dtype)
+    x = x if c.skip_scale == 1 else x * c.skip_scale
+    y = y if c.branch_scale == 1 else y * c.branch_scale
+    return shard(x + y, "batch", "length", "act_embed")

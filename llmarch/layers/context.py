@@ -1,0 +1,49 @@
+"""What every layer may know about the tokens of one forward."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from llmarch.ops import cache
+from llmarch.ops.attention import Keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+  """The keys a layer attends to: what they are, and where this call's tokens go (None: the call itself)."""
+
+  keys: Keys
+  slots: jax.Array | None  # [B, T]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  queries: Keys  # the tokens of this call
+  length: jax.Array  # int32 [B], the length of the context, for length-dependent RoPE scalings
+  buffers: dict[int | None, Buffer]  # by capacity; {None: ...} where there is no state
+  telemetry: bool  # layers add statistics of themselves to aux
+
+
+def make_context(positions, segment_ids, prefix, state, telemetry) -> tuple[Context, dict | None]:
+  """The context of a call and, where there is a state, its part that all layers share, updated.
+
+  positions int32 [B, T]; segment_ids int32 [B, T] or None; prefix bool [B, T] or None.
+  """
+  if segment_ids is None:
+    segment_ids = jnp.zeros_like(positions)
+  queries = Keys(positions, segment_ids, prefix)
+  if state is None:
+    length = jnp.max(positions, axis=1) + 1
+    return Context(queries, length, {None: Buffer(queries, None)}, telemetry), None
+  buffers, ledgers = {}, {}
+  for name, ledger in state["ledger"].items():
+    capacity = int(name)
+    if positions.shape[1] > capacity:
+      raise ValueError(f"a chunk of {positions.shape[1]} tokens does not fit a buffer of {capacity}")
+    slot = cache.slots(state["cursor"], positions, capacity)
+    ledgers[name], keys = cache.write_ledger(ledger, slot, queries)
+    buffers[capacity] = Buffer(keys, slot)
+  cursor = state["cursor"] + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+  shared = {"cursor": cursor, "length": state["length"], "ledger": ledgers}
+  return Context(queries, state["length"], buffers, telemetry), shared

@@ -1,0 +1,59 @@
+"""Feed-forwards: two matrices, or three when gated.  B batch, T length, D model, F hidden."""
+
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from llmarch.config import FFNConfig, check_at_least, config_dataclass
+from llmarch.layers.context import Context
+from llmarch.layers.param import Maker
+from llmarch.ops.activation import ACTIVATIONS
+from llmarch.ops.einsum import einsum
+from llmarch.sharding import shard
+
+Activation = Literal["identity", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid"]
+
+
+@config_dataclass
+class MLPConfig(FFNConfig, kind="mlp"):
+  """down(act(up x)), or gated: down(act(gate x) * up x) (2002.05202).
+
+  Gated, the activations give: sigmoid GLU, identity Bilinear, relu ReGLU, gelu GEGLU, silu SwiGLU.
+  """
+
+  d_ff: int
+  activation: Activation = "silu"
+  gated: bool = True
+  bias: bool = False
+
+  def __post_init__(self):
+    check_at_least(self, 1, "d_ff")
+
+
+class MLP(nnx.Module):
+  """y, aux = mlp(x, context, key)."""
+
+  def __init__(self, config: MLPConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
+    self.config = config
+    D, F = d_model, config.d_ff
+    for name in ("gate", "up") if config.gated else ("up",):
+      setattr(self, name, make.weight(name, "embed mlp", (D, F), fan_in="embed", scale=init_scale))
+      if config.bias:
+        setattr(self, f"{name}_bias", make.constant("mlp", (F,), 0.0))
+    self.down = make.weight("down", "mlp embed", (F, D), fan_in="mlp", scale=init_scale * output_scale)
+    if config.bias:
+      self.down_bias = make.constant("embed", (D,), 0.0)
+
+  def __call__(self, x: jax.Array, context: Context, key: jax.Array | None):
+    """x [B, T, D] -> y [B, T, D], aux."""
+    act = ACTIVATIONS[self.config.activation]
+    if self.config.gated:
+      h = act(self._linear("gate", "btd,df->btf", x)) * self._linear("up", "btd,df->btf", x)
+    else:
+      h = act(self._linear("up", "btd,df->btf", x))
+    return self._linear("down", "btf,fd->btd", shard(h, "batch", "length", "act_mlp")), {}
+
+  def _linear(self, name: str, subscripts: str, x: jax.Array) -> jax.Array:
+    y = einsum(subscripts, x, getattr(self, name)[...])
+    return y + getattr(self, f"{name}_bias")[...].astype(y.dtype) if self.config.bias else y

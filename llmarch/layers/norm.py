@@ -1,0 +1,70 @@
+"""Normalisation layers: a config for each, one module for all."""
+
+import math
+
+import jax
+from flax import nnx
+
+from llmarch.config import NormConfig, check_above, config_dataclass
+from llmarch.layers.param import Maker
+from llmarch.ops import norm as ops
+
+
+@config_dataclass
+class RMSNorm(NormConfig, kind="rmsnorm"):
+  eps: float = 1e-6
+  zero_centered: bool = False  # multiplies by 1 + scale, scale starting at 0 (Gemma)
+
+  def __post_init__(self):
+    check_above(self, 0, "eps")
+
+  def make(self, dim: int, make: Maker):
+    return {"scale": make.constant("norm", (dim,), 0.0 if self.zero_centered else 1.0)}
+
+  def apply(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+    return ops.rms_norm(x, scale + 1 if self.zero_centered else scale, eps=self.eps)
+
+
+@config_dataclass
+class LayerNorm(NormConfig, kind="layernorm"):
+  eps: float = 1e-5
+  bias: bool = True
+  zero_centered: bool = False  # Nemotron's LayerNorm1p
+
+  def __post_init__(self):
+    check_above(self, 0, "eps")
+
+  def make(self, dim: int, make: Maker):
+    params = {"scale": make.constant("norm", (dim,), 0.0 if self.zero_centered else 1.0)}
+    return params | ({"bias": make.constant("norm", (dim,), 0.0)} if self.bias else {})
+
+  def apply(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    return ops.layer_norm(x, scale + 1 if self.zero_centered else scale, bias, eps=self.eps)
+
+
+@config_dataclass
+class ScaleNorm(NormConfig, kind="scalenorm"):
+  """g x / |x|, one scalar g that starts at sqrt(dim) (1910.05895)."""
+
+  eps: float = 1e-6
+
+  def __post_init__(self):
+    check_above(self, 0, "eps")
+
+  def make(self, dim: int, make: Maker):
+    return {"scale": make.constant("one", (1,), math.sqrt(dim))}
+
+  def apply(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+    return ops.scale_norm(x, scale, eps=self.eps)
+
+
+class Norm(nnx.Module):
+  """The normalisation of the last axis that its config says.  [..., dim] -> [..., dim]."""
+
+  def __init__(self, config: NormConfig, dim: int, make: Maker):
+    self.config = config
+    for name, value in config.make(dim, make).items():
+      setattr(self, name, value)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.config.apply(x, **{k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)})

@@ -1,0 +1,41 @@
+"""Parameters: what they are called, how they are drawn, how they are named for sharding."""
+
+import dataclasses
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmarch.config import InitConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+  """Draws the parameters of a module. Each has its own key, derived from names, not from order."""
+
+  key: jax.Array
+  init: InitConfig
+  dtype: str
+
+  def child(self, name: str, init: InitConfig | None = None) -> "Maker":
+    """The maker of a submodule."""
+    key = jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+    return dataclasses.replace(self, key=key, init=init or self.init)
+
+  def weight(self, name: str, axes: str, shape: tuple[int, ...], fan_in: str, scale: float = 1.0) -> nnx.Param:
+    """A random matrix. `axes` names its dimensions, `fan_in` those that are summed over when it is applied.
+
+    Such parameters, and no others, get weight decay (`decay` metadata).
+    """
+    names = axes.split()
+    summed = math.prod(n for name, n in zip(names, shape, strict=True) if name in fan_in.split())
+    std = scale * self.init.std(summed, math.prod(shape) // summed)
+    # Truncation at two deviations shrinks a standard normal to this deviation.
+    draw = jax.random.truncated_normal(self.child(name).key, -2, 2, shape, jnp.float32) / 0.87962566103423978
+    return nnx.Param((std * draw).astype(self.dtype), axes=tuple(names), decay=True)
+
+  def constant(self, axes: str, shape: tuple[int, ...], value: float) -> nnx.Param:
+    """A norm scale (1), a bias (0) or another vector that starts constant and does not decay."""
+    return nnx.Param(jnp.full(shape, value, self.dtype), axes=tuple(axes.split()), decay=False)

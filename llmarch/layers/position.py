@@ -1,0 +1,293 @@
+"""Position schemes as data. What a scheme computes is in ops/rope.py and ops/attention.py.
+
+Three groups: added once at the embedding (`at_embedding`), turning queries and keys (`Rotary`), and adding a
+bias to the attention logits (`bias`). A block without positions (NoPE) has `position=None`.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmarch.config import PositionConfig, ScalingConfig, check, check_above, check_at_least, config_dataclass
+from llmarch.layers.param import Maker
+from llmarch.ops import attention as ops
+from llmarch.ops import rope
+
+# ---------------------------------------------------------------------------------------- at the embedding
+
+
+@config_dataclass
+class Sinusoidal(PositionConfig, kind="sinusoidal"):
+  """1706.03762, section 3.5."""
+
+  at_embedding = True
+
+  def check_against(self, d_model: int, max_seq_len: int):
+    check(d_model % 2 == 0, f"embed.position=sinusoidal needs an even d_model, got {d_model}")
+
+  def make(self, d_model: int, make: Maker):
+    return None
+
+  def vectors(self, table, positions: jax.Array, d_model: int) -> jax.Array:
+    return rope.sinusoids(positions, d_model)
+
+
+@config_dataclass
+class Learned(PositionConfig, kind="learned"):
+  """A trained vector for each of `length` positions (GPT-2)."""
+
+  at_embedding = True
+  length: int
+
+  def check_against(self, d_model: int, max_seq_len: int):
+    check(
+      self.length >= max_seq_len,
+      f"embed.position.length={self.length} must reach max_seq_len={max_seq_len}; raise it or lower max_seq_len",
+    )
+
+  def make(self, d_model: int, make: Maker):
+    return make.weight("position", "positions embed", (self.length, d_model), fan_in="embed")
+
+  def vectors(self, table, positions: jax.Array, d_model: int) -> jax.Array:
+    # Positions beyond the table cannot come here: they are refused on the host (max_seq_len <= length).
+    return table[jnp.maximum(positions, 0)]
+
+
+# ------------------------------------------------------------------------------------- extensions of RoPE
+
+
+class _NoGain:
+  """Queries and keys keep their length."""
+
+  def gain(self) -> float:
+    return 1.0
+
+
+@config_dataclass
+class Interpolation(_NoGain, ScalingConfig, kind="linear"):
+  """Positions divided by the factor (2306.15595)."""
+
+  factor: float
+
+  def __post_init__(self):
+    check_at_least(self, 1, "factor")
+
+  def frequencies(self, dims: int, theta: float, length: jax.Array | None):
+    return rope.frequencies(dims, theta) / self.factor
+
+
+@config_dataclass
+class NTK(_NoGain, ScalingConfig, kind="ntk"):
+  """NTK-aware: a larger base, so that only the low frequencies are interpolated."""
+
+  factor: float
+
+  def __post_init__(self):
+    check_at_least(self, 1, "factor")
+
+  def frequencies(self, dims: int, theta: float, length: jax.Array | None):
+    return rope.frequencies(dims, rope.ntk_base(dims, theta, self.factor))
+
+
+@config_dataclass
+class DynamicNTK(_NoGain, ScalingConfig, kind="dynamic_ntk"):
+  """NTK-aware by the length of the context; nothing changes up to the original length."""
+
+  factor: float
+  original: int
+
+  def __post_init__(self):
+    check_at_least(self, 1, "factor", "original")
+
+  def frequencies(self, dims: int, theta: float, length: jax.Array | None):
+    return rope.dynamic_ntk_frequencies(dims, theta, self.factor, self.original, length)
+
+
+@config_dataclass
+class YaRN(ScalingConfig, kind="yarn"):
+  """2309.00071. attention_factor None is 0.1 ln(factor) + 1, on queries and keys both."""
+
+  factor: float
+  original: int
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float | None = None
+
+  def __post_init__(self):
+    check_at_least(self, 1, "factor", "original")
+    check(self.beta_fast > self.beta_slow > 0, "beta_fast must be above beta_slow, and both above 0")
+
+  def frequencies(self, dims: int, theta: float, length: jax.Array | None):
+    return rope.yarn_frequencies(dims, theta, self.factor, self.original, self.beta_fast, self.beta_slow)
+
+  def gain(self) -> float:
+    return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+
+
+@config_dataclass
+class Llama3Scaling(_NoGain, ScalingConfig, kind="llama3"):
+  factor: float
+  original: int = 8192
+  low_factor: float = 1.0
+  high_factor: float = 4.0
+
+  def __post_init__(self):
+    check_at_least(self, 1, "factor", "original")
+    check(self.high_factor > self.low_factor > 0, "high_factor must be above low_factor, and both above 0")
+
+  def frequencies(self, dims: int, theta: float, length: jax.Array | None):
+    return rope.llama3_frequencies(dims, theta, self.factor, self.original, self.low_factor, self.high_factor)
+
+
+@config_dataclass
+class LongRoPE(ScalingConfig, kind="longrope"):
+  """A divisor for each frequency, one list up to the original length and one beyond (2402.13753).
+
+  attention_factor None is sqrt(1 + ln(factor) / ln(original)), as in Phi-3.
+  """
+
+  short_factors: tuple[float, ...]
+  long_factors: tuple[float, ...]
+  original: int
+  factor: float
+  attention_factor: float | None = None
+
+  def __post_init__(self):
+    check_at_least(self, 1, "factor")
+    check_at_least(self, 2, "original")
+    for name in ("short_factors", "long_factors"):
+      check(all(f > 0 for f in getattr(self, name)), f"{name} must all be above 0")
+
+  def frequencies(self, dims: int, theta: float, length: jax.Array | None):
+    short, long = (np.asarray(f) for f in (self.short_factors, self.long_factors))
+    table = rope.frequencies(dims, theta)
+    return jnp.where((length > self.original)[:, None], (table / long)[None], (table / short)[None])
+
+  def gain(self) -> float:
+    if self.attention_factor is not None:
+      return self.attention_factor
+    return math.sqrt(1 + math.log(self.factor) / math.log(self.original)) if self.factor > 1 else 1.0
+
+
+# ------------------------------------------------------------------------------------------------- rotary
+
+
+class Rotary:
+  """What RoPE and xPos share: which dimensions turn, and by how much."""
+
+  def check_against(self, head_dim: int):
+    dims = self.rotated(head_dim)
+    check(
+      dims % 2 == 0 and 0 < dims <= head_dim,
+      f"position.dims must be even, above 0 and at most head_dim={head_dim}, got {dims}",
+    )
+    scaling = getattr(self, "scaling", None)
+    if isinstance(scaling, (NTK, DynamicNTK)):
+      check(dims > 2, f"position.scaling={scaling.kind} needs more than 2 rotated dimensions, got {dims}")
+    if isinstance(scaling, LongRoPE):
+      for name in ("short_factors", "long_factors"):
+        n = len(getattr(scaling, name))
+        check(n == dims // 2, f"position.scaling.{name} has {n} entries; give {dims // 2}, one a rotated pair")
+
+  def rotated(self, head_dim: int) -> int:
+    return head_dim if self.dims is None else self.dims
+
+
+@config_dataclass
+class RoPE(Rotary, PositionConfig, kind="rope"):
+  """2104.09864. Turns the first `dims` dimensions of a head (None: all)."""
+
+  theta: float = 10000.0
+  dims: int | None = None
+  interleaved: bool = False  # pairs (2i, 2i+1) as GPT-J; else (i, i + dims/2) as LLaMA
+  scaling: ScalingConfig | None = None
+
+  def __post_init__(self):
+    check_above(self, 1, "theta")
+
+  def turn(self, q, k, positions: jax.Array, length: jax.Array):
+    """q [B, T, N, H], k [B, T, K, H], positions [B, T], length of the context [B] -> q, k."""
+    dims = self.rotated(q.shape[-1])
+    if self.scaling is None:
+      freqs, gain = rope.frequencies(dims, self.theta), 1.0
+    else:
+      freqs, gain = self.scaling.frequencies(dims, self.theta, length), self.scaling.gain()
+    phase = rope.phases(positions, freqs)
+    return tuple(rope.rotate(x, phase, interleaved=self.interleaved, gain=gain) for x in (q, k))
+
+
+@config_dataclass
+class XPos(Rotary, PositionConfig, kind="xpos"):
+  """RoPE whose products decay with distance: q zeta^(m/scale_base), k zeta^(-n/scale_base) (2212.10554)."""
+
+  theta: float = 10000.0
+  dims: int | None = None
+  interleaved: bool = True
+  scale_base: float = 512.0
+
+  def __post_init__(self):
+    check_above(self, 1, "theta")
+    check_above(self, 0, "scale_base")
+
+  def turn(self, q, k, positions: jax.Array, length: jax.Array):
+    dims = self.rotated(q.shape[-1])
+    phase = rope.phases(positions, rope.frequencies(dims, self.theta))
+    # Centred at half the context: only differences of positions count, and either power stays small.
+    power = (positions - (length // 2)[:, None]).astype(jnp.float32)[..., None, None] / self.scale_base
+    log_zeta = jnp.asarray(np.log(rope.xpos_decay(dims)), jnp.float32)
+    rotate = lambda x, sign: rope.rotate(  # noqa: E731
+      x, phase, interleaved=self.interleaved, gain=jnp.exp(sign * power * log_zeta)
+    )
+    return rotate(q, 1.0), rotate(k, -1.0)
+
+
+# -------------------------------------------------------------------------------- biases on attention logits
+
+
+@config_dataclass
+class ALiBi(PositionConfig, kind="alibi"):
+  """-m_h |i - j|, a slope a head (2108.12409). `max_bias` 8 is the paper's (MPT: alibi_bias_max)."""
+
+  max_bias: float = 8.0
+
+  def __post_init__(self):
+    check_above(self, 0, "max_bias")
+
+  def bias(self, table, distance: jax.Array, num_heads: int, bidirectional: bool) -> jax.Array:
+    """distance = key position - query position, int32 [B, T, S] -> f32 [B, N, T, S]."""
+    slopes = ops.alibi_slopes(num_heads) ** (self.max_bias / 8.0)
+    return -jnp.asarray(slopes, jnp.float32)[:, None, None] * jnp.abs(distance)[:, None].astype(jnp.float32)
+
+
+@config_dataclass
+class T5Bias(PositionConfig, kind="t5_bias"):
+  """A trained bias for each head and bucket of distances (1910.10683), one table for all layers of a block's name."""
+
+  num_buckets: int = 32
+  max_distance: int = 128
+
+  def __post_init__(self):
+    check_at_least(self, 4, "num_buckets")
+    check(self.num_buckets % 2 == 0, f"num_buckets must be even, got {self.num_buckets}")
+    check(
+      self.max_distance > self.num_buckets // 2,
+      f"max_distance={self.max_distance} must exceed num_buckets / 2 = {self.num_buckets // 2}",
+    )
+
+  def make_shared(self, num_heads: int, make: Maker):
+    """The table [num_buckets, N] that the stack owns."""
+    return make.weight("bias", "buckets heads", (self.num_buckets, num_heads), fan_in="buckets")
+
+  def bias(self, table, distance: jax.Array, num_heads: int, bidirectional: bool) -> jax.Array:
+    bucket = ops.t5_bucket(
+      distance, num_buckets=self.num_buckets, max_distance=self.max_distance, bidirectional=bidirectional
+    )
+    return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
+
+
+AtEmbedding = Sinusoidal | Learned
+LogitBias = ALiBi | T5Bias
+Mask = Literal["causal", "bidirectional", "prefix"]

@@ -1,0 +1,123 @@
+"""The decoder: tokens to logits. Training, prefill, a chunk and a decode step are this one forward.
+
+B batch, T tokens of this call, D model, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmarch.config import ModelConfig
+from llmarch.layers import stack as stacks
+from llmarch.layers.context import make_context
+from llmarch.layers.norm import Norm
+from llmarch.layers.param import Maker
+from llmarch.ops import cache
+from llmarch.ops.einsum import einsum
+from llmarch.sharding import shard
+
+
+class Decoder(nnx.Module):
+  """logits, state, aux = model(tokens, positions)."""
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    self.config = config
+    c, make = config, Maker(key, config.init, config.precision.param)
+    at_embedding = make.child("embed", c.embed_init)
+    # fan_in: the summed dimension when the table is read as a head.
+    self.embed = at_embedding.weight("tokens", "vocab embed", (c.vocab_size, c.d_model), fan_in="embed")
+    if c.embed.position:
+      self.position = c.embed.position.make(c.d_model, at_embedding)
+    if c.embed.norm:
+      self.embed_norm = Norm(c.embed.norm, c.d_model, make)
+    self.stack = stacks.Stack(c, make.child("stack"))
+    if c.final_norm:
+      self.final_norm = Norm(c.final_norm, c.d_model, make)
+    if not c.head.tied:
+      self.head = make.weight("head", "vocab embed", (c.vocab_size, c.d_model), fan_in="embed")
+    if c.head.bias:
+      self.head_bias = make.constant("vocab", (c.vocab_size,), 0.0)
+
+  def __call__(self, tokens, positions, segment_ids=None, state=None, **options):
+    """tokens, positions int32 [B, T] -> logits f32 [B, T, V], the new state (None without one), aux.
+
+    A negative position is padding. `segment_ids` int32 [B, T] keeps packed documents apart. `options` are
+    those of `trunk`. Tokens and positions must be in range: this function cannot check them (JAX clamps).
+    """
+    hidden, state, aux = self.trunk(tokens, positions, segment_ids, state, **options)
+    return self.unembed(hidden), state, aux
+
+  def trunk(
+    self, tokens, positions, segment_ids=None, state=None, *, prefix=None, key=None, remat="none", telemetry=False
+  ):
+    """Everything below the head: -> hidden [B, T, D], state, aux {name: f32 [L]}.
+
+    prefix: bool [B, T], tokens that their whole segment sees where a mixer's mask is "prefix"; a prefix must
+    lie in one call. key: dropout happens if it is given. remat: a name of REMAT_POLICIES or "none".
+    """
+    context, shared_state = make_context(positions, segment_ids, prefix, state, telemetry)
+    c = self.config
+    x = self.embed[...][tokens].astype(c.precision.compute)  # [B, T, D]
+    if c.embed.scale != 1:
+      x = x * c.embed.scale
+    if c.embed.position:
+      table = None if self.position is None else self.position[...]
+      x = x + c.embed.position.vectors(table, positions, c.d_model).astype(x.dtype)
+    if c.embed.norm:
+      x = self.embed_norm(x)
+    keys = [None, None] if key is None else jax.random.split(key)
+    if key is not None and c.embed.dropout:
+      x = x * (jax.random.bernoulli(keys[0], 1 - c.embed.dropout, x.shape) / (1 - c.embed.dropout)).astype(x.dtype)
+    x = shard(x, "batch", "length", "act_embed")
+    x, layers, aux = self.stack(x, context, None if state is None else state["layers"], keys[1], remat)
+    if c.final_norm:
+      x = self.final_norm(x)
+    return x, None if state is None else {**shared_state, "layers": layers}, aux
+
+  def unembed(self, hidden: jax.Array) -> jax.Array:
+    """hidden [B, T, D] -> logits f32 [B, T, V]."""
+    c = self.config.head
+    table = self.embed if c.tied else self.head
+    logits = einsum("btd,vd->btv", hidden, table[...], out_dtype=jnp.float32)
+    if c.bias:
+      logits += self.head_bias[...].astype(jnp.float32)
+    if c.scale != 1:
+      logits *= c.scale
+    if c.softcap:
+      logits = c.softcap * jnp.tanh(logits / c.softcap)
+    return shard(logits, "batch", "length", "act_vocab")
+
+  def state_spec(self, batch: int, max_len: int, chunk: int):
+    """Specs of a decoding state for `max_len` tokens a row, written at most `chunk` at a time."""
+    c = self.config
+    mixers = [block.mixer for block in c.blocks.values() if hasattr(block.mixer, "capacity")]
+    capacities = sorted({mixer.capacity(max_len, chunk) for mixer in mixers})
+    row = cache.Spec((batch,), ("cache_batch",), "int32", 0)
+    return {
+      "cursor": row,
+      "length": row._replace(fill=max_len),
+      "ledger": {str(n): cache.ledger_spec(batch, n) for n in capacities},
+      "layers": stacks.state_specs(self.stack, c, batch, max_len, chunk),
+    }
+
+
+def abstract(config: ModelConfig) -> Decoder:
+  """The decoder with shapes for arrays: nothing is allocated, however large it is."""
+  return nnx.eval_shape(lambda: Decoder(config, jax.random.key(0)))
+
+
+def unstack(model: Decoder) -> Decoder:
+  """The same decoder with the layers apart: for decoding, and for weights layer by layer."""
+  return _with_segments(model, [stacks.unstack(segment) for segment in model.stack.segments])
+
+
+def restack(model: Decoder) -> Decoder:
+  """The inverse of `unstack`."""
+  pairs = zip(model.stack.segments, model.config.segments, strict=True)
+  return _with_segments(model, [stacks.restack(segment, *pattern) for segment, pattern in pairs])
+
+
+def _with_segments(model: Decoder, segments: list) -> Decoder:
+  model = nnx.merge(*nnx.split(model))  # a new object around the same arrays
+  model.stack.segments = nnx.List(segments)
+  return model

@@ -1,0 +1,116 @@
+"""Attention over explicit positions: who sees whom, biases by distance, and the softmax.
+
+B batch, T query length, S key length, N query heads, K key-value heads, G = N/K, H head dim.
+A negative position is padding. Nothing here reads a buffer index, so ring buffers, ragged batches, chunked
+prefill and packed documents need no further code.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Keys(NamedTuple):
+  """What a mask may know of the keys: int32 [B, S] each, `prefix` bool [B, S] or None."""
+
+  positions: jax.Array
+  segment_ids: jax.Array
+  prefix: jax.Array | None
+
+
+def visible(queries: Keys, keys: Keys, *, mask: str, window: int | None) -> jax.Array:
+  """bool [B, T, S]: query t sees key s.
+
+  mask: "causal", "bidirectional", or "prefix" (causal, and every key marked as prefix is seen by its whole
+  segment). window w: only keys at a distance below w.
+  """
+  q = Keys(*(None if a is None else a[:, :, None] for a in queries))
+  k = Keys(*(None if a is None else a[:, None, :] for a in keys))
+  seen = (k.positions >= 0) & (q.positions >= 0) & (q.segment_ids == k.segment_ids)
+  past = k.positions <= q.positions
+  if mask == "causal":
+    seen &= past
+  elif mask == "prefix":
+    seen &= past if k.prefix is None else past | k.prefix
+  if window is not None:
+    seen &= jnp.abs(q.positions - k.positions) < window
+  return seen
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+  """m_h = 2^(-8h/n), h = 1..n  (2108.12409); where n is no power of two, the published rule: the slopes of the
+  power below, then every other slope of the power above.  [N]."""
+  power = 2 ** math.floor(math.log2(num_heads))
+  geometric = lambda n: 2.0 ** (-8.0 * np.arange(1, n + 1) / n)  # noqa: E731
+  return np.concatenate([geometric(power), geometric(2 * power)[0::2][: num_heads - power]])
+
+
+def t5_bucket(distance: jax.Array, *, num_buckets: int, max_distance: int, bidirectional: bool) -> jax.Array:
+  """The bucket of key position minus query position (1910.10683): exact up to half the buckets, then
+  logarithmic up to max_distance. Bidirectional attention gives each sign half of the buckets."""
+  offset = 0
+  if bidirectional:
+    num_buckets //= 2
+    offset = jnp.where(distance > 0, num_buckets, 0)
+    distance = jnp.abs(distance)
+  else:
+    distance = jnp.maximum(-distance, 0)
+  exact = num_buckets // 2
+  # A table rather than a logarithm: the bucket of a distance must not depend on a device's log.
+  reach = np.arange(exact, max(max_distance, exact + 1))
+  log = exact + np.floor(np.log(reach / exact) / math.log(max_distance / exact) * (num_buckets - exact) + 1e-9)
+  table = np.concatenate([np.arange(exact), np.minimum(log, num_buckets - 1), [num_buckets - 1]]).astype(np.int32)
+  return offset + jnp.asarray(table)[jnp.minimum(distance, len(table) - 1)]
+
+
+def attend(
+  q: jax.Array,  # [B, T, N, H]
+  k: jax.Array,  # [B, K, S, H]: the layout of the cache, so that a decode step reads it in place
+  v: jax.Array,  # [B, K, S, H]
+  seen: jax.Array,  # bool [B, T, S]
+  bias: jax.Array | None,  # f32 [B or 1, N, T, S], added to the scaled scores
+  sinks: jax.Array | None,  # f32 [N]: a logit that joins the softmax and attends to nothing (gpt-oss)
+  *,
+  scale: float,
+  softcap: float | None,
+  dropout: float,
+  key: jax.Array | None,
+  entropy: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+  """softmax(scale q k^T + bias) v, heads grouped, softmax in f32.  -> [B, T, N, H], entropy f32 [B, T, N] or None.
+
+  A query that sees no key gets zeros (jax.nn.softmax would give it the mean of v: a leak).
+  The normaliser divides the result, not the T x S weights: the same numbers for fewer operations.
+  """
+  B, T, N, H = q.shape
+  K = k.shape[1]
+  q = q.reshape(B, T, K, N // K, H)
+  logits = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
+  if bias is not None:
+    logits += bias.reshape(bias.shape[0], K, N // K, *bias.shape[2:])
+  logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+  top = jnp.max(logits, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
+  if sinks is not None:
+    sinks = sinks.astype(jnp.float32).reshape(K, N // K, 1, 1)
+    top = jnp.maximum(top, sinks)
+  top = jax.lax.stop_gradient(top)
+  weights = jnp.exp(logits - top)  # [B, K, G, T, S]
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  if sinks is not None:
+    total += jnp.exp(sinks - top)
+  total = jnp.where(total > 0, total, 1.0)
+  h = None
+  if entropy:  # of the attention weights: log Z - sum p (logit - top)
+    centred = jnp.where(weights > 0, logits - top, 0.0)
+    h = (jnp.log(total) - jnp.sum(weights * centred, axis=-1, keepdims=True) / total)[..., 0]
+    h = h.transpose(0, 3, 1, 2).reshape(B, T, N)
+  if key is not None and dropout > 0:
+    weights *= jax.random.bernoulli(key, 1 - dropout, weights.shape) / (1 - dropout)
+  out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  out = out / total.transpose(0, 3, 1, 2, 4)
+  return out.reshape(B, T, N, v.shape[-1]).astype(v.dtype), h
