@@ -26,9 +26,13 @@ class Stdlib(SourceConfig, kind="stdlib"):
 
 @config_dataclass
 class Text(SourceConfig, kind="text"):
-  """Text files, a document each. `paths` are globs."""
+  """Text files. `paths` are globs; a file is one document, or many where `separator` cuts it."""
 
   paths: tuple[str, ...]
+  separator: str = ""  # "\n\n", "<|endoftext|>" ...; "" keeps a file whole
+
+  def __post_init__(self):
+    check(bool(self.paths), "paths is empty; name at least one file or glob")
 
 
 @config_dataclass
@@ -37,6 +41,9 @@ class JSONL(SourceConfig, kind="jsonl"):
 
   paths: tuple[str, ...]
   field: str = "text"
+
+  def __post_init__(self):
+    check(bool(self.paths), "paths is empty; name at least one file or glob")
 
 
 @config_dataclass
@@ -56,6 +63,9 @@ class HFDataset(SourceConfig, kind="hf"):
   field: str = "text"
 
 
+# Synthetic tasks: the exact layout of a row is in data/synthetic.py.
+
+
 @config_dataclass
 class Copy(SourceConfig, kind="copy"):
   """Random symbols, a separator, the same symbols again; the loss counts the second half."""
@@ -63,13 +73,23 @@ class Copy(SourceConfig, kind="copy"):
   length: int = 16
   num_symbols: int = 32
 
+  def __post_init__(self):
+    check_at_least(self, 1, "length", "num_symbols")
+
 
 @config_dataclass
 class Recall(SourceConfig, kind="recall"):
-  """Multi-query associative recall (2312.04927): key-value pairs, then keys whose value is asked."""
+  """Multi-query associative recall (2312.04927): key-value pairs, then each key, whose value is asked."""
 
   num_pairs: int = 8
-  num_symbols: int = 32
+  num_symbols: int = 32  # keys, and as many values
+
+  def __post_init__(self):
+    check_at_least(self, 1, "num_pairs", "num_symbols")
+    check(
+      self.num_pairs <= self.num_symbols,
+      f"num_pairs={self.num_pairs} needs as many different keys; raise num_symbols={self.num_symbols}",
+    )
 
 
 @config_dataclass
@@ -79,6 +99,9 @@ class Induction(SourceConfig, kind="induction"):
   period: int = 16
   num_symbols: int = 32
 
+  def __post_init__(self):
+    check_at_least(self, 1, "period", "num_symbols")
+
 
 @config_dataclass
 class Needle(SourceConfig, kind="needle"):
@@ -87,15 +110,18 @@ class Needle(SourceConfig, kind="needle"):
   length: int = 64
   num_symbols: int = 32
 
+  def __post_init__(self):
+    check_at_least(self, 1, "length", "num_symbols")
+
 
 @config_dataclass
 class DataConfig:
   """Text to batches. A batch is a pure function of this config, the seed and the step."""
 
   source: SourceConfig = Stdlib()
-  tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
+  tokenizer: str = "bytes"  # "bytes", or a Hugging Face tokenizer.json (or the directory that holds it)
   packing: Literal["chunks", "documents"] = "chunks"
-  validation_fraction: float = 0.05  # of the documents, chosen by hash of their content
+  validation_fraction: float = 0.05  # of the different documents, chosen by hash of their content
   shuffle: bool = True
   cache_dir: str = ""  # tokenised caches; "" is $LLMARCH_CACHE or ~/.cache/llmarch
   prefetch: int = 2  # batches made ahead

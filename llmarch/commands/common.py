@@ -114,12 +114,26 @@ def print_table(rows: list[dict], as_json: bool, *, title: str = "") -> None:
   from rich.table import Table
 
   table = Table(title=title or None, box=None, header_style="bold", pad_edge=False)
-  for key in rows[0]:
+  for i, key in enumerate(rows[0]):
     right = any(isinstance(row[key], (int, float)) for row in rows)
-    table.add_column(key, justify="right" if right else "left", overflow="fold")
+    table.add_column(key, justify="right" if right else "left", overflow="fold", no_wrap=right or i == 0)
   for row in rows:
     table.add_row(*(_cell(value) for value in row.values()))
   Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def short(n: float, base: int = 1000, units: tuple[str, ...] = ("", "K", "M", "B", "T")) -> str:
+  """A number in three digits: 8030261248 is "8.03 B"."""
+  power = 0
+  while n >= 999.5 * base**power and power < len(units) - 1:
+    power += 1
+  digits = f"{n / base**power:#.3g}".rstrip(".") if power else f"{n:.3g}"
+  return f"{digits} {units[power]}".rstrip()
+
+
+def short_bytes(n: float) -> str:
+  """5611978752 is "5.23 GiB"."""
+  return short(n, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def _cell(value) -> str:

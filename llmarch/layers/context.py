@@ -20,7 +20,7 @@ class Buffer:
 @dataclasses.dataclass(frozen=True)
 class Context:
   queries: Keys  # the tokens of this call
-  length: jax.Array  # int32 [B], the length of the context, for length-dependent RoPE scalings
+  length: jax.Array  # int32 [B, T or 1], of each token's context, for length-dependent RoPE scalings
   buffers: dict[int | None, Buffer]  # by capacity; {None: ...} where there is no state
   telemetry: bool  # layers add statistics of themselves to aux
 
@@ -34,7 +34,9 @@ def make_context(positions, segment_ids, prefix, state, telemetry) -> tuple[Cont
     segment_ids = jnp.zeros_like(positions)
   queries = Keys(positions, segment_ids, prefix)
   if state is None:
-    length = jnp.max(positions, axis=1) + 1
+    # Of each document, so that packing changes nothing. XLA drops it where no layer asks.
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    length = jnp.max(jnp.where(same, positions[:, None, :], -1), axis=2) + 1
     return Context(queries, length, {None: Buffer(queries, None)}, telemetry), None
   buffers, ledgers = {}, {}
   for name, ledger in state["ledger"].items():
@@ -46,4 +48,4 @@ def make_context(positions, segment_ids, prefix, state, telemetry) -> tuple[Cont
     buffers[capacity] = Buffer(keys, slot)
   cursor = state["cursor"] + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
   shared = {"cursor": cursor, "length": state["length"], "ledger": ledgers}
-  return Context(queries, state["length"], buffers, telemetry), shared
+  return Context(queries, state["length"][:, None], buffers, telemetry), shared

@@ -3,11 +3,17 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from llmarch.config import NormConfig, check_above, config_dataclass
 from llmarch.layers.param import Maker
 from llmarch.ops import norm as ops
+
+
+def _centred(scale: jax.Array) -> jax.Array:
+  """1 + scale, in f32: bfloat16 has no number between 1 and 1.0078, and a small scale would be lost."""
+  return 1 + scale.astype(jnp.float32)
 
 
 @config_dataclass
@@ -22,7 +28,7 @@ class RMSNorm(NormConfig, kind="rmsnorm"):
     return {"scale": make.constant("norm", (dim,), 0.0 if self.zero_centered else 1.0)}
 
   def apply(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-    return ops.rms_norm(x, scale + 1 if self.zero_centered else scale, eps=self.eps)
+    return ops.rms_norm(x, _centred(scale) if self.zero_centered else scale, eps=self.eps)
 
 
 @config_dataclass
@@ -39,7 +45,7 @@ class LayerNorm(NormConfig, kind="layernorm"):
     return params | ({"bias": make.constant("norm", (dim,), 0.0)} if self.bias else {})
 
   def apply(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    return ops.layer_norm(x, scale + 1 if self.zero_centered else scale, bias, eps=self.eps)
+    return ops.layer_norm(x, _centred(scale) if self.zero_centered else scale, bias, eps=self.eps)
 
 
 @config_dataclass

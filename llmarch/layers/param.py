@@ -27,15 +27,41 @@ class Maker:
   def weight(self, name: str, axes: str, shape: tuple[int, ...], fan_in: str, scale: float = 1.0) -> nnx.Param:
     """A random matrix. `axes` names its dimensions, `fan_in` those that are summed over when it is applied.
 
-    Such parameters, and no others, get weight decay (`decay` metadata).
+    Such parameters, and no others, get weight decay and Muon (`decay` and `fan_in` metadata).
     """
     names = axes.split()
     summed = math.prod(n for name, n in zip(names, shape, strict=True) if name in fan_in.split())
     std = scale * self.init.std(summed, math.prod(shape) // summed)
     # Truncation at two deviations shrinks a standard normal to this deviation.
     draw = jax.random.truncated_normal(self.child(name).key, -2, 2, shape, jnp.float32) / 0.87962566103423978
-    return nnx.Param((std * draw).astype(self.dtype), axes=tuple(names), decay=True)
+    return nnx.Param((std * draw).astype(self.dtype), axes=tuple(names), fan_in=tuple(fan_in.split()), decay=True)
 
   def constant(self, axes: str, shape: tuple[int, ...], value: float) -> nnx.Param:
     """A norm scale (1), a bias (0) or another vector that starts constant and does not decay."""
-    return nnx.Param(jnp.full(shape, value, self.dtype), axes=tuple(axes.split()), decay=False)
+    return nnx.Param(jnp.full(shape, value, self.dtype), axes=tuple(axes.split()), fan_in=(), decay=False)
+
+
+def _name(path) -> str:
+  return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def _variables(state):
+  is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+  return jax.tree_util.tree_flatten_with_path(state, is_leaf=is_variable)
+
+
+def flatten(state, *, variables: bool = False) -> dict:
+  """An nnx.State as {"stack/segments/0/blocks/1/mixer/q": array}, or its Params with their metadata.
+
+  Works on abstract states too.
+  """
+  return {_name(path): p if variables else p.get_value() for path, p in _variables(state)[0]}
+
+
+def unflatten(abstract_state, flat: dict):
+  """The inverse of `flatten`, shaped after an abstract state. Raises KeyError unless the names are the same."""
+  leaves, tree = _variables(abstract_state)
+  names = [_name(path) for path, _ in leaves]
+  if set(names) != set(flat):
+    raise KeyError(f"parameters differ in {sorted(set(names) ^ set(flat))}")
+  return jax.tree_util.tree_unflatten(tree, [p.replace(flat[n]) for n, (_, p) in zip(names, leaves, strict=True)])

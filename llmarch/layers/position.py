@@ -164,7 +164,7 @@ class LongRoPE(ScalingConfig, kind="longrope"):
   def frequencies(self, dims: int, theta: float, length: jax.Array | None):
     short, long = (np.asarray(f) for f in (self.short_factors, self.long_factors))
     table = rope.frequencies(dims, theta)
-    return jnp.where((length > self.original)[:, None], (table / long)[None], (table / short)[None])
+    return jnp.where((length > self.original)[..., None], table / long, table / short)
 
   def gain(self) -> float:
     if self.attention_factor is not None:
@@ -209,7 +209,7 @@ class RoPE(Rotary, PositionConfig, kind="rope"):
     check_above(self, 1, "theta")
 
   def turn(self, q, k, positions: jax.Array, length: jax.Array):
-    """q [B, T, N, H], k [B, T, K, H], positions [B, T], length of the context [B] -> q, k."""
+    """q [B, T, N, H], k [B, T, K, H], positions [B, T], length of the context [B, T or 1] -> q, k."""
     dims = self.rotated(q.shape[-1])
     if self.scaling is None:
       freqs, gain = rope.frequencies(dims, self.theta), 1.0
@@ -236,7 +236,7 @@ class XPos(Rotary, PositionConfig, kind="xpos"):
     dims = self.rotated(q.shape[-1])
     phase = rope.phases(positions, rope.frequencies(dims, self.theta))
     # Centred at half the context: only differences of positions count, and either power stays small.
-    power = (positions - (length // 2)[:, None]).astype(jnp.float32)[..., None, None] / self.scale_base
+    power = (positions - length // 2).astype(jnp.float32)[..., None, None] / self.scale_base
     log_zeta = jnp.asarray(np.log(rope.xpos_decay(dims)), jnp.float32)
     rotate = lambda x, sign: rope.rotate(  # noqa: E731
       x, phase, interleaved=self.interleaved, gain=jnp.exp(sign * power * log_zeta)

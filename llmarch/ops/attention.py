@@ -102,15 +102,17 @@ def attend(
   weights = jnp.exp(logits - top)  # [B, K, G, T, S]
   total = jnp.sum(weights, axis=-1, keepdims=True)
   if sinks is not None:
-    total += jnp.exp(sinks - top)
+    sink = jnp.exp(sinks - top)
+    total += sink
   total = jnp.where(total > 0, total, 1.0)
   h = None
-  if entropy:  # of the attention weights: log Z - sum p (logit - top)
-    centred = jnp.where(weights > 0, logits - top, 0.0)
-    h = (jnp.log(total) - jnp.sum(weights * centred, axis=-1, keepdims=True) / total)[..., 0]
-    h = h.transpose(0, 3, 1, 2).reshape(B, T, N)
+  if entropy:  # of the attention weights, the sink's among them: log Z - sum p (logit - top)
+    mean = jnp.sum(weights * jnp.where(weights > 0, logits - top, 0.0), axis=-1, keepdims=True)
+    if sinks is not None:
+      mean += sink * (sinks - top)
+    h = (jnp.log(total) - mean / total)[..., 0].transpose(0, 3, 1, 2).reshape(B, T, N)
   if key is not None and dropout > 0:
     weights *= jax.random.bernoulli(key, 1 - dropout, weights.shape) / (1 - dropout)
-  out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-  out = out / total.transpose(0, 3, 1, 2, 4)
-  return out.reshape(B, T, N, v.shape[-1]).astype(v.dtype), h
+  # Transposed last: XLA's CPU backend has no bf16 dot that writes "btkgh".
+  out = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+  return out.astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, v.shape[-1]), h

@@ -51,6 +51,11 @@ def write(buffer: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
 
   buffer [B, S] with values [B, T], or buffer [B, K, S, H] with values [B, T, K, H]; slot [B, T].
   """
+  if slot.size == 1:
+    # XLA turns the scatter of a single update into a slice update, fuses that into each of its readers and
+    # then copies the cache for every one of them. A second update, dropped, keeps it a scatter in place.
+    slot = jnp.pad(slot, ((0, 0), (0, 1)), constant_values=jnp.iinfo(slot.dtype).max)
+    values = jnp.concatenate([values, values], axis=1)
   rows = jnp.arange(buffer.shape[0])[:, None]
   at = (rows, slot) if buffer.ndim == 2 else (rows, slice(None), slot)
   return buffer.at[at].set(values.astype(buffer.dtype), mode="drop", unique_indices=False)

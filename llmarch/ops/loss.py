@@ -6,15 +6,10 @@ import jax
 import jax.numpy as jnp
 
 
-def token_losses(logits: jax.Array, targets: jax.Array, *, label_smoothing: float) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy against the (smoothed) target and log Z.  logits f32 [..., V], targets [...] -> [...], [...]."""
+def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy and log Z.  logits f32 [..., V], targets int32 [...] -> f32 [...], f32 [...]."""
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  loss = log_z - picked
-  if label_smoothing:
-    # mass e spread over all V classes: (1-e) (logZ - l_t) + e (logZ - mean l)
-    loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
-  return loss, log_z
+  return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
 
 
 def chunked_loss(
@@ -27,10 +22,11 @@ def chunked_loss(
   label_smoothing: float,
   z_loss: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """sum(weights * (loss + z_loss * log Z^2)), and the sums {"loss", "weight", "z", "logit_rms"} it consists of.
+  """sum(weights * (loss + z_loss * log Z^2)), and the sums of weighted token values
+  {"loss", "plain_loss" (unsmoothed), "weight", "z" (log Z^2), "logit_rms"}.
 
   Logits exist for `chunk` tokens of each row at a time, in the backward pass too (jax.checkpoint).
-  z-loss: 2204.02311, section 5. The sums divide by sum(weights) where they are reported.
+  z-loss: 2204.02311, section 5. Label smoothing: 1512.00567, section 7.
   """
   B, T, D = hidden.shape
   chunk = min(chunk, T)
@@ -43,18 +39,21 @@ def chunked_loss(
   def body(total, piece):
     h, target, weight = piece
     logits = unembed(h)  # f32 [B, chunk, V]
-    loss, log_z = token_losses(logits, target, label_smoothing=label_smoothing)
-    z = jnp.sum(weight * log_z**2)
+    plain, log_z = token_losses(logits, target)
+    loss = plain
+    if label_smoothing:  # e of the target's mass spread over all V classes
+      loss = (1 - label_smoothing) * plain + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
     sums = {
       "loss": jnp.sum(weight * loss),
+      "plain_loss": jnp.sum(weight * plain),
       "weight": jnp.sum(weight),
-      "z": z,
+      "z": jnp.sum(weight * log_z**2),
       "logit_rms": jnp.sum(weight * jnp.sqrt(jnp.mean(jax.lax.stop_gradient(logits) ** 2, axis=-1))),
     }
-    return jax.tree.map(jnp.add, total, (sums["loss"] + z_loss * z, sums)), None
+    return jax.tree.map(jnp.add, total, (sums["loss"] + z_loss * sums["z"], sums)), None
 
   zero = jnp.zeros((), jnp.float32)
-  start = (zero, dict.fromkeys(("loss", "weight", "z", "logit_rms"), zero))
+  start = (zero, dict.fromkeys(("loss", "plain_loss", "weight", "z", "logit_rms"), zero))
   pieces = (split(hidden), split(targets), split(weights))
   if T <= chunk:
     (total, sums), _ = body(start, jax.tree.map(lambda x: x[0], pieces))

@@ -2,7 +2,7 @@
 
 A frequency theta_i is the angle in radians by which pair i turns per position. Frequency tables are
 numpy float64 of shape [R/2], R the number of rotated dimensions, unless they depend on the length of the
-context, when they are f32 [B, R/2].
+context, when they are f32 [B, T or 1, R/2].
 """
 
 import math
@@ -23,10 +23,10 @@ def ntk_base(dims: int, theta, factor):
 
 
 def dynamic_ntk_frequencies(dims: int, theta: float, factor: float, original: int, length: jax.Array) -> jax.Array:
-  """NTK-aware with s = factor * length / original - (factor - 1), s >= 1.  length [B] -> [B, R/2]."""
+  """NTK-aware with s = factor * length / original - (factor - 1), s >= 1.  length [B, T] -> [B, T, R/2]."""
   scale = jnp.maximum(factor * length.astype(jnp.float32) / original - (factor - 1), 1.0)
-  base = ntk_base(dims, theta, scale)  # [B]
-  return base[:, None] ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+  base = ntk_base(dims, theta, scale)
+  return base[..., None] ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
 
 
 def yarn_frequencies(
@@ -63,7 +63,7 @@ def xpos_decay(dims: int) -> np.ndarray:
 
 
 def phases(positions: jax.Array, freqs: np.ndarray | jax.Array) -> jax.Array:
-  """The angle positions * freqs reduced to [-pi, pi).  int32 [B, T], [R/2] or [B, R/2] -> f32 [B, T, R/2].
+  """The angle positions * freqs reduced to [-pi, pi).  int32 [B, T], [R/2] or [B, T or 1, R/2] -> f32 [B, T, R/2].
 
   The f32 product loses all phase beyond 1e5 positions. Here a frequency is a 64-bit fraction of a turn
   and whole turns fall off the top of an integer product, so the phase is good to 1e-6 at any int32
@@ -75,7 +75,7 @@ def phases(positions: jax.Array, freqs: np.ndarray | jax.Array) -> jax.Array:
     high = jnp.asarray((fraction >> np.uint64(32)).astype(np.uint32))
     low = jnp.asarray((fraction & np.uint64(0xFFFFFFFF)).astype(np.uint32))
   else:
-    high = (freqs / (2 * jnp.pi) % 1.0 * turn).astype(jnp.uint32)[..., None, :]  # [B, 1, R/2]
+    high = (freqs / (2 * jnp.pi) % 1.0 * turn).astype(jnp.uint32)
     low = jnp.zeros_like(high)
   p = positions.astype(jnp.uint32)[..., None]  # [B, T, 1]; negative positions wrap, consistently
   # floor(p * low / 2^32) by 16-bit halves: uint32 has no wide product.

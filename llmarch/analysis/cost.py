@@ -1,0 +1,195 @@
+"""What a config costs, by formula: parameters, FLOPs, bytes of state and of training. Nothing is built.
+
+D d_model, N query heads, K kv heads, H head dim, F mlp hidden, V vocabulary, L layers.
+The formulas do not look at the model's code, so that each checks the other (tests/test_presets.py). A new
+mixer, feed-forward, norm or position with parameters is one row of a table here.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from llmarch.config import BlockConfig, ModelConfig, NormConfig
+from llmarch.experiment import SGD, Adafactor, AdamW, ExperimentConfig, Lion, Muon
+from llmarch.layers.attention import AttentionConfig
+from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
+from llmarch.layers.position import Learned, Sinusoidal, T5Bias
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Cost(NamedTuple):
+  """One layer's mixer or feed-forward."""
+
+  matrices: int  # parameters that multiply activations: one multiply-add a token each
+  vectors: int  # the others: biases, norms of queries and keys
+  mixing: Callable[[int, bool], float] = lambda length, dense: 0.0  # multiply-adds a token spends between tokens
+  state: Callable[[int, int], int] = lambda max_len, chunk: 0  # elements of decoding state a row
+  growth: int = 0  # elements by which one more token lengthens the state
+  idle: int = 0  # parameters that a token does not use
+
+
+# ------------------------------------------------------------------------------------- one row a component
+
+
+def attention(c: AttentionConfig, d_model: int) -> Cost:
+  """Parameters 2 D N H + 2 D K H and the biases; 2 N H multiply-adds for each key a query sees (scores, and
+  their mix); 2 K H elements of state a token (2211.05102, section 3.3), at most window + chunk - 1 tokens."""
+  D, N, K, H = d_model, c.num_heads, c.kv_heads, c.dim(d_model)
+  vectors = c.qkv_bias * (N + 2 * K) * H + c.out_bias * D + c.sinks * N
+  if c.qk_norm:
+    dims = (N * H, K * H) if c.qk_norm.whole else (H, H)
+    vectors += sum(norm(c.qk_norm.norm, dim) for dim in dims)
+  return Cost(
+    matrices=2 * D * N * H + 2 * D * K * H,
+    vectors=vectors,
+    mixing=lambda length, dense: 2 * N * H * (length if dense else mean_keys(length, c.mask, c.window)),
+    state=lambda max_len, chunk: 2 * K * H * min(max_len, max_len if c.window is None else c.window + chunk - 1),
+    growth=2 * K * H,
+  )
+
+
+def mean_keys(length: int, mask: str, window: int | None) -> float:
+  """Keys that a query sees, averaged over a sequence of `length` tokens.
+
+  Causal: (length + 1) / 2, or sum_t min(t, w) / length with a window of w (a prefix sees more; it is not
+  known here and counts as causal). Bidirectional: all, or those at a distance below w on both sides.
+  """
+  w = length if window is None else min(window, length)
+  causal = (w * (w + 1) / 2 + (length - w) * w) / length
+  return 2 * causal - 1 if mask == "bidirectional" else causal
+
+
+def mlp(c: MLPConfig, d_model: int) -> Cost:
+  """2 D F, or 3 D F gated; biases of the hidden width for each matrix into it and D for the one out."""
+  into = 2 if c.gated else 1
+  return Cost(matrices=(into + 1) * d_model * c.d_ff, vectors=c.bias * (into * c.d_ff + d_model))
+
+
+COMPONENTS = {AttentionConfig: attention, MLPConfig: mlp}
+
+NORMS = {
+  RMSNorm: lambda c, dim: dim,
+  LayerNorm: lambda c, dim: dim * (1 + c.bias),
+  ScaleNorm: lambda c, dim: 1,
+}
+
+AT_EMBEDDING = {Learned: lambda c, d_model: c.length * d_model, Sinusoidal: lambda c, d_model: 0}
+
+
+def norm(config: NormConfig | None, dim: int) -> int:
+  """Parameters of a norm over `dim` features."""
+  return NORMS[type(config)](config, dim) if config else 0
+
+
+def block_norms(block: BlockConfig) -> int:
+  """Norms of a block: one for each branch (one for both in "parallel"), twice that in a sandwich."""
+  branches = 1 if block.ffn is None or block.residual == "parallel" else 2
+  return branches * (2 if block.residual == "sandwich" else 1)
+
+
+# ------------------------------------------------------------------------------------------- whole models
+
+
+def layers(config: ModelConfig) -> list[tuple[int, BlockConfig, Cost, Cost]]:
+  """(number of layers, block, cost of its mixer, cost of its feed-forward) for each named block."""
+  cost = lambda c: COMPONENTS[type(c)](c, config.d_model) if c else Cost(0, 0)
+  counts = Counter(config.layers)
+  return [(counts[name], b, cost(b.mixer), cost(b.ffn)) for name, b in config.blocks.items()]
+
+
+def params(config: ModelConfig) -> dict[str, int]:
+  """Parameters by component and in "total": embed, position, a row for each kind of mixer, ffn, norms, head.
+
+  A tied table counts as embed. LLaMA, for one: L (2 D N H + 2 D K H + 3 D F + 2 D) + 2 V D + D.
+  """
+  D, V = config.d_model, config.vocab_size
+  at_embedding = config.embed.position
+  found = Counter(
+    embed=V * D,
+    position=AT_EMBEDDING[type(at_embedding)](at_embedding, D) if at_embedding else 0,
+  )
+  for count, block, mixer, ffn in layers(config):
+    found[block.mixer.kind] += count * (mixer.matrices + mixer.vectors)
+    found["ffn"] += count * (ffn.matrices + ffn.vectors)
+    found["norms"] += count * block_norms(block) * norm(block.norm, D)
+    position = getattr(block.mixer, "position", None)
+    if isinstance(position, T5Bias):  # one table for all layers of the name
+      found["position"] += position.num_buckets * block.mixer.num_heads
+  found["norms"] += norm(config.embed.norm, D) + norm(config.final_norm, D)
+  found["head"] = (not config.head.tied) * V * D + config.head.bias * V
+  return {**found, "total": sum(found.values())}
+
+
+def active_params(config: ModelConfig) -> int:
+  """Parameters that one token uses: all but the idle ones (of experts it is not sent to)."""
+  return params(config)["total"] - sum(count * (mixer.idle + ffn.idle) for count, _, mixer, ffn in layers(config))
+
+
+def flops_per_token(config: ModelConfig, length: int, *, dense: bool = False) -> float:
+  """Forward FLOPs of a token, averaged over a sequence of `length` tokens, two for each multiply-add.
+
+  Matrix parameters in use and the head (whether tied or not), plus the tokens' mixing: 4 N H a layer for
+  each key seen (Kaplan 2001.08361, table 1: 2 N + 2 L ctx D, whose ctx is 2 x the mean keys of a causal
+  mask). Norms, activations and the look-up of embeddings are not counted. `dense` counts the scores that a
+  mask discards as well: what a kernel executes that skips none, and PaLM's convention for MFU (2204.02311,
+  appendix B: 12 L N H T of a training token).
+  """
+  macs = config.d_model * config.vocab_size
+  for count, _, mixer, ffn in layers(config):
+    in_use = mixer.matrices - mixer.idle + ffn.matrices - ffn.idle
+    macs += count * (in_use + mixer.mixing(length, dense))
+  return 2 * macs
+
+
+def train_flops_per_token(config: ModelConfig, length: int, *, dense: bool = False) -> float:
+  """Forward and backward: 3 x forward (each matmul has two gradients), 6 N and the mixing. No rematerialisation."""
+  return 3 * flops_per_token(config, length, dense=dense)
+
+
+def kv_bytes_per_token(config: ModelConfig, bytes_per_element: float) -> float:
+  """Bytes by which one more token lengthens the decoding state: sum over layers of 2 K H.
+
+  The published convention: layers with a window count too, though they stop growing there (`state_bytes`).
+  """
+  return bytes_per_element * sum(count * mixer.growth for count, _, mixer, _ in layers(config))
+
+
+def state_bytes(config: ModelConfig, batch: int, max_len: int, chunk: int = 1) -> int:
+  """Bytes of the mixers' decoding state for `batch` rows of `max_len` tokens, written `chunk` at a time.
+
+  Windows are respected. The ledger of positions (8 bytes a slot for each capacity, not for each layer) is
+  not counted.
+  """
+  elements = sum(count * mixer.state(max_len, chunk) for count, _, mixer, _ in layers(config))
+  return batch * BYTES[config.precision.state] * elements
+
+
+MOMENTS = {  # elements of optimizer state: (config, parameters of the layers' matrices, all parameters)
+  AdamW: lambda c, matrices, total: 2 * total,
+  Lion: lambda c, matrices, total: total,
+  SGD: lambda c, matrices, total: total if c.momentum else 0,
+  Muon: lambda c, matrices, total: matrices + 2 * (total - matrices),
+  # A row and a column for each matrix that is large enough to be factored: below 1 % of the parameters at
+  # the sizes for which Adafactor is used, and not counted.
+  Adafactor: lambda c, matrices, total: 0,
+}
+
+
+def training_bytes(config: ExperimentConfig) -> dict[str, int]:
+  """Bytes that a train step holds for its parameters, over all devices: params, gradients, optimizer, ema, total.
+
+  Gradients, moments and the average are f32 whatever the parameters are. Activations are not here: they
+  depend on batch, length and remat (`llmarch bench` measures the peak).
+  """
+  total = params(config.model)["total"]
+  matrices = sum(n * (mixer.matrices + ffn.matrices) for n, _, mixer, ffn in layers(config.model))
+  algorithm = config.optimizer.algorithm
+  found = {
+    "params": total * BYTES[config.model.precision.param],
+    "gradients": 4 * total,
+    "optimizer": 4 * MOMENTS[type(algorithm)](algorithm, matrices, total),
+    "ema": 4 * total if config.train.ema else 0,
+  }
+  return {**found, "total": sum(found.values())}

@@ -1,0 +1,104 @@
+"""`llmarch describe`: what a config builds and what it costs, by formula; nothing is built."""
+
+import dataclasses
+import json
+from collections import Counter
+
+from absl import flags
+
+from llmarch.commands.common import load_config, parse_flags, print_table, short, short_bytes, split_overrides
+from llmarch.config import to_dict
+
+USAGE = "llmarch describe --config=FILE|PRESET|RUN [--config.a.b=value ...] [--json]"
+
+
+def _define(values: flags.FlagValues) -> None:
+  flags.DEFINE_string(
+    "config", None, "config file (FILE.py or FILE.py:argument), preset or run folder", flag_values=values
+  )
+  flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
+
+
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
+  args = parse_flags(argv, _define, USAGE)
+  config = load_config(args.config, overrides)
+  costs = describe(config)
+  if args.json:
+    print(json.dumps({"model": to_dict(config.model)} | costs, indent=1))
+  else:
+    _print_model(config.model)
+    _print_costs(costs)
+  return 0
+
+
+def describe(config) -> dict:
+  """The costs of an ExperimentConfig: parameters by component, FLOPs a token, bytes of training and decoding."""
+  from llmarch.analysis import cost
+
+  model = config.model
+  return {
+    "layers": len(model.layers),
+    "params": cost.params(model),
+    "active_params": cost.active_params(model),
+    "flops_per_token": [
+      {
+        "length": length,
+        "forward": cost.flops_per_token(model, length),
+        "train": cost.train_flops_per_token(model, length),
+      }
+      for length in sorted({config.train.seq_len, model.max_seq_len})
+    ],
+    "training_bytes": cost.training_bytes(config),
+    "state_bytes": {
+      "per_token": int(cost.kv_bytes_per_token(model, cost.BYTES[model.precision.state])),
+      "max_seq_len": cost.state_bytes(model, 1, model.max_seq_len),
+    },
+  }
+
+
+def _print_model(model) -> None:
+  """The stack, its blocks, and what else differs from the defaults."""
+  counts = Counter(model.layers)
+  print(f"stack: {model.stack} ({len(model.layers)} layers)")
+  for name, block in model.blocks.items():
+    print(f"  {name} ({counts[name]} layers)")
+    for part, words in _parts(block).items():
+      print(f"    {part}: {words}")
+  for part, words in _parts(model).items():
+    if part not in ("stack", "blocks"):
+      print(f"{part}: {words}")
+
+
+def _parts(config) -> dict[str, str]:
+  """The fields that say something, in words: those without a default or away from it."""
+  fields = dataclasses.fields(config)
+  return {f.name: _words(getattr(config, f.name)) for f in fields if getattr(config, f.name) != f.default}
+
+
+def _words(value) -> str:
+  """A config in one line: attention(num_heads=32, num_kv_heads=8, position=rope)."""
+  if not dataclasses.is_dataclass(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
+  parts = ", ".join(f"{name}={words}" for name, words in _parts(value).items())
+  kind = getattr(value, "kind", "")
+  return f"{kind}({parts})" if parts else kind
+
+
+def _print_costs(costs: dict) -> None:
+  total, active = costs["params"]["total"], costs["active_params"]
+  params = costs["params"] | ({"active": active} if active < total else {})
+  _table([{"component": k, "parameters": n, "share": f"{n / total:.1%}"} for k, n in params.items() if n])
+  _table(
+    [
+      {"FLOPs a token, sequences of": f"{r['length']:,}", "forward": short(r["forward"]), "train": short(r["train"])}
+      for r in costs["flops_per_token"]
+    ]
+  )
+  for title, key in (("training, without activations", "training_bytes"), ("decoding, one row", "state_bytes")):
+    _table([{title: name, "bytes": n, "": short_bytes(n)} for name, n in costs[key].items() if n])
+
+
+def _table(rows: list[dict]) -> None:
+  print()
+  print_table(rows, False)

@@ -1,0 +1,126 @@
+"""`llmarch train`: a config and a workdir in; a trained, checkpointed, sampled model out."""
+
+import sys
+
+from absl import flags
+
+from llmarch.commands.common import load_config, parse_flags, split_overrides
+from llmarch.config import UserError
+
+USAGE = "llmarch train --config=FILE|PRESET --workdir=DIR [--config.a.b=value ...]"
+
+
+def _define(values: flags.FlagValues) -> None:
+  flags.DEFINE_string("config", None, "config file (FILE.py or FILE.py:argument), preset or run folder", flag_values=values)
+  flags.DEFINE_string("workdir", None, "folder of the run; resumed if it holds the same config", flag_values=values)
+
+
+def main(argv: list[str]) -> int:
+  argv, overrides = split_overrides(argv)
+  args = parse_flags(argv, _define, USAGE)
+  if not args.workdir:
+    raise UserError("--workdir is missing; give a folder for the run")
+  config = load_config(args.config, overrides)
+  run(config, args.workdir)
+  return 0
+
+
+def run(config, workdir: str) -> dict:
+  """Trains `config` in `workdir`; everything that can be refused is refused before anything is compiled."""
+  from llmarch import sharding
+
+  sizes = sharding.parse_mesh(config.mesh)
+  mesh = _make_mesh(sizes) if config.mesh else None
+
+  import jax
+
+  from llmarch.analysis import cost, hardware
+  from llmarch.data.pipeline import make_pipeline
+  from llmarch.data.tokenizers import load_tokenizer
+  from llmarch.train.checkpoint import claim_workdir
+  from llmarch.train.loop import train
+
+  c = config.train
+  claim_workdir(workdir, config)  # before the corpus is tokenised
+  make = lambda split: make_pipeline(  # noqa: E731
+    config.data,
+    batch_size=c.batch_size,
+    seq_len=c.seq_len,
+    seed=config.seed,
+    vocab_size=config.model.vocab_size,
+    split=split,
+    prefix=c.loss == "prefix",
+  )
+  train_data, eval_data = make("train"), make("validation")
+  text = train_data.num_bytes > 0  # a synthetic task has none, nor a tokenizer
+  tokenizer = load_tokenizer(config.data.tokenizer) if text else None
+  devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
+  flops = cost.train_flops_per_token(config.model, c.seq_len)
+  peak = hardware.peak_flops(devices[0], config.model.precision.compute)
+  _announce(config, train_data, cost.params(config.model)["total"], flops, devices, peak)
+  return train(
+    config,
+    workdir,
+    train_data,
+    eval_data,
+    mesh=mesh,
+    sample=_sampler(config, tokenizer) if text and config.eval.sample_tokens else None,
+    flops_per_token=flops,
+    peak_flops=peak and peak * len(devices),
+  )
+
+
+def _make_mesh(sizes: dict):
+  """A mesh over the devices there are; a machine without accelerators gets as many fake ones as it needs."""
+  import math
+
+  import jax
+
+  from llmarch import sharding
+
+  need = math.prod(sizes.values())
+  jax.config.update("jax_num_cpu_devices", need)  # of the CPU backend alone
+  if jax.default_backend() == "cpu" and need > 1:
+    print(f"no accelerator: {need} fake devices on this CPU", file=sys.stderr)
+  return sharding.make_mesh(sizes)
+
+
+def _announce(config, data, params: int, flops: float, devices: list, peak: float | None) -> None:
+  c = config.train
+  lines = [
+    f"model: {config.model.stack}, {params:,} parameters",
+    f"data: {data.num_bytes:,} bytes, {data.num_tokens:,} tokens in the train split ({config.data.source.kind})",
+    f"work: {c.steps} steps of {c.batch_size} x {c.seq_len} tokens on {len(devices)} x {devices[0].device_kind}",
+  ]
+  if peak:
+    lines.append(
+      f"mfu = tokens/s * {flops:,.0f} FLOPs (6 a weight, and attention's) / {peak * len(devices):.3g} FLOP/s peak"
+    )
+  print("\n".join(lines), file=sys.stderr)
+
+
+def _sampler(config, tokenizer):
+  """params -> a prompt and its continuation."""
+  import jax
+  from flax import nnx
+
+  from llmarch.infer.lm import LM
+  from llmarch.layers.param import unflatten
+  from llmarch.models.decoder import abstract
+
+  e = config.eval
+  shapes = nnx.state(abstract(config.model))
+
+  def sample(params: dict) -> str:
+    lm = LM(config.model, unflatten(shapes, jax.device_get(params)), tokenizer)
+    room = config.model.max_seq_len - len(tokenizer.encode(e.sample_prompt))
+    n = min(e.sample_tokens, room)
+    return e.sample_prompt + lm.generate(e.sample_prompt, max_new_tokens=n, temperature=e.temperature, seed=config.seed)
+
+  return sample
+
+
+if __name__ == "__main__":
+  from llmarch.__main__ import main as llmarch
+
+  sys.exit(llmarch(["train", *sys.argv[1:]]))

@@ -1,0 +1,242 @@
+"""The data pipeline: batch = f(pipeline hash, step).
+
+No iterator state is needed to resume, and the global batch of a step does not depend on how many hosts read.
+grain permutes the rows of an epoch and makes batches ahead of time in a thread.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from llmarch.config import UserError, to_dict
+from llmarch.data import sources
+from llmarch.data.packing import PLANS, Stream
+from llmarch.data.synthetic import TASKS, Draws, TaskRows
+from llmarch.data.tokenfile import TokenStore, open_tokens, progress_bar, write_tokens
+from llmarch.data.tokenizers import Tokenizer, load_tokenizer
+from llmarch.experiment import DataConfig, TokenFile
+
+FORMAT = 1  # part of the hash: raise it with every change that gives other batches for the same inputs
+Split = Literal["train", "validation"]
+
+
+class TextRows:
+  """Rows of a stream, each once an epoch, in another order every epoch."""
+
+  def __init__(self, stream: Stream, plan, *, seed: int, split: str, shuffle: bool):
+    self._stream, self._plan = stream, plan
+    self._words, self._shuffle = (seed, split), shuffle
+
+  def fill(self, row: dict[str, np.ndarray], index: int) -> None:
+    """Writes the row that comes at `index`, counted from the first epoch on."""
+    slot = 0
+    cuts = Draws(*self._words, "prefix", index) if "prefix" in row else None
+    for segment, (start, size) in enumerate(self._plan.pieces(self._order(index)), self._plan.first_segment):
+      ids, here = self._stream.read(start, size), slice(slot, slot + size)
+      row["tokens"][here] = ids[:-1]
+      row["targets"][here] = ids[1:]
+      row["positions"][here] = np.arange(size)
+      row["segment_ids"][here] = segment
+      row["loss_weights"][here] = 1
+      if cuts:
+        cut = int(cuts.integers(1, size)[0])  # the last token of the prefix predicts what follows it
+        row["prefix"][slot : slot + cut] = True
+        row["loss_weights"][slot : slot + max(cut - 1, 0)] = 0
+      slot += size
+
+  def _order(self, index: int) -> int:
+    from grain.experimental import index_shuffle
+
+    epoch, at = divmod(index, self._plan.num_rows)
+    if not self._shuffle:
+      return at
+    return index_shuffle(at, self._plan.num_rows - 1, _epoch_key(*self._words, epoch), 4)
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_key(seed: int, split: str, epoch: int) -> int:
+  return int(Draws(seed, split, "epoch", epoch).integers(1, 1 << 32)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """Batches of one split. Made by `make_pipeline`."""
+
+  rows: TextRows | TaskRows
+  hash: str  # sha256 (hex) of all that decides the batches; where files lie and who reads them do not
+  batch_size: int  # of the global batch
+  seq_len: int
+  vocab_size: int  # of the model
+  prefix: bool
+  shard: int
+  num_shards: int
+  prefetch: int
+  corpus: str = ""  # sha256 (hex) of the whole source; "" for synthetic tasks, which are endless
+  num_documents: int = 0  # of the split, like the next two
+  num_tokens: int = 0  # ends of documents included; an epoch has each once as a target
+  num_bytes: int = 0  # of text
+
+  def __post_init__(self):
+    if not 0 <= self.shard < self.num_shards or self.batch_size % self.num_shards:
+      raise UserError(
+        f"train.batch_size={self.batch_size} cannot be dealt evenly to {self.num_shards} hosts;"
+        f" make it a multiple of {self.num_shards}"
+      )
+
+  @property
+  def bytes_per_token(self) -> float:
+    return self.num_bytes / self.num_tokens if self.num_tokens else 1.0
+
+  def batch(self, step: int) -> dict[str, np.ndarray]:
+    """This shard's block of rows of the global batch of `step`, each [B / num_shards, T].
+
+    tokens        int32 inputs
+    targets       int32 the tokens that follow them
+    loss_weights  float32, 1 where a target counts: not in padding or prefix; an answer in synthetic tasks
+    positions     int32, from 0 in every piece; -1 is padding (then all else is 0)
+    segment_ids   int32, from 1 for packed documents; 0 in chunks, synthetic tasks and padding
+    prefix        bool, only for prefix=True: tokens that see each other both ways, a random start of each
+                  piece, or in synthetic tasks all before the first answer
+    """
+    if step < 0:
+      raise ValueError(f"step must be at least 0, got {step}")
+    zeros = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32}
+    shape = self.batch_size // self.num_shards, self.seq_len
+    batch = {name: np.zeros(shape, dtype) for name, dtype in zeros.items()}
+    batch["positions"] = np.full(shape, -1, np.int32)
+    if self.prefix:
+      batch["prefix"] = np.zeros(shape, np.bool_)
+    first = step * self.batch_size + self.shard * shape[0]
+    for i in range(shape[0]):
+      self.rows.fill({name: array[i] for name, array in batch.items()}, first + i)
+    for name in ("tokens", "targets"):  # JAX would clamp an id outside the embedding in silence
+      low, high = batch[name].min(), batch[name].max()
+      if low < 0 or high >= self.vocab_size:
+        raise UserError(
+          f"the batch of step {step} holds the id {low if low < 0 else high}, outside"
+          f" model.vocab_size={self.vocab_size}; its token file changed under the run, start again"
+        )
+    return batch
+
+  def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """batch(start_step), batch(start_step + 1), ... for ever; `data.prefetch` are made ahead in a thread."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=min(self.prefetch, 1), prefetch_buffer_size=self.prefetch)
+    yield from grain.MapDataset.range(start_step, 1 << 62).map(self.batch).to_iter_dataset(options)
+
+
+def make_pipeline(
+  data: DataConfig,
+  *,
+  batch_size: int,
+  seq_len: int,
+  seed: int,
+  vocab_size: int,
+  split: Split,
+  prefix: bool = False,
+  shard: int = 0,
+  num_shards: int = 1,
+  progress: Callable[[int], None] | None = None,
+) -> Pipeline:
+  """The batches of a split: of global batches of `batch_size` rows of `seq_len` tokens, one shard's part.
+
+  `progress(bytes)` is called as text is tokenised; without it a bar shows on a terminal. Raises UserError for
+  a vocabulary that is too small, an unreadable source, and too little text for one batch.
+  """
+  common = dict(batch_size=batch_size, seq_len=seq_len, vocab_size=vocab_size, prefix=prefix)
+  common |= dict(shard=shard, num_shards=num_shards, prefetch=data.prefetch)
+  decides = dict(format=FORMAT, batch_size=batch_size, seq_len=seq_len, seed=seed, split=split, prefix=prefix)
+  if type(data.source) in TASKS:
+    rows = TaskRows(data.source, seed=seed, split=split, seq_len=seq_len, vocab_size=vocab_size)
+    return Pipeline(rows, hash=_hash(**decides, source=to_dict(data.source)), **common)
+
+  tokenizer = load_tokenizer(data.tokenizer)
+  if tokenizer.vocab_size > vocab_size:
+    raise UserError(
+      f"model.vocab_size={vocab_size} is smaller than the {tokenizer.vocab_size} ids of"
+      f" data.tokenizer={data.tokenizer}; raise it"
+    )
+  store = load_tokens(data, tokenizer, progress)
+  chosen = split_documents(store.documents["hash"], data.validation_fraction, split)
+  stream = Stream(store.tokens, store.documents["end"].astype(np.int64), chosen, tokenizer.end_id)
+  plan = PLANS[data.packing](stream.lengths, seq_len)
+  if plan.num_rows < batch_size:
+    raise UserError(
+      f"the {split} split makes {plan.num_rows} rows of {seq_len} tokens, fewer than"
+      f" train.batch_size={batch_size}; lower train.batch_size or train.seq_len, give more text, or change"
+      " data.validation_fraction"
+    )
+  decides |= dict(corpus=store.corpus, tokenizer=tokenizer.fingerprint)
+  decides |= dict(packing=data.packing, shuffle=data.shuffle, validation_fraction=data.validation_fraction)
+  return Pipeline(
+    TextRows(stream, plan, seed=seed, split=split, shuffle=data.shuffle),
+    hash=_hash(**decides),
+    corpus=store.corpus,
+    num_documents=int(chosen.sum()),
+    num_tokens=len(stream),
+    num_bytes=int(store.documents["num_bytes"][chosen].sum()),
+    **common,
+  )
+
+
+def _hash(**decides) -> str:
+  return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def split_documents(hashes: np.ndarray, fraction: float, split: Split) -> np.ndarray:
+  """bool [documents]: those of the split. The contents with the lowest hashes are the validation split, so
+  equal documents fall on the same side. Raises UserError where a split would be empty.
+  """
+  distinct = np.unique(hashes)
+  held_out = max(round(fraction * len(distinct)), 1) if fraction else 0
+  if split == "validation" and not held_out:
+    raise UserError("data.validation_fraction=0 leaves nothing to evaluate; raise it or set eval.every=0")
+  if held_out >= len(distinct):
+    raise UserError(
+      f"data.source has {len(distinct)} different documents, too few to train and validate on; give more, cut"
+      " them (data.source.separator), or set data.validation_fraction=0 and eval.every=0"
+    )
+  validation = np.isin(hashes, distinct[:held_out])
+  return validation if split == "validation" else ~validation
+
+
+def load_tokens(
+  data: DataConfig, tokenizer: Tokenizer, progress: Callable[[int], None] | None = None
+) -> TokenStore:
+  """The tokens of a source: its token file, or a cache, made again unless it is whole and the same."""
+  if isinstance(data.source, TokenFile):
+    store = open_tokens(os.path.expanduser(data.source.path))
+    if (store.tokenizer, store.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
+      raise UserError(
+        f"token file {data.source.path} was written with another tokenizer than"
+        f" data.tokenizer={data.tokenizer}; name that one, or write the file again"
+      )
+    return store
+  found = sources.survey(data.source)
+  folder = Path(data.cache_dir or os.environ.get("LLMARCH_CACHE") or "~/.cache/llmarch").expanduser()
+  path = folder / f"{_hash(corpus=found.corpus, tokenizer=tokenizer.fingerprint)[:32]}.tokens"
+  if path.exists():
+    try:
+      return _same(open_tokens(path), found.corpus, tokenizer)
+    except UserError:
+      print(f"llmarch: the tokenised cache {path} is damaged; making it again", file=sys.stderr)
+  bar = contextlib.nullcontext(progress) if progress else progress_bar("tokenising", found.num_bytes)
+  with bar as advance:
+    write_tokens(path, sources.documents(data.source), tokenizer, advance)
+  return _same(open_tokens(path), found.corpus, tokenizer)
+
+
+def _same(store: TokenStore, corpus: str, tokenizer: Tokenizer) -> TokenStore:
+  if (store.corpus, store.tokenizer) != (corpus, tokenizer.fingerprint):
+    raise UserError("data.source changed while it was read; start again")
+  return store

@@ -1,0 +1,488 @@
+"""Published decoders as data, and `shrink`, which makes a toy of any of them.
+
+One function a family; PRESETS names the models. A preset is the architecture, its longest published
+context, and how its matrices were drawn where that is published (else the defaults of ModelConfig). Dropout
+is left at 0 and precision at f32 everywhere: they are choices of a run.
+Sizes are those of the released checkpoints: vocabularies with their padding, d_ff of each matrix (the Gemma
+papers print gate and up together). RoPE pairs are those of the Hugging Face checkpoints, (i, i + dims/2).
+tests/test_presets.py holds the published counts.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from llmarch.config import (
+  BlockConfig,
+  EmbedConfig,
+  FanIn,
+  HeadConfig,
+  ModelConfig,
+  Normal,
+  ScalingConfig,
+)
+from llmarch.layers.attention import AttentionConfig, QKNorm
+from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.norm import LayerNorm, RMSNorm
+from llmarch.layers.position import ALiBi, Interpolation, Learned, Llama3Scaling, RoPE
+
+
+def gpt(
+  num_layers: int,
+  d_model: int,
+  num_heads: int,
+  *,
+  context: int,
+  vocab_size: int = 50257,
+  init_std: float = 0.02,
+  band: int | None = None,
+) -> ModelConfig:
+  """GPT-2 and its kin: LayerNorm before, biases, GELU (tanh), learned positions; matrices that write the
+  stream are drawn 1/sqrt(2 layers) smaller. `band`: every second layer sees only that many tokens."""
+
+  def block(window):
+    return BlockConfig(
+      mixer=AttentionConfig(num_heads=num_heads, window=window, qkv_bias=True, out_bias=True),
+      ffn=MLPConfig(d_ff=4 * d_model, activation="gelu_tanh", gated=False, bias=True),
+      norm=LayerNorm(),
+      output_init_scale=(2 * num_layers) ** -0.5,
+    )
+
+  blocks = {"layer": block(None)} if band is None else {"dense": block(None), "banded": block(band)}
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=vocab_size,
+    max_seq_len=context,
+    stack=f"{num_layers}*layer" if band is None else f"{num_layers // 2}*(dense banded)",
+    blocks=blocks,
+    embed=EmbedConfig(position=Learned(length=context)),
+    final_norm=LayerNorm(),
+    init=Normal(stddev=init_std),
+    embed_init=Normal(stddev=init_std),
+  )
+
+
+def gpt_j() -> ModelConfig:
+  """GPT-J-6B: attention beside the feed-forward under one norm, interleaved RoPE on a quarter of the head."""
+  return ModelConfig(
+    d_model=4096,
+    vocab_size=50400,
+    max_seq_len=2048,
+    stack="28*layer",
+    blocks={
+      "layer": BlockConfig(
+        mixer=AttentionConfig(num_heads=16, position=RoPE(dims=64, interleaved=True)),
+        ffn=MLPConfig(d_ff=16384, activation="gelu_tanh", gated=False, bias=True),
+        norm=LayerNorm(),
+        residual="parallel",
+      )
+    },
+    head=HeadConfig(tied=False, bias=True),
+    final_norm=LayerNorm(),
+  )
+
+
+def palm(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
+  """PaLM (2204.02311): parallel, multi-query, SwiGLU of the full 4 d. The norm is RMS with a zero-centred
+  scale (the authors' inference code). The table is N(0, 1), so the logits are divided by sqrt(d) (section 5)."""
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=256000,
+    max_seq_len=2048,
+    stack=f"{num_layers}*layer",
+    blocks={
+      "layer": BlockConfig(
+        mixer=AttentionConfig(num_heads=num_heads, num_kv_heads=1, head_dim=256, position=RoPE()),
+        ffn=MLPConfig(d_ff=4 * d_model),
+        norm=RMSNorm(zero_centered=True),
+        residual="parallel",
+      )
+    },
+    head=HeadConfig(scale=d_model**-0.5),
+    final_norm=RMSNorm(zero_centered=True),
+    init=FanIn(),
+    embed_init=Normal(stddev=1.0),
+  )
+
+
+def llama(
+  num_layers: int,
+  d_model: int,
+  d_ff: int,
+  num_heads: int,
+  num_kv_heads: int,
+  *,
+  context: int,
+  vocab_size: int = 32000,
+  theta: float = 10000.0,
+  scaling: ScalingConfig | None = None,
+  window: int | None = None,
+  eps: float = 1e-5,
+  tied: bool = False,
+  qkv_bias: bool = False,
+  head_dim: int | None = None,
+  qk_norm: bool = False,
+) -> ModelConfig:
+  """LLaMA and what follows its diagram (Mistral, Qwen): RMSNorm before, RoPE, SwiGLU, no biases but Qwen's."""
+  norm = RMSNorm(eps=eps)
+  attention = AttentionConfig(
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    position=RoPE(theta=theta, scaling=scaling),
+    window=window,
+    qkv_bias=qkv_bias,
+    qk_norm=QKNorm(norm=norm) if qk_norm else None,
+  )
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=vocab_size,
+    max_seq_len=context,
+    stack=f"{num_layers}*layer",
+    blocks={"layer": BlockConfig(mixer=attention, ffn=MLPConfig(d_ff=d_ff), norm=norm)},
+    head=HeadConfig(tied=tied),
+    final_norm=norm,
+  )
+
+
+llama_1 = partial(llama, context=2048, eps=1e-6)
+llama_2 = partial(llama, context=4096)
+llama_3 = partial(llama, context=8192, vocab_size=128256, theta=5e5)
+llama_3_2 = partial(llama_3, context=131072, scaling=Llama3Scaling(factor=32.0), tied=True)
+qwen_1_5 = partial(llama, context=32768, theta=1e6, eps=1e-6, qkv_bias=True)
+qwen_2_5 = qwen_1_5  # the diagram is the same; its base models of 14B and above have eps 1e-5
+qwen_3 = partial(llama, context=40960, vocab_size=151936, theta=1e6, eps=1e-6, head_dim=128, qk_norm=True)
+
+
+def gemma(
+  num_layers: int,
+  d_model: int,
+  d_ff: int,
+  num_heads: int,
+  num_kv_heads: int,
+  head_dim: int = 256,
+  *,
+  context: int = 8192,
+  vocab_size: int = 256000,
+  stack: str = "layer",
+  window: int | None = None,
+  global_theta: float = 10000.0,
+  global_scaling: ScalingConfig | None = None,
+  sandwich: bool = True,
+  query_scale: float | None = None,
+  qk_norm: bool = False,
+  attention_softcap: float | None = None,
+  logit_softcap: float | None = None,
+) -> ModelConfig:
+  """Gemma: zero-centred RMSNorm, GEGLU (tanh), embeddings times sqrt(d), free head_dim, tied.
+  The window belongs to the layers that the stack calls local, the RoPE arguments to the global ones."""
+  norm = RMSNorm(zero_centered=True)
+
+  def block(window, position):
+    return BlockConfig(
+      mixer=AttentionConfig(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        position=position,
+        window=window,
+        qk_norm=QKNorm(norm=norm) if qk_norm else None,
+        query_scale=query_scale,
+        softcap=attention_softcap,
+      ),
+      ffn=MLPConfig(d_ff=d_ff, activation="gelu_tanh"),
+      norm=norm,
+      residual="sandwich" if sandwich else "pre",
+    )
+
+  everywhere = block(None, RoPE(theta=global_theta, scaling=global_scaling))
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=vocab_size,
+    max_seq_len=context,
+    stack=stack,
+    blocks={"local": block(window, RoPE()), "global": everywhere} if window else {"layer": everywhere},
+    embed=EmbedConfig(scale=math.sqrt(d_model)),
+    head=HeadConfig(softcap=logit_softcap),
+    final_norm=norm,
+  )
+
+
+def gemma_1(num_layers: int, *sizes: int) -> ModelConfig:
+  return gemma(num_layers, *sizes, stack=f"{num_layers}*layer", sandwich=False)
+
+
+def gemma_2(num_layers: int, *sizes: int, query_scale: float = 256**-0.5) -> ModelConfig:
+  """2408.00118: local and global layers in turn, norms on both sides of a branch, soft-caps, no QK-norm."""
+  return gemma(
+    num_layers,
+    *sizes,
+    stack=f"{num_layers // 2}*(local global)",
+    window=4096,
+    query_scale=query_scale,
+    attention_softcap=50.0,
+    logit_softcap=30.0,
+  )
+
+
+def gemma_3(
+  num_layers: int,
+  *sizes: int,
+  context: int = 131072,
+  vocab_size: int = 262208,  # 64 rows above the text vocabulary, for images
+  window: int = 1024,
+  query_scale: float = 256**-0.5,
+  factor: float | None = 8.0,
+) -> ModelConfig:
+  """2503.19786, text: five local layers to a global one, QK-norm in place of Gemma 2's caps."""
+  turns, rest = divmod(num_layers, 6)
+  return gemma(
+    num_layers,
+    *sizes,
+    context=context,
+    vocab_size=vocab_size,
+    stack=f"{turns}*(5*local global)" + (f" {rest}*local" if rest else ""),
+    window=window,
+    global_theta=1e6,
+    global_scaling=Interpolation(factor=factor) if factor else None,
+    query_scale=query_scale,
+    qk_norm=True,
+  )
+
+
+def falcon(num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, *, tied: bool = True) -> ModelConfig:
+  """Falcon (2311.16867): parallel, no biases but the norms'. The multi-query 7B has one norm a layer, the
+  larger ones a norm for each branch."""
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=65024,
+    max_seq_len=2048,
+    stack=f"{num_layers}*layer",
+    blocks={
+      "layer": BlockConfig(
+        mixer=AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, position=RoPE()),
+        ffn=MLPConfig(d_ff=4 * d_model, activation="gelu", gated=False),
+        norm=LayerNorm(),
+        residual="parallel" if num_kv_heads == 1 else "parallel_two_norms",
+      )
+    },
+    head=HeadConfig(tied=tied),
+    final_norm=LayerNorm(),
+  )
+
+
+def mpt(num_layers: int, d_model: int, num_heads: int, *, context: int) -> ModelConfig:
+  """MPT: ALiBi, LayerNorm without bias, GELU, no biases. All drawn with std sqrt(2 / fan_in), outputs
+  1/sqrt(2 layers) smaller (init_config of the released checkpoints)."""
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=50432,
+    max_seq_len=context,
+    stack=f"{num_layers}*layer",
+    blocks={
+      "layer": BlockConfig(
+        mixer=AttentionConfig(num_heads=num_heads, position=ALiBi()),
+        ffn=MLPConfig(d_ff=4 * d_model, activation="gelu", gated=False),
+        norm=LayerNorm(bias=False),
+        output_init_scale=(2 * num_layers) ** -0.5,
+      )
+    },
+    final_norm=LayerNorm(bias=False),
+    init=FanIn(gain=2**0.5),
+    embed_init=FanIn(gain=2**0.5),
+  )
+
+
+def bloom(num_layers: int, d_model: int, num_heads: int, *, init_std: float = 0.02) -> ModelConfig:
+  """BLOOM (2211.05100): ALiBi, a norm on the embeddings, biases everywhere."""
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=250880,
+    max_seq_len=2048,
+    stack=f"{num_layers}*layer",
+    blocks={
+      "layer": BlockConfig(
+        mixer=AttentionConfig(num_heads=num_heads, position=ALiBi(), qkv_bias=True, out_bias=True),
+        ffn=MLPConfig(d_ff=4 * d_model, activation="gelu_tanh", gated=False, bias=True),
+        norm=LayerNorm(),
+        output_init_scale=(2 * num_layers) ** -0.5,
+      )
+    },
+    embed=EmbedConfig(norm=LayerNorm()),
+    final_norm=LayerNorm(),
+    init=Normal(stddev=init_std),
+    embed_init=Normal(stddev=init_std),
+  )
+
+
+def nemotron_4(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
+  """Nemotron-4 (2402.16819): squared ReLU, zero-centred LayerNorm with bias, RoPE on half of the head."""
+  norm = LayerNorm(zero_centered=True)
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=256000,
+    max_seq_len=4096,
+    stack=f"{num_layers}*layer",
+    blocks={
+      "layer": BlockConfig(
+        mixer=AttentionConfig(num_heads=num_heads, num_kv_heads=8, position=RoPE(dims=d_model // num_heads // 2)),
+        ffn=MLPConfig(d_ff=4 * d_model, activation="relu2", gated=False),
+        norm=norm,
+      )
+    },
+    head=HeadConfig(tied=False),
+    final_norm=norm,
+  )
+
+
+# fmt: off
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
+  # layers, d_model, heads
+  "gpt_2_small": partial(gpt, 12, 768, 12, context=1024),
+  "gpt_2_medium": partial(gpt, 24, 1024, 16, context=1024),
+  "gpt_2_large": partial(gpt, 36, 1280, 20, context=1024),
+  "gpt_2_xl": partial(gpt, 48, 1600, 25, context=1024),
+  # 2005.14165: "alternating dense and locally banded sparse attention patterns" of unpublished width; 256 is
+  # the larger stride of the Sparse Transformer that it cites, and the window of the replication GPT-Neo.
+  "gpt_3_175b": partial(gpt, 96, 12288, 96, context=2048, band=256),
+  "gpt_j_6b": gpt_j,
+  "mt_nlg_530b": partial(gpt, 105, 20480, 128, context=2048, vocab_size=51200, init_std=4e-3),  # 2201.11990
+
+  "palm_8b": partial(palm, 32, 4096, 16),
+  "palm_62b": partial(palm, 64, 8192, 32),
+  "palm_540b": partial(palm, 118, 18432, 48),
+  "palm_540b_padded": partial(palm, 118, 18432, 64),  # heads padded for 64 chips and more (2211.05102)
+
+  # layers, d_model, d_ff, heads, kv heads
+  "llama_7b": partial(llama_1, 32, 4096, 11008, 32, 32),
+  "llama_13b": partial(llama_1, 40, 5120, 13824, 40, 40),
+  "llama_33b": partial(llama_1, 60, 6656, 17920, 52, 52),
+  "llama_65b": partial(llama_1, 80, 8192, 22016, 64, 64, eps=1e-5),  # eps of its params.json
+  "llama_2_7b": partial(llama_2, 32, 4096, 11008, 32, 32),
+  "llama_2_13b": partial(llama_2, 40, 5120, 13824, 40, 40),
+  "llama_2_70b": partial(llama_2, 80, 8192, 28672, 64, 8),
+  "llama_3_8b": partial(llama_3, 32, 4096, 14336, 32, 8),
+  "llama_3_70b": partial(llama_3, 80, 8192, 28672, 64, 8),
+  "llama_3_1_405b": partial(llama_3, 126, 16384, 53248, 128, 8, context=131072, scaling=Llama3Scaling(factor=8.0)),
+  "llama_3_2_1b": partial(llama_3_2, 16, 2048, 8192, 32, 8),
+  "llama_3_2_3b": partial(llama_3_2, 28, 3072, 8192, 24, 8),
+  "mistral_7b": partial(llama, 32, 4096, 14336, 32, 8, context=8192, window=4096),  # v0.1 (2310.06825)
+
+  "qwen_1_5_0_5b": partial(qwen_1_5, 24, 1024, 2816, 16, 16, vocab_size=151936, tied=True),
+  "qwen_1_5_1_8b": partial(qwen_1_5, 24, 2048, 5504, 16, 16, vocab_size=151936),
+  "qwen_1_5_4b": partial(qwen_1_5, 40, 2560, 6912, 20, 20, vocab_size=151936),
+  "qwen_1_5_7b": partial(qwen_1_5, 32, 4096, 11008, 32, 32, vocab_size=151936),
+  "qwen_1_5_14b": partial(qwen_1_5, 40, 5120, 13696, 40, 40, vocab_size=152064),
+  "qwen_1_5_32b": partial(qwen_1_5, 64, 5120, 27392, 40, 8, vocab_size=152064),
+  "qwen_1_5_72b": partial(qwen_1_5, 80, 8192, 24576, 64, 64, vocab_size=152064),
+  "qwen_2_5_0_5b": partial(qwen_2_5, 24, 896, 4864, 14, 2, vocab_size=151936, tied=True),
+  "qwen_2_5_1_5b": partial(qwen_2_5, 28, 1536, 8960, 12, 2, vocab_size=151936, tied=True),
+  "qwen_2_5_3b": partial(qwen_2_5, 36, 2048, 11008, 16, 2, vocab_size=151936, tied=True),
+  "qwen_2_5_7b": partial(qwen_2_5, 28, 3584, 18944, 28, 4, vocab_size=152064, context=131072),
+  "qwen_2_5_14b": partial(qwen_2_5, 48, 5120, 13824, 40, 8, vocab_size=152064, context=131072, eps=1e-5),
+  "qwen_2_5_32b": partial(qwen_2_5, 64, 5120, 27648, 40, 8, vocab_size=152064, context=131072, eps=1e-5),
+  "qwen_2_5_72b": partial(qwen_2_5, 80, 8192, 29568, 64, 8, vocab_size=152064, context=131072, eps=1e-5),
+  "qwen_3_0_6b": partial(qwen_3, 28, 1024, 3072, 16, 8, tied=True),
+  "qwen_3_1_7b": partial(qwen_3, 28, 2048, 6144, 16, 8, tied=True),
+  "qwen_3_4b": partial(qwen_3, 36, 2560, 9728, 32, 8, tied=True),
+  "qwen_3_8b": partial(qwen_3, 36, 4096, 12288, 32, 8),
+  "qwen_3_14b": partial(qwen_3, 40, 5120, 17408, 40, 8),
+  "qwen_3_32b": partial(qwen_3, 64, 5120, 25600, 64, 8),
+
+  # layers, d_model, d_ff, heads, kv heads (, head_dim)
+  "gemma_2b": partial(gemma_1, 18, 2048, 16384, 8, 1),
+  "gemma_7b": partial(gemma_1, 28, 3072, 24576, 16, 16),
+  "gemma_2_2b": partial(gemma_2, 26, 2304, 9216, 8, 4),
+  "gemma_2_9b": partial(gemma_2, 42, 3584, 14336, 16, 8),
+  "gemma_2_27b": partial(gemma_2, 46, 4608, 36864, 32, 16, 128, query_scale=144**-0.5),  # (d_model / heads)^-0.5
+  "gemma_3_1b": partial(
+    gemma_3, 26, 1152, 6912, 4, 1, context=32768, vocab_size=262144, window=512, factor=None
+  ),
+  "gemma_3_4b": partial(gemma_3, 34, 2560, 10240, 8, 4),
+  "gemma_3_12b": partial(gemma_3, 48, 3840, 15360, 16, 8),
+  "gemma_3_27b": partial(gemma_3, 62, 5376, 21504, 32, 16, 128, query_scale=168**-0.5),  # (d_model / heads)^-0.5
+
+  # layers, d_model, heads (, kv heads)
+  "falcon_7b": partial(falcon, 32, 4544, 71, 1),
+  "falcon_40b": partial(falcon, 60, 8192, 128, 8),
+  "falcon_180b": partial(falcon, 80, 14848, 232, 8, tied=False),
+  "mpt_7b": partial(mpt, 32, 4096, 32, context=2048),
+  "mpt_30b": partial(mpt, 48, 7168, 64, context=8192),
+  "bloom_560m": partial(bloom, 24, 1024, 16),
+  "bloom_7b1": partial(bloom, 30, 4096, 32),
+  "bloom_176b": partial(bloom, 70, 14336, 112, init_std=0.0048),  # sqrt(1 / (3 d)), the training script's
+  "nemotron_4_15b": partial(nemotron_4, 32, 6144, 48),
+  "nemotron_4_340b": partial(nemotron_4, 96, 18432, 96),
+}
+# fmt: on
+
+
+# ------------------------------------------------------------------------------------------------- toys
+
+
+def shrink(
+  config: ModelConfig, *, d_model: int = 48, vocab_size: int = 60, max_seq_len: int = 64, window: int = 5
+) -> ModelConfig:
+  """The same architecture at toy size: every component, block name and order of layers stays, the numbers fall.
+
+  Sizes are unequal, so that a transposed axis cannot pass. Heads keep being MHA, GQA or MQA and the ratio
+  to kv heads up to 4; d_ff keeps its ratio to d_model; runs of layers and repeats are cut to 2.
+
+  >>> shrink(PRESETS["gemma_3_1b"]()).stack
+  '2*(local local global) 2*local'
+  """
+
+  def attention(c: AttentionConfig) -> dict:
+    group = c.num_heads // c.kv_heads
+    if group == 1 and c.kv_heads > 1:  # MHA; ALiBi has a rule for powers of two and one for the rest
+      kv_heads = 6 if c.num_heads & (c.num_heads - 1) else 4
+    else:
+      group, kv_heads = group if group <= 4 else 4 - group % 2, min(c.kv_heads, 2)
+    sizes = {
+      "num_heads": group * kv_heads,
+      "num_kv_heads": None if c.num_kv_heads is None else kv_heads,
+      "head_dim": None if c.head_dim is None else 10,
+      "window": None if c.window is None else window,
+    }
+    if getattr(c.position, "dims", None) is not None:  # of some dimensions: still not of all
+      sizes["position"] = dataclasses.replace(walk(c.position), dims=4)
+    return sizes
+
+  def scale(c: EmbedConfig | HeadConfig) -> dict:  # sqrt(d_model) and its inverse go on following d_model
+    power = math.log(c.scale, config.d_model) if c.scale > 0 else 0
+    return {"scale": d_model**power} if math.isclose(abs(power), 0.5) else {}
+
+  rules = {
+    AttentionConfig: attention,
+    EmbedConfig: scale,
+    HeadConfig: scale,
+    MLPConfig: lambda c: {"d_ff": 8 * round(c.d_ff * d_model / config.d_model / 8)},
+    Learned: lambda c: {"length": max_seq_len},
+    ModelConfig: lambda c: {
+      "d_model": d_model,
+      "vocab_size": vocab_size,
+      "max_seq_len": max_seq_len,
+      "stack": _shrink_stack(c.segments),
+    },
+  }
+
+  def walk(part):
+    if isinstance(part, Mapping):
+      return {name: walk(value) for name, value in part.items()}
+    if not dataclasses.is_dataclass(part):
+      return part
+    changes = {f.name: walk(getattr(part, f.name)) for f in dataclasses.fields(part)}
+    if "original" in changes:  # of a RoPE scaling: toys reach beyond it
+      changes["original"] = max_seq_len // 2
+    return dataclasses.replace(part, **changes | rules.get(type(part), lambda c: {})(part))
+
+  return walk(config)
+
+
+def _shrink_stack(segments) -> str:
+  terms = []
+  for pattern, repeat in segments:
+    short = [name for i, name in enumerate(pattern) if i < 2 or len({*pattern[i - 2 : i + 1]}) > 1]
+    terms.append(f"{min(repeat, 2)}*" + (short[0] if len(short) == 1 else f"({' '.join(short)})"))
+  return " ".join(terms)

@@ -1,0 +1,91 @@
+"""Where metrics go: metrics.jsonl, TensorBoard events and a live line."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from llmarch.train.checkpoint import write_atomically
+
+
+class MetricsWriter:
+  """Writes rows {"step": int, name: number or nested dict} to WORKDIR/metrics.jsonl and TensorBoard.
+
+  A resumed run continues the file: rows after `resume_step` are dropped, for those steps come again.
+  """
+
+  def __init__(self, workdir: str, resume_step: int):
+    from tensorboardX import SummaryWriter
+
+    path = Path(workdir) / "metrics.jsonl"
+    if path.exists():
+      write_atomically(path, "".join(f"{line}\n" for line in _rows_until(path, resume_step)))
+    self._file = path.open("a", buffering=1)
+    self._events = SummaryWriter(workdir, purge_step=resume_step + 1 if resume_step else None)
+
+  def write(self, row: dict) -> None:
+    self._file.write(json.dumps(row) + "\n")
+    for name, value in _flat(row):
+      if name != "step" and value is not None:
+        self._events.add_scalar(name, value, row["step"])
+
+  def close(self) -> None:
+    self._file.close()
+    self._events.close()
+
+
+def _rows_until(path: Path, step: int) -> list[str]:
+  """The whole lines of a metrics file up to a step; a line cut off by a crash is dropped."""
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)["step"] <= step:
+        kept.append(line)
+    except (ValueError, KeyError, TypeError):
+      continue
+  return kept
+
+
+def _flat(row: dict, prefix: str = ""):
+  """('telemetry/residual_rms/3', value) for every number in a nested row."""
+  for name, value in row.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f"{prefix}{name}/")
+    elif isinstance(value, list):
+      yield from _flat({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}/")
+    else:
+      yield f"{prefix}{name}", value
+
+
+class LiveLine:
+  """One line on a terminal that is rewritten, with the time left; plain lines where there is no terminal."""
+
+  def __init__(self, steps: int, start: int):
+    self.steps, self.start, self.began = steps, start, time.monotonic()
+    self.live = sys.stderr.isatty()
+
+  def show(self, row: dict) -> None:
+    done = row["step"] - self.start
+    left = (time.monotonic() - self.began) / max(done, 1) * (self.steps - row["step"])
+    mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
+    text = (
+      f"step {row['step']}/{self.steps}  loss {row['loss']:.4f}  {row['bits_per_byte']:.3f} bits/byte  "
+      f"|g| {row['grad_norm']:.2f}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s{mfu}"
+      f"  {_clock(left)} left"
+    )
+    self._print(text, "" if self.live and row["step"] < self.steps else "\n")
+
+  def say(self, text: str) -> None:
+    """A line that stays."""
+    self._print(text, "\n")
+
+  def _print(self, text: str, end: str) -> None:
+    start = "\r\033[K" if self.live else ""
+    print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(math.ceil(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

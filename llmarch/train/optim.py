@@ -1,0 +1,111 @@
+"""Optimizers and schedules: configs to optax. Parameters are a flat dict {name: array} here."""
+
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from optax import contrib
+
+from llmarch.config import check
+from llmarch.experiment import (
+  SGD,
+  WSD,
+  Adafactor,
+  AdamW,
+  Constant,
+  Cosine,
+  InverseSqrt,
+  Linear,
+  Lion,
+  Muon,
+  OptimizerConfig,
+  ScheduleConfig,
+)
+
+
+def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
+  """The learning rate of step 0 .. steps-1: linear warm-up, then the config's curve.
+
+  Warm-up reaches the peak at step `warmup` and starts above zero: step 0 is not wasted.
+  Raises UserError where warm-up and decay do not fit into the steps.
+  """
+  warmup, decay = config.warmup, getattr(config, "decay", 0)
+  check(
+    warmup + decay <= steps,
+    f"optimizer.schedule: warmup={warmup} and decay={decay} do not fit into train.steps={steps}; lower them",
+  )
+  after = max(steps - warmup, 1)
+  match config:
+    case Constant():
+      curve = optax.constant_schedule(peak)
+    case Linear():
+      curve = optax.linear_schedule(peak, config.final * peak, after)
+    case Cosine():
+      curve = optax.cosine_decay_schedule(peak, after, alpha=config.final)
+    case InverseSqrt():
+      curve = lambda step: peak * jnp.sqrt(warmup / jnp.maximum(step + warmup, warmup))  # noqa: E731
+    case WSD():
+      stable = optax.constant_schedule(peak)
+      curve = stable
+      if decay:
+        curve = optax.join_schedules(
+          [stable, optax.linear_schedule(peak, config.final * peak, decay)], [after - decay]
+        )
+  if not warmup:
+    return curve
+  return optax.join_schedules([lambda step: peak * (step + 1) / (warmup + 1), curve], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, params: dict[str, nnx.Param]) -> optax.GradientTransformation:
+  """clip -> the algorithm's direction -> decoupled weight decay -> learning rate.
+
+  params: the model's parameters by name (abstract ones will do), whose metadata says what decays and which
+  dimensions a matrix sums over.
+  """
+  direction = _direction(config.algorithm, params)
+  decays = {name: p.decay for name, p in params.items()}
+  schedule = make_schedule(config.schedule, config.learning_rate, steps)
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+    direction,
+    optax.add_decayed_weights(config.weight_decay, mask=decays) if config.weight_decay else optax.identity(),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+def _direction(config, params) -> optax.GradientTransformation:
+  match config:
+    case AdamW():
+      return optax.scale_by_adam(config.b1, config.b2, config.eps)
+    case Lion():
+      return optax.scale_by_lion(config.b1, config.b2)
+    case SGD():
+      return optax.trace(config.momentum) if config.momentum else optax.identity()
+    case Adafactor():
+      # 1804.04235 without its own step sizes: the learning rate and its schedule are ours.
+      return optax.chain(
+        optax.scale_by_factored_rms(
+          decay_rate=config.decay_rate, min_dim_size_to_factor=config.min_dim_size_to_factor
+        ),
+        optax.clip_by_block_rms(1.0),
+      )
+    case Muon():
+      dims = {name: _muon_dims(name, p) for name, p in params.items()}
+      return contrib.muon(
+        learning_rate=-1.0,  # the sign that scale_by_learning_rate will turn again
+        ns_steps=config.ns_steps,
+        beta=config.beta,
+        adam_b1=config.adam_b1,
+        adam_b2=config.adam_b2,
+        adam_learning_rate=-config.adam_learning_rate_ratio,
+        muon_weight_dimension_numbers=dims,
+      )
+
+
+def _muon_dims(name: str, p: nnx.Param) -> contrib.MuonDimensionNumbers | None:
+  """Which dimensions form the matrix; stacked layers are a batch. None: Adam's share."""
+  if not p.fan_in or not name.startswith("stack/segments"):
+    return None
+  offset = len(p.shape) - len(p.axes)
+  summed = tuple(offset + i for i, axis in enumerate(p.axes) if axis in p.fan_in)
+  others = tuple(offset + i for i, axis in enumerate(p.axes) if axis not in p.fan_in)
+  return contrib.MuonDimensionNumbers(summed, others)

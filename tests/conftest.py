@@ -1,0 +1,43 @@
+"""Eight fake CPU devices, quick compilation, and a count of the cases behind each equation."""
+
+import collections
+import os
+
+# Before the first import of jax. Most of the suite's time is LLVM's, so it optimises nothing here.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+  ]
+)
+
+import pytest  # noqa: E402
+
+
+def pytest_addoption(parser):
+  parser.addoption("--cases", type=int, default=200, help="configs that hypothesis draws for the invariants")
+
+
+@pytest.fixture
+def cases(request):
+  """`cases(equation, n=1)` notes n checked cases; the summary adds them up, over xdist's workers too."""
+
+  def count(equation: str, n: int = 1):
+    request.node.user_properties.append((f"cases {equation}", n))
+
+  return count
+
+
+def pytest_terminal_summary(terminalreporter):
+  counts = collections.Counter()
+  for report in terminalreporter.getreports("passed"):
+    for name, n in report.user_properties:
+      if name.startswith("cases "):
+        counts[name.removeprefix("cases ")] += n
+  if counts:
+    terminalreporter.section("cases checked")
+    for name, n in sorted(counts.items()):
+      terminalreporter.write_line(f"{n:7d}  {name}")

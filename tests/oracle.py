@@ -1,0 +1,313 @@
+"""The whole decoder in float64, written from the papers' equations with loops over positions and heads.
+
+Independent of llmarch/ops on purpose: RoPE is a complex product that knows only the difference of two
+positions, xPos its relative form, T5's logarithm is decided in integers. Slow and plain; for tests.
+
+T tokens of one row, D model, N query heads, K key-value heads, H head dim, V vocabulary.
+"""
+
+import cmath
+import math
+
+import numpy as np
+
+# --------------------------------------------------------------------------------------------- pointwise
+
+
+def gelu(x: float) -> float:
+  return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))  # x Phi(x) (1606.08415)
+
+
+def gelu_tanh(x: float) -> float:
+  return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def sigmoid(x: float) -> float:
+  return 1 / (1 + math.exp(-x))
+
+
+ACTIVATIONS = {
+  "identity": lambda x: x,
+  "relu": lambda x: max(x, 0.0),
+  "relu2": lambda x: max(x, 0.0) ** 2,
+  "gelu": gelu,
+  "gelu_tanh": gelu_tanh,
+  "silu": lambda x: x * sigmoid(x),
+  "sigmoid": sigmoid,
+}
+
+
+def softcap(x: float, cap: float | None) -> float:
+  return x if cap is None else cap * math.tanh(x / cap)
+
+
+# ------------------------------------------------------------------------------------------------- norms
+
+
+def normalise(norm, params: dict, x: np.ndarray) -> np.ndarray:
+  """One vector [D] through RMSNorm (1910.07467), LayerNorm (1607.06450) or ScaleNorm (1910.05895)."""
+  scale = params["scale"]
+  if norm.kind == "scalenorm":
+    return scale[0] * x / math.sqrt(sum(v * v for v in x) + norm.eps)
+  if norm.zero_centered:
+    scale = 1 + scale
+  if norm.kind == "rmsnorm":
+    return x / math.sqrt(sum(v * v for v in x) / len(x) + norm.eps) * scale
+  mean = sum(x) / len(x)
+  variance = sum((v - mean) ** 2 for v in x) / len(x)
+  return (x - mean) / math.sqrt(variance + norm.eps) * scale + (params["bias"] if norm.bias else 0.0)
+
+
+# --------------------------------------------------------------------------------------------- positions
+
+
+def rope_table(position, dims: int, length: int) -> tuple[list[float], float]:
+  """The angles per position of the pairs, and the factor on queries and on keys, for a context of `length`."""
+  scaling, theta = getattr(position, "scaling", None), position.theta
+  plain = [theta ** (-2 * i / dims) for i in range(dims // 2)]
+  if scaling is None:
+    return plain, 1.0
+  if scaling.kind == "linear":
+    return [t / scaling.factor for t in plain], 1.0
+  if scaling.kind == "ntk":
+    base = theta * scaling.factor ** (dims / (dims - 2))
+    return [base ** (-2 * i / dims) for i in range(dims // 2)], 1.0
+  if scaling.kind == "dynamic_ntk":
+    s = scaling.factor * length / scaling.original - (scaling.factor - 1) if length > scaling.original else 1.0
+    base = theta * s ** (dims / (dims - 2))
+    return [base ** (-2 * i / dims) for i in range(dims // 2)], 1.0
+  if scaling.kind == "yarn":
+    gain = scaling.attention_factor
+    if gain is None:
+      gain = 0.1 * math.log(scaling.factor) + 1
+    # Pair i turns original theta^(-2i/R) / 2 pi times; solved for i, and rounded outwards.
+    turning = lambda turns: dims / 2 * math.log(scaling.original / (2 * math.pi * turns)) / math.log(theta)
+    low = max(math.floor(turning(scaling.beta_fast)), 0)
+    high = min(math.ceil(turning(scaling.beta_slow)), dims - 1)
+    table = []
+    for i, t in enumerate(plain):
+      ramp = (i - low) / (high - low) if high > low else float(i > low)
+      interpolated = min(max(ramp, 0.0), 1.0)
+      table.append(interpolated * t / scaling.factor + (1 - interpolated) * t)
+    return table, gain
+  if scaling.kind == "llama3":
+    table = []
+    for t in plain:
+      wavelength = 2 * math.pi / t
+      if wavelength < scaling.original / scaling.high_factor:
+        table.append(t)
+      elif wavelength > scaling.original / scaling.low_factor:
+        table.append(t / scaling.factor)
+      else:
+        smooth = (scaling.original / wavelength - scaling.low_factor) / (scaling.high_factor - scaling.low_factor)
+        table.append((1 - smooth) * t / scaling.factor + smooth * t)
+    return table, 1.0
+  assert scaling.kind == "longrope", scaling
+  divisors = scaling.long_factors if length > scaling.original else scaling.short_factors
+  gain = scaling.attention_factor
+  if gain is None:
+    gain = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original))
+  return [t / d for t, d in zip(plain, divisors, strict=True)], gain
+
+
+def rotary_score(position, q: np.ndarray, k: np.ndarray, distance: int, length: int) -> float:
+  """<R_m q, R_n k> for m - n = distance: sum over pairs of Re(q_i conj(k_i) e^(i (m-n) theta_i)) (2104.09864, eq. 12),
+  for xPos each times zeta_i^((m-n)/scale_base) (2212.10554, eq. 9); the dimensions beyond the R turned ones as they are."""
+  dims = len(q) if position.dims is None else position.dims
+  table, gain = rope_table(position, dims, length)
+  score = 0.0
+  for i, theta in enumerate(table):
+    a, b = (2 * i, 2 * i + 1) if position.interleaved else (i, i + dims // 2)
+    product = complex(q[a], q[b]) * complex(k[a], k[b]).conjugate() * gain**2
+    if position.kind == "xpos":
+      product *= ((2 * i / dims + 0.4) / 1.4) ** (distance / position.scale_base)
+    score += (product * cmath.exp(1j * distance * theta)).real
+  return score + sum(a * b for a, b in zip(q[dims:], k[dims:], strict=True))
+
+
+def alibi_slopes(n: int, max_bias: float) -> list[float]:
+  """2108.12409, section 3 and the authors' rule for other numbers of heads."""
+  if n & (n - 1) == 0:
+    return [2 ** (-max_bias * h / n) for h in range(1, n + 1)]
+  below = 2 ** (n.bit_length() - 1)
+  return alibi_slopes(below, max_bias) + alibi_slopes(2 * below, max_bias)[0::2][: n - below]
+
+
+def t5_bucket(distance: int, num_buckets: int, max_distance: int, bidirectional: bool) -> int:
+  """1910.10683: e + floor(log(d/e) / log(M/e) * (n - e)) for d >= e = n/2; distance = key - query position.
+
+  The floor is decided exactly: it is at least k where (d/e)^(n-e) >= (M/e)^k.
+  """
+  if bidirectional:
+    n = num_buckets // 2
+    return (n if distance > 0 else 0) + t5_bucket(-abs(distance), n, max_distance, False)
+  d, n, e = max(-distance, 0), num_buckets, num_buckets // 2
+  if d < e:
+    return d
+  k = 0
+  while k < n - e - 1 and d ** (n - e) * e ** (k + 1) >= max_distance ** (k + 1) * e ** (n - e):
+    k += 1
+  return e + k
+
+
+def sinusoid(position: int, dims: int) -> np.ndarray:
+  """1706.03762, section 3.5."""
+  angle = [position / 10000 ** (2 * (i // 2) / dims) for i in range(dims)]
+  return np.array([math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(angle)])
+
+
+# -------------------------------------------------------------------------------------------- the mixer
+
+
+def sees(mixer, m: int, n: int, same_segment: bool, key_is_prefix: bool) -> bool:
+  """The query at position m sees the key at position n."""
+  if m < 0 or n < 0 or not same_segment:
+    return False
+  if mixer.window is not None and abs(m - n) >= mixer.window:
+    return False
+  return n <= m or mixer.mask == "bidirectional" or (mixer.mask == "prefix" and key_is_prefix)
+
+
+def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
+  """Grouped softmax attention (1706.03762, 2305.13245) of one row; `table` is T5's [num_buckets, N]."""
+  N, K = c.num_heads, c.num_kv_heads or c.num_heads
+  H = p["q"].shape[-1]
+
+  def project(name, x):  # [heads, H]
+    w = p[name]
+    y = np.array([[x @ w[:, n, h] for h in range(H)] for n in range(w.shape[1])])
+    return y + p[f"{name}_bias"] if c.qkv_bias else y
+
+  def norm(name, y):
+    if c.qk_norm is None:
+      return y
+    if c.qk_norm.whole:
+      return normalise(c.qk_norm.norm, p[name], y.reshape(-1)).reshape(y.shape)
+    return np.array([normalise(c.qk_norm.norm, p[name], head) for head in y])
+
+  qs = [norm("q_norm", project("q", x)) for x in xs]
+  ks = [norm("k_norm", project("k", x)) for x in xs]
+  vs = [project("v", x) for x in xs]
+  scale = 1 / math.sqrt(H) if c.query_scale is None else c.query_scale
+  kind = c.position.kind if c.position else None
+  slopes = alibi_slopes(N, c.position.max_bias) if kind == "alibi" else None
+
+  ys = []
+  for t, m in enumerate(row.positions):
+    y = np.zeros(p["o"].shape[-1])
+    for n in range(N):
+      group = n // (N // K)
+      logits, values = [], []
+      for s, k_position in enumerate(row.positions):
+        if not sees(c, m, k_position, row.segments[s] == row.segments[t], row.prefix[s]):
+          continue
+        q, k, distance = qs[t][n], ks[s][group], m - k_position
+        score = rotary_score(c.position, q, k, distance, row.length(t)) if kind in ("rope", "xpos") else q @ k
+        score = softcap(score * scale, c.softcap)
+        if kind == "alibi":
+          score -= slopes[n] * abs(distance)
+        if kind == "t5_bias":
+          position, both = c.position, c.mask == "bidirectional"
+          score += table[t5_bucket(-distance, position.num_buckets, position.max_distance, both)][n]
+        logits.append(score)
+        values.append(vs[s][group])
+      sink = [p["sinks"][n]] if c.sinks else []
+      if not logits:
+        continue
+      top = max(logits + sink)
+      total = sum(math.exp(logit - top) for logit in logits + sink)
+      out = sum(math.exp(logit - top) / total * v for logit, v in zip(logits, values, strict=True))
+      y += sum(out[h] * p["o"][n, h] for h in range(H))
+    ys.append(y + p["o_bias"] if c.out_bias else y)
+  return ys
+
+
+def mlp(c, p: dict, x: np.ndarray) -> np.ndarray:
+  """2002.05202."""
+  act = lambda v: np.array([ACTIVATIONS[c.activation](e) for e in v])
+  linear = lambda name, v: v @ p[name] + (p[f"{name}_bias"] if c.bias else 0.0)
+  h = act(linear("gate", x)) * linear("up", x) if c.gated else act(linear("up", x))
+  return linear("down", h)
+
+
+# ---------------------------------------------------------------------------------------- blocks and model
+
+
+def block(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
+  """The residual forms of BlockConfig."""
+  norms = lambda name, vs: [normalise(c.norm, p[name], v) for v in vs]
+  mixer = lambda vs: attention(c.mixer, p["mixer"], vs, row, table)
+  ffn = lambda vs: [mlp(c.ffn, p["ffn"], v) for v in vs]
+  add = lambda xs, *ys: [c.skip_scale * x + c.branch_scale * sum(y) for x, *y in zip(xs, *ys, strict=True)]
+
+  if c.residual == "parallel":
+    h = norms("mixer_norm", xs)
+    return add(xs, mixer(h), ffn(h))
+  if c.residual == "parallel_two_norms":
+    return add(xs, mixer(norms("mixer_norm", xs)), ffn(norms("ffn_norm", xs)))
+  for name, f in (("mixer", mixer), ("ffn", ffn)):
+    if name == "ffn" and c.ffn is None:
+      continue
+    if c.residual == "pre":
+      xs = add(xs, f(norms(f"{name}_norm", xs)))
+    elif c.residual == "post":
+      xs = norms(f"{name}_norm", add(xs, f(xs)))
+    elif c.residual == "sandwich":
+      xs = add(xs, norms(f"{name}_out_norm", f(norms(f"{name}_norm", xs))))
+    else:
+      assert c.residual == "output"
+      xs = add(xs, norms(f"{name}_norm", f(xs)))
+  return xs
+
+
+class Row:
+  """What is known of the tokens of one row besides their ids."""
+
+  def __init__(self, positions, segments, prefix, context: int | None):
+    self.positions, self.segments, self.prefix, self.context = positions, segments, prefix, context
+
+  def length(self, t: int) -> int:
+    """The length of token t's context: as given, else that of its document."""
+    if self.context is not None:
+      return self.context
+    return 1 + max(p for p, s in zip(self.positions, self.segments, strict=True) if s == self.segments[t])
+
+
+def as_float64(params) -> dict:
+  """Nested dicts, with integer or text keys, to float64 numpy at the leaves."""
+  if isinstance(params, dict):
+    return {str(k): as_float64(v) for k, v in params.items()}
+  return np.asarray(params).astype(np.float64)
+
+
+def logits(config, params: dict, tokens, positions=None, segments=None, prefix=None, context=None) -> np.ndarray:
+  """The logits [T, V] of one row of T tokens. `params`: the nested dict of an unstacked model's parameters.
+
+  `positions` counts up from 0, `segments` is one document and `prefix` is empty where they are not given.
+  """
+  T = len(tokens)
+  positions = list(range(T)) if positions is None else [int(p) for p in positions]
+  segments = [0] * T if segments is None else [int(s) for s in segments]
+  row = Row(positions, segments, [False] * T if prefix is None else list(prefix), context)
+  p, c = as_float64(params), config
+
+  xs = []
+  for token, position in zip(tokens, positions, strict=True):
+    x = c.embed.scale * p["embed"][token]
+    if c.embed.position and c.embed.position.kind == "sinusoidal":
+      x = x + sinusoid(position, c.d_model)
+    if c.embed.position and c.embed.position.kind == "learned":
+      x = x + p["position"][max(position, 0)]
+    xs.append(normalise(c.embed.norm, p["embed_norm"], x) if c.embed.norm else x)
+
+  segment_params = p["stack"]["segments"]
+  layers = [segment_params[s]["blocks"][b] for s in sorted(segment_params, key=int)
+            for b in sorted(segment_params[s]["blocks"], key=int)]  # fmt: skip
+  for name, layer in zip(c.layers, layers, strict=True):
+    xs = block(c.blocks[name], layer, xs, row, p["stack"].get("shared", {}).get(name))
+
+  if c.final_norm:
+    xs = [normalise(c.final_norm, p["final_norm"], x) for x in xs]
+  table = p["embed"] if c.head.tied else p["head"]
+  raw = [c.head.scale * (table @ x + (p["head_bias"] if c.head.bias else 0.0)) for x in xs]
+  return np.array([[softcap(v, c.head.softcap) for v in row] for row in raw])

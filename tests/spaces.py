@@ -1,0 +1,470 @@
+"""The configs that the invariants range over: a list by hand, hypothesis draws, and the presets made small.
+
+Sizes are tiny and unequal, so that a transposed axis cannot pass.
+"""
+
+import dataclasses
+import functools
+import typing
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelConfig, Normal, Xavier
+from llmarch.layers.attention import AttentionConfig, QKNorm
+from llmarch.layers.ffn import Activation, MLPConfig
+from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
+from llmarch.layers.position import (
+  NTK,
+  ALiBi,
+  DynamicNTK,
+  Interpolation,
+  Learned,
+  Llama3Scaling,
+  LongRoPE,
+  RoPE,
+  Sinusoidal,
+  T5Bias,
+  XPos,
+  YaRN,
+)
+from llmarch.presets import PRESETS, shrink
+
+MAX_LEN = 24  # of every config here
+
+# ----------------------------------------------------------------------------------------- a list by hand
+
+
+def attention(**changes) -> AttentionConfig:
+  return AttentionConfig(**{"num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "position": RoPE()} | changes)
+
+
+def block(mixer=None, **changes) -> BlockConfig:
+  return BlockConfig(**{"mixer": mixer or attention(), "ffn": MLPConfig(d_ff=28), "norm": RMSNorm()} | changes)
+
+
+def model(*blocks: BlockConfig, **changes) -> ModelConfig:
+  """Blocks a, b, c ... in one segment, run twice where there is but one."""
+  names = "abcdef"[: len(blocks)]
+  sizes = {"d_model": 18, "vocab_size": 40, "max_seq_len": MAX_LEN, "final_norm": RMSNorm()}
+  stack = {"stack": "2*a" if len(blocks) == 1 else " ".join(names)}
+  return ModelConfig(blocks=dict(zip(names, blocks, strict=True)), **sizes | stack | changes)
+
+
+def _rope(**kwargs) -> BlockConfig:
+  return block(attention(position=RoPE(**kwargs)))
+
+
+HAND: dict[str, ModelConfig] = {
+  "llama": model(block()),
+  "gpt2": model(
+    block(
+      AttentionConfig(num_heads=3, qkv_bias=True, out_bias=True),
+      norm=LayerNorm(),
+      ffn=MLPConfig(d_ff=20, activation="gelu_tanh", gated=False, bias=True),
+      output_init_scale=0.5,
+      dropout=0.1,
+    ),
+    embed=EmbedConfig(position=Learned(length=MAX_LEN + 2), dropout=0.1),
+    init=Normal(),
+    final_norm=LayerNorm(),
+  ),
+  "the_original": model(
+    block(
+      AttentionConfig(num_heads=3, num_kv_heads=3, dropout=0.1),
+      norm=LayerNorm(),
+      ffn=MLPConfig(d_ff=20, activation="relu", gated=False),
+      residual="post",
+    ),
+    embed=EmbedConfig(position=Sinusoidal(), scale=18**0.5),
+    init=Xavier(),
+    final_norm=None,
+  ),
+  "deepnorm": model(
+    block(residual="post", skip_scale=1.7, init_scale=0.4, norm=LayerNorm(zero_centered=True, bias=False)),
+    init=Xavier(gain=1.2),
+    final_norm=None,
+  ),
+  "gemma2": model(
+    block(
+      attention(window=5, softcap=5.0, query_scale=0.3),
+      norm=RMSNorm(zero_centered=True),
+      residual="sandwich",
+      ffn=MLPConfig(d_ff=22, activation="gelu_tanh"),
+    ),
+    block(attention(softcap=5.0, position=None), residual="sandwich", ffn=MLPConfig(d_ff=22, activation="gelu")),
+    stack="2*(a b)",
+    embed=EmbedConfig(scale=18**0.5),
+    head=HeadConfig(softcap=3.0),
+  ),
+  "olmo2": model(block(attention(qk_norm=QKNorm(norm=RMSNorm(), whole=True)), residual="output")),
+  "qwen3": model(block(attention(qk_norm=QKNorm(norm=RMSNorm()))), head=HeadConfig(tied=False)),
+  "gptj": model(
+    block(
+      attention(num_kv_heads=None, position=RoPE(dims=4, interleaved=True)),
+      residual="parallel",
+      norm=LayerNorm(),
+      ffn=MLPConfig(d_ff=20, activation="gelu_tanh", gated=False, bias=True),
+    ),
+    head=HeadConfig(tied=False, bias=True),
+  ),
+  "palm": model(block(attention(num_kv_heads=1), residual="parallel", norm=LayerNorm(bias=False), dropout=0.1)),
+  "neox": model(
+    block(
+      attention(qkv_bias=True, position=RoPE(dims=6)),
+      residual="parallel_two_norms",
+      norm=LayerNorm(),
+      ffn=MLPConfig(d_ff=20, activation="relu2", gated=False),
+    )
+  ),
+  "granite": model(
+    block(branch_scale=0.22, norm=RMSNorm(eps=1e-3)), embed=EmbedConfig(scale=12.0), head=HeadConfig(scale=0.125)
+  ),
+  "bloom": model(
+    block(attention(num_kv_heads=None, position=ALiBi()), norm=LayerNorm()), embed=EmbedConfig(norm=LayerNorm())
+  ),
+  "alibi_windows": model(
+    block(attention(position=ALiBi(max_bias=4.0), window=3), ffn=MLPConfig(d_ff=22, activation="identity")),
+    block(attention(num_heads=3, num_kv_heads=1, position=ALiBi()), ffn=MLPConfig(d_ff=26, activation="relu")),
+    stack="a 2*b",
+    init=FanIn(gain=0.7),
+  ),
+  "t5": model(
+    block(attention(num_kv_heads=None, position=T5Bias(num_buckets=8, max_distance=10), query_scale=1.0)),
+    block(attention(position=T5Bias(num_buckets=6, max_distance=7)), norm=ScaleNorm()),
+    stack="2*a b",
+  ),
+  "encoder": model(
+    block(attention(mask="bidirectional", position=T5Bias(num_buckets=8, max_distance=10))),
+    block(attention(mask="bidirectional", window=4, sinks=True), ffn=MLPConfig(d_ff=22, activation="sigmoid")),
+  ),
+  "prefix": model(
+    block(attention(mask="prefix")), block(attention(mask="prefix", window=4, position=ALiBi())), block(ffn=None)
+  ),
+  "sinks": model(block(attention(sinks=True, window=4)), block(attention(sinks=True, position=None), ffn=None)),
+  "scalenorm": model(block(attention(qk_norm=QKNorm(norm=ScaleNorm())), norm=ScaleNorm()), final_norm=ScaleNorm()),
+  "xpos": model(
+    block(attention(position=XPos(scale_base=8.0))),
+    block(attention(position=XPos(dims=6, interleaved=False, theta=100.0))),
+  ),
+  "linear": model(_rope(scaling=Interpolation(factor=4.0))),
+  "ntk": model(_rope(scaling=NTK(factor=4.0), theta=500.0)),
+  "dynamic_ntk": model(_rope(scaling=DynamicNTK(factor=4.0, original=7))),
+  "yarn": model(
+    _rope(scaling=YaRN(factor=4.0, original=64, beta_fast=8.0), theta=100.0),
+    _rope(scaling=YaRN(factor=8.0, original=200, beta_slow=2.0, attention_factor=0.9)),
+  ),
+  "llama3": model(
+    _rope(scaling=Llama3Scaling(factor=8.0), theta=5e5),
+    _rope(scaling=Llama3Scaling(factor=8.0, original=100, low_factor=2.0, high_factor=9.0)),
+  ),
+  "longrope": model(
+    _rope(
+      scaling=LongRoPE(
+        short_factors=(1.0, 1.1, 1.3, 1.5, 1.6), long_factors=(1.0, 1.5, 2.5, 4.0, 8.0), original=8, factor=8.0
+      )
+    ),
+    _rope(
+      dims=4,
+      interleaved=True,
+      scaling=LongRoPE(
+        short_factors=(1.0, 1.0), long_factors=(2.0, 3.0), original=16, factor=2.0, attention_factor=1.2
+      ),
+    ),
+  ),
+  "hybrid": model(
+    block(attention(window=3, position=RoPE(theta=100.0))),
+    block(AttentionConfig(num_heads=2, position=ALiBi()), residual="parallel", norm=LayerNorm()),
+    block(AttentionConfig(num_heads=6, num_kv_heads=3, position=T5Bias(num_buckets=4, max_distance=6)), ffn=None),
+    stack="2*(a a b) c",
+  ),
+}
+
+# ---------------------------------------------------------------------------------------- hypothesis draws
+
+_maybe = lambda strategy: st.none() | strategy
+_scale = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0])
+_activation = st.sampled_from(Activation.__args__)
+_init = st.one_of(
+  st.builds(FanIn, gain=st.sampled_from([0.5, 1.0])),
+  st.builds(Normal, stddev=st.sampled_from([0.02, 0.1])),
+  st.builds(Xavier, gain=st.sampled_from([0.5, 1.0])),
+)
+_norm = st.one_of(
+  st.builds(RMSNorm, eps=st.sampled_from([1e-6, 1e-3]), zero_centered=st.booleans()),
+  st.builds(LayerNorm, eps=st.sampled_from([1e-5, 1e-3]), bias=st.booleans(), zero_centered=st.booleans()),
+  st.builds(ScaleNorm, eps=st.sampled_from([1e-6, 1e-3])),
+)
+_mlp = st.builds(
+  MLPConfig, d_ff=st.integers(8, 40), activation=_activation, gated=st.booleans(), bias=st.booleans()
+)
+_theta = st.sampled_from([10.0, 100.0, 10000.0, 5e5])
+
+
+@st.composite
+def _scaling(draw, dims: int):
+  factor = st.sampled_from([1.0, 2.0, 8.0])
+  divisors = st.tuples(*[st.sampled_from([0.9, 1.0, 1.5, 4.0])] * (dims // 2))
+  gain = _maybe(st.sampled_from([0.8, 1.2]))
+  kinds = [
+    st.builds(Interpolation, factor=factor),
+    st.builds(
+      YaRN, factor=factor, original=st.integers(16, 200), beta_fast=st.sampled_from([4.0, 32.0]), attention_factor=gain
+    ),
+    st.builds(Llama3Scaling, factor=factor, original=st.integers(8, 100), high_factor=st.sampled_from([2.0, 4.0])),
+    st.builds(
+      LongRoPE,
+      short_factors=divisors,
+      long_factors=divisors,
+      original=st.integers(2, 16),
+      factor=factor,
+      attention_factor=gain,
+    ),
+  ]
+  if dims > 2:
+    kinds += [
+      st.builds(NTK, factor=factor),
+      st.builds(DynamicNTK, factor=factor, original=st.integers(2, 16)),
+    ]
+  return draw(draw(st.sampled_from(kinds)))
+
+
+@st.composite
+def _position(draw, head_dim: int):
+  kinds = [
+    st.none(),
+    st.builds(ALiBi, max_bias=st.sampled_from([4.0, 8.0])),
+    st.builds(T5Bias, num_buckets=st.sampled_from([4, 6, 8]), max_distance=st.integers(5, 16)),
+  ]
+  if head_dim >= 2:
+    dims = draw(st.integers(1, head_dim // 2)) * 2
+    given_dims = st.none() if head_dim % 2 == 0 and dims == head_dim else st.just(dims)
+    rope = st.builds(RoPE, theta=_theta, dims=given_dims, interleaved=st.booleans(), scaling=_maybe(_scaling(dims)))
+    kinds += [
+      *[rope] * 4,
+      st.builds(
+        XPos,
+        theta=_theta,
+        dims=given_dims,
+        interleaved=st.booleans(),
+        scale_base=st.sampled_from([4.0, 512.0]),
+      ),
+    ]
+  return draw(draw(st.sampled_from(kinds)))
+
+
+@st.composite
+def _attention(draw, d_model: int):
+  kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+  heads = kv * group
+  head_dim = draw(st.integers(3, 12))
+  if d_model % heads == 0 and draw(st.booleans()):
+    head_dim = None
+  return AttentionConfig(
+    num_heads=heads,
+    num_kv_heads=None if group == 1 and draw(st.booleans()) else kv,
+    head_dim=head_dim,
+    position=draw(_position(head_dim or d_model // heads)),
+    mask=draw(st.sampled_from([*["causal"] * 7, *["prefix"] * 2, "bidirectional"])),
+    window=draw(_maybe(st.integers(1, 8))),
+    qkv_bias=draw(st.booleans()),
+    out_bias=draw(st.booleans()),
+    qk_norm=draw(_maybe(st.builds(QKNorm, norm=_norm, whole=st.booleans()))),
+    query_scale=draw(_maybe(st.sampled_from([0.1, 0.5]))),
+    softcap=draw(_maybe(st.sampled_from([1.0, 10.0]))),
+    sinks=draw(st.booleans()),
+    dropout=draw(st.sampled_from([0.0, 0.1])),
+  )
+
+
+@st.composite
+def _block(draw, d_model: int):
+  ffn = draw(_maybe(_mlp))
+  forms = ["pre", "post", "sandwich", "output"] + (["parallel", "parallel_two_norms"] if ffn else [])
+  return BlockConfig(
+    mixer=draw(_attention(d_model)),
+    ffn=ffn,
+    norm=draw(_norm),
+    residual=draw(st.sampled_from(forms)),
+    skip_scale=draw(_scale),
+    branch_scale=draw(_scale),
+    dropout=draw(st.sampled_from([0.0, 0.1])),
+    init_scale=draw(_scale),
+    output_init_scale=draw(_scale),
+  )
+
+
+STACKS = {
+  "a": ["a", "2*a", "3*a"],
+  "ab": ["a b", "2*(a b)", "2*a b", "a 2*b", "a b a"],
+  "abc": ["a b c", "2*a b c", "c (a b) a", "a 2*(b) c"],
+}
+
+
+@st.composite
+def model_configs(draw) -> ModelConfig:
+  d_model = draw(st.integers(12, 32))
+  names = draw(st.sampled_from(sorted(STACKS)))
+  positions = [st.none(), st.builds(Learned, length=st.integers(MAX_LEN, MAX_LEN + 3))]
+  if d_model % 2 == 0:
+    positions.append(st.builds(Sinusoidal))
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=draw(st.integers(33, 45)),
+    max_seq_len=MAX_LEN,
+    stack=draw(st.sampled_from(STACKS[names])),
+    blocks={name: draw(_block(d_model)) for name in names},
+    embed=EmbedConfig(
+      scale=draw(_scale), norm=draw(_maybe(_norm)), position=draw(st.one_of(positions)), dropout=0.1
+    ),
+    head=HeadConfig(
+      tied=draw(st.booleans()),
+      bias=draw(st.booleans()),
+      scale=draw(_scale),
+      softcap=draw(_maybe(st.sampled_from([2.0, 30.0]))),
+    ),
+    final_norm=draw(_maybe(_norm)),
+    init=draw(_init),
+    embed_init=draw(_init),
+  )
+
+
+GROUP = 50
+
+
+@functools.cache
+def _drawn(group: int) -> list[ModelConfig]:
+  """GROUP configs, the same on every run. Hypothesis begins with the simplest and varies each fresh draw a few
+  times before the next; of such neighbours few are kept: a compilation is better spent on a fresh one."""
+  found = {}
+
+  @seed(group)
+  @settings(max_examples=4 * GROUP, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=HealthCheck)
+  @given(model_configs())
+  def collect(config):
+    found[config] = None
+
+  collect()
+  picks = np.linspace(GROUP // 5, len(found) - 1, GROUP).round().astype(int)
+  return [list(found)[i] for i in picks]
+
+
+def drawn(index: int) -> ModelConfig:
+  """The index-th config that hypothesis draws."""
+  return _drawn(index // GROUP)[index % GROUP]
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+
+def preset(name: str) -> ModelConfig:
+  """A preset at toy size."""
+  return shrink(PRESETS[name](), d_model=24, vocab_size=40, max_seq_len=MAX_LEN)
+
+
+# --------------------------------------------------------------------------------------------- parameters
+
+
+def random_params(abstract_params: nnx.State, seed: int) -> nnx.State:
+  """Arrays for every parameter, none at its initial value: a bias of zero or a scale of one would hide mistakes.
+
+  Matrices keep a spread of about 1 / sqrt(fan_in) so that f32 against f64 is a fair comparison.
+  """
+  draws = np.random.default_rng(seed)
+
+  def draw(path, param):
+    shape = param.get_value().shape
+    if param.decay:
+      stacked = len(shape) - len(param.axes)
+      summed = [n for n, name in zip(shape[stacked:], param.axes, strict=True) if name in param.fan_in]
+      value = draws.normal(size=shape) / np.sqrt(np.prod(summed))
+    else:
+      last = getattr(path[-1], "key", path[-1])
+      value = (1.0 if last == "scale" else 0.0) + 0.2 * draws.normal(size=shape)
+    return param.replace(value.astype(param.get_value().dtype))
+
+  is_param = lambda x: isinstance(x, nnx.Variable)
+  return jax.tree_util.tree_map_with_path(draw, abstract_params, is_leaf=is_param)
+
+
+# ------------------------------------------------------------------------------------- walking over configs
+
+
+def components(config) -> list:
+  """Every config dataclass in a tree of them."""
+  if isinstance(config, dict):
+    return [c for value in config.values() for c in components(value)]
+  if not dataclasses.is_dataclass(config):
+    return []
+  return [config] + [c for f in dataclasses.fields(config) for c in components(getattr(config, f.name))]
+
+
+def field_types(component) -> dict[str, object]:
+  """Field names and annotations of a config dataclass."""
+  hints = typing.get_type_hints(component)
+  return {f.name: hints[f.name] for f in dataclasses.fields(component)}
+
+
+def _without_none(annotation) -> tuple[object, bool]:
+  if type(None) not in typing.get_args(annotation):
+    return annotation, False
+  (inner,) = [a for a in typing.get_args(annotation) if a is not type(None)]
+  return inner, True
+
+
+def options(annotation) -> dict:
+  """{label: predicate} of what a list of examples must hold of a field: see `HAND`."""
+  inner, optional = _without_none(annotation)
+  found = {"None": lambda v: v is None, "given": lambda v: v is not None} if optional else {}
+  choices = (True, False) if inner is bool else typing.get_args(inner) if typing.get_origin(inner) is Literal else ()
+  return found | {repr(choice): lambda v, c=choice: v == c for choice in choices}
+
+
+def alternatives(annotation, value) -> list:
+  """Other values for a field, whether valid in their place or not."""
+  return [new for new in _alternatives(annotation, value) if new != value or type(new) is not type(value)]
+
+
+def _alternatives(annotation, value) -> list:
+  inner, optional = _without_none(annotation)
+  if value is None:
+    samples = {int: [1, 2, 4, 6], float: [0.7, 3.0]}
+    return samples[inner] if inner in samples else [c for c in _everything() if isinstance(c, inner)]
+  rest = [None] if optional else []
+  if inner is bool:
+    return [not value]
+  if inner is str:
+    return [f"2*({value})"]  # the only text is a stack
+  if inner is int:
+    return [value * 2, value + 1, value + 2, value - 1, value // 2, *rest]
+  if inner is float:
+    return [value * 2, value / 2, value + 0.125, *rest]
+  if typing.get_origin(inner) is Literal:
+    return [choice for choice in typing.get_args(inner) if choice != value]
+  if typing.get_origin(inner) is tuple:
+    return [tuple(2 * v for v in value)]
+  return [c for c in _everything() if isinstance(c, inner) and type(c) is not type(value)] + rest
+
+
+@functools.cache
+def _everything() -> list:
+  return [c for config in HAND.values() for c in components(config)]
+
+
+def variations(config):
+  """Yields (owner, field, old value, a function from a new value to the whole config) for every field below."""
+  if isinstance(config, dict):
+    for name, value in config.items():
+      for owner, field, old, rebuild in variations(value):
+        yield owner, field, old, lambda new, n=name, r=rebuild: {**config, n: r(new)}
+    return
+  for field in field_types(config):
+    value = getattr(config, field)
+    yield config, field, value, lambda new, f=field: dataclasses.replace(config, **{f: new})
+    if isinstance(value, dict) or dataclasses.is_dataclass(value):
+      for owner, inner, old, rebuild in variations(value):
+        yield owner, inner, old, lambda new, f=field, r=rebuild: dataclasses.replace(config, **{f: r(new)})
