@@ -363,7 +363,7 @@ def drawn(index: int) -> ModelConfig:
 
 def preset(name: str) -> ModelConfig:
   """A preset at toy size."""
-  return shrink(PRESETS[name](), d_model=24, vocab_size=40, max_seq_len=MAX_LEN)
+  return shrink(PRESETS[name](), max_seq_len=MAX_LEN)
 
 
 # --------------------------------------------------------------------------------------------- parameters

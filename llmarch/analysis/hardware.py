@@ -50,3 +50,23 @@ def _measured_peak(device, dtype: str) -> float:
       jax.block_until_ready(matmul(a, a))
       seconds.append(time.perf_counter() - start)
   return 2 * n**3 / min(seconds)
+
+
+@functools.cache
+def memory_bandwidth(device) -> float:
+  """Bytes/s that a jax device reads, measured: the best of several sums over an array that no cache holds."""
+  import jax
+  import jax.numpy as jnp
+
+  n = 2**26 if device.platform == "cpu" else 2**30  # f32: 256 MiB, 4 GiB
+  with jax.default_device(device):
+    x = jnp.ones((n // 2**12, 2**12), jnp.float32)
+    y = jnp.ones(2**12, jnp.float32)
+    read = jax.jit(jnp.matmul)  # a matrix-vector product, as in decoding
+    jax.block_until_ready(read(x, y))
+    seconds = []
+    for _ in range(8):
+      start = time.perf_counter()
+      jax.block_until_ready(read(x, y))
+      seconds.append(time.perf_counter() - start)
+  return x.nbytes / min(seconds)

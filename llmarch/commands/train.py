@@ -51,7 +51,7 @@ def run(config, workdir: str) -> dict:
     split=split,
     prefix=c.loss == "prefix",
   )
-  train_data, eval_data = make("train"), make("validation")
+  train_data, eval_data = make("train"), make("validation") if config.eval.every else None
   text = train_data.num_bytes > 0  # a synthetic task has none, nor a tokenizer
   tokenizer = load_tokenizer(config.data.tokenizer) if text else None
   devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]

@@ -141,7 +141,8 @@ class Attention(nnx.Module):
       scale=q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale,
       softcap=c.softcap, dropout=c.dropout, key=key, entropy=context.telemetry,
     )  # fmt: skip
-    y = einsum("btnh,nhd->btd", out, self.o[...])
+    # Heads and head_dim as one dimension: XLA would transpose the matrix to sum over two.
+    y = einsum("btf,fd->btd", out.reshape(*x.shape[:2], -1), self.o[...].reshape(-1, x.shape[-1]))
     if c.out_bias:
       y += self.o_bias[...].astype(y.dtype)
     return y, state, {"attention_entropy": _mean_over(entropy, context)} if context.telemetry else {}

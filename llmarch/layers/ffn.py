@@ -8,7 +8,7 @@ from flax import nnx
 from llmarch.config import FFNConfig, check_at_least, config_dataclass
 from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
-from llmarch.ops.activation import ACTIVATIONS
+from llmarch.ops.activation import activate
 from llmarch.ops.einsum import einsum
 from llmarch.sharding import shard
 
@@ -47,11 +47,9 @@ class MLP(nnx.Module):
 
   def __call__(self, x: jax.Array, context: Context, key: jax.Array | None):
     """x [B, T, D] -> y [B, T, D], aux."""
-    act = ACTIVATIONS[self.config.activation]
-    if self.config.gated:
-      h = act(self._linear("gate", "btd,df->btf", x)) * self._linear("up", "btd,df->btf", x)
-    else:
-      h = act(self._linear("up", "btd,df->btf", x))
+    up = self._linear("up", "btd,df->btf", x)
+    gate = self._linear("gate", "btd,df->btf", x) if self.config.gated else None
+    h = activate(self.config.activation, *((gate, up) if self.config.gated else (up, None)))
     return self._linear("down", "btf,fd->btd", shard(h, "batch", "length", "act_mlp")), {}
 
   def _linear(self, name: str, subscripts: str, x: jax.Array) -> jax.Array:

@@ -73,4 +73,6 @@ class Norm(nnx.Module):
       setattr(self, name, value)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.config.apply(x, **{k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)})
+    params = {k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)}
+    # The backward pass recomputes it from x rather than keep f32 copies of x on the way.
+    return jax.checkpoint(self.config.apply, prevent_cse=False)(x, **params)

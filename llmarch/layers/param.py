@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import InitConfig
+from llmarch.config import InitConfig, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +58,16 @@ def flatten(state, *, variables: bool = False) -> dict:
   return {_name(path): p if variables else p.get_value() for path, p in _variables(state)[0]}
 
 
-def unflatten(abstract_state, flat: dict):
-  """The inverse of `flatten`, shaped after an abstract state. Raises KeyError unless the names are the same."""
+def unflatten(abstract_state, flat: dict, *, same_dtypes: bool = False):
+  """The inverse of `flatten`, after an abstract state. Raises UserError, with all differences, unless names and
+  shapes (and dtypes, if asked) are the same."""
   leaves, tree = _variables(abstract_state)
-  names = [_name(path) for path, _ in leaves]
-  if set(names) != set(flat):
-    raise KeyError(f"parameters differ in {sorted(set(names) ^ set(flat))}")
-  return jax.tree_util.tree_unflatten(tree, [p.replace(flat[n]) for n, (_, p) in zip(names, leaves, strict=True)])
+  params = {_name(path): p for path, p in leaves}
+  show = lambda a: f"{a.dtype if same_dtypes else ''}{list(a.shape)}"  # noqa: E731
+  wrong = [f"{name} is missing" for name in params if name not in flat]
+  wrong += [f"{name} is unknown" for name in flat if name not in params]
+  for name, param in params.items():
+    want, found = show(param.get_value()), show(flat.get(name, param.get_value()))
+    wrong += [f"{name} is {found}, not {want}"] if found != want else []
+  check(not wrong, f"parameters differ: {'; '.join(wrong)}")
+  return jax.tree_util.tree_unflatten(tree, [param.replace(flat[name]) for name, param in params.items()])

@@ -3,6 +3,7 @@
 B batch, T tokens of this call, D model, V vocabulary.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -55,6 +56,9 @@ class Decoder(nnx.Module):
     prefix: bool [B, T], tokens that their whole segment sees where a mixer's mask is "prefix"; a prefix must
     lie in one call. key: dropout happens if it is given. remat: a name of REMAT_POLICIES or "none".
     """
+    # JAX would broadcast a [T] or [B, 1] here and go on.
+    chex.assert_rank(tokens, 2)
+    chex.assert_equal_shape([a for a in (tokens, positions, segment_ids, prefix) if a is not None])
     context, shared_state = make_context(positions, segment_ids, prefix, state, telemetry)
     c = self.config
     x = self.embed[...][tokens].astype(c.precision.compute)  # [B, T, D]

@@ -14,3 +14,13 @@ ACTIVATIONS = {
   "silu": jax.nn.silu,
   "sigmoid": jax.nn.sigmoid,  # GLU, when gated
 }
+
+
+def activate(name: str, gate: jax.Array, up: jax.Array | None) -> jax.Array:
+  """act(gate), times `up` where there is one.
+
+  The backward pass recomputes it from its arguments: pointwise work is cheaper than keeping [B, T, F]
+  arrays for every factor of a derivative.
+  """
+  f = lambda g, u: ACTIVATIONS[name](g) if u is None else ACTIVATIONS[name](g) * u
+  return jax.checkpoint(f, prevent_cse=False)(gate, up)

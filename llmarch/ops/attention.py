@@ -86,33 +86,37 @@ def attend(
   The normaliser divides the result, not the T x S weights: the same numbers for fewer operations.
   """
   B, T, N, H = q.shape
-  K = k.shape[1]
-  q = q.reshape(B, T, K, N // K, H)
-  logits = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+  K, S = k.shape[1:3]
+  # The queries of a group are rows (r) of one matrix: in any other order XLA transposes T x S arrays.
+  rows = lambda x: jnp.broadcast_to(x, (x.shape[0], x.shape[1], N // K, T, x.shape[-1])).reshape(
+    x.shape[0], x.shape[1], -1, x.shape[-1]
+  )
+  q = rows(q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4))  # [B, K, R, H]
+  logits = jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32) * scale
   if softcap is not None:
     logits = softcap * jnp.tanh(logits / softcap)
   if bias is not None:
-    logits += bias.reshape(bias.shape[0], K, N // K, *bias.shape[2:])
-  logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+    logits += rows(bias.reshape(-1, K, N // K, T, S))
+  logits = jnp.where(rows(seen[:, None, None]), logits, -jnp.inf)
   top = jnp.max(logits, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
   if sinks is not None:
-    sinks = sinks.astype(jnp.float32).reshape(K, N // K, 1, 1)
+    sinks = rows(sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1))
     top = jnp.maximum(top, sinks)
   top = jax.lax.stop_gradient(top)
-  weights = jnp.exp(logits - top)  # [B, K, G, T, S]
+  weights = jnp.exp(logits - top)  # [B, K, R, S]
   total = jnp.sum(weights, axis=-1, keepdims=True)
   if sinks is not None:
     sink = jnp.exp(sinks - top)
     total += sink
   total = jnp.where(total > 0, total, 1.0)
+  unrows = lambda x: x.reshape(B, N, T, -1).swapaxes(1, 2)  # [B, K, R, X] -> [B, T, N, X]
   h = None
   if entropy:  # of the attention weights, the sink's among them: log Z - sum p (logit - top)
     mean = jnp.sum(weights * jnp.where(weights > 0, logits - top, 0.0), axis=-1, keepdims=True)
     if sinks is not None:
       mean += sink * (sinks - top)
-    h = (jnp.log(total) - mean / total)[..., 0].transpose(0, 3, 1, 2).reshape(B, T, N)
+    h = unrows(jnp.log(total) - mean / total)[..., 0]
   if key is not None and dropout > 0:
     weights *= jax.random.bernoulli(key, 1 - dropout, weights.shape) / (1 - dropout)
-  # Transposed last: XLA's CPU backend has no bf16 dot that writes "btkgh".
-  out = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-  return out.astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, N, v.shape[-1]), h
+  out = jnp.einsum("bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+  return unrows(out.astype(v.dtype)), h

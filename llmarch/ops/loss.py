@@ -9,7 +9,9 @@ import jax.numpy as jnp
 def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Cross-entropy and log Z.  logits f32 [..., V], targets int32 [...] -> f32 [...], f32 [...]."""
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
+  # A masked sum rather than a gather: its gradient is a select, not a scatter, and a sharded V stays sharded.
+  is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+  return log_z - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), log_z
 
 
 def chunked_loss(

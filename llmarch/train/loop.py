@@ -29,7 +29,7 @@ def train(
 ) -> dict:
   """Trains from the newest checkpoint of `workdir`, or from the start, to config.train.steps.
 
-  train_data, eval_data: see data.pipeline.Pipeline. sample(params) gives text. flops_per_token: of a train
+  train_data, eval_data (unused if eval.every is 0): see data.pipeline.Pipeline. sample(params) gives text. flops_per_token: of a train
   step, per token of it; peak_flops: of all devices together, None if unknown (mfu is then null).
   Returns the last evaluation row ({} if eval.every is 0). Raises UserError for a workdir that belongs to
   another run, a checkpoint of other data, or a loss that is not finite.
@@ -73,7 +73,7 @@ def train(
         row |= {"bits_per_byte": _bits_per_byte(row["loss"], train_data), **meter.read()}
         writer.write(row)
         line.show(row)
-      if due(config.eval.every) or step == c.steps:
+      if due(config.eval.every) or (config.eval.every and step == c.steps):
         with meter.paused():
           last_eval = {"step": step, **evaluate(functions.evaluate, state, eval_data, config.eval.batches, place)}
           writer.write(last_eval)

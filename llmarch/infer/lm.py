@@ -1,0 +1,346 @@
+"""A language model as users hold it: config, parameters, tokenizer; text or ids in, the same kind out.
+
+Whatever JAX would clamp or wrap in silence is checked here, on the host, before anything is compiled.
+"""
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmarch.config import ModelConfig, UserError, build, check, to_dict
+from llmarch.infer.decoder import Programs, decoding_params, make_decoder
+from llmarch.layers.param import flatten, unflatten
+from llmarch.models.decoder import abstract
+from llmarch.ops.sampling import Sampling
+
+STREAM = 4  # tokens between two calls of a stream: fewer are smoother, more are faster
+
+FORMAT = 1
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+
+
+class LM:
+  """A decoder with its parameters (the nnx.State of the config's Decoder) and its tokenizer (None: ids only)."""
+
+  def __init__(self, config: ModelConfig, params: nnx.State, tokenizer=None):
+    check(
+      tokenizer is None or tokenizer.vocab_size <= config.vocab_size,
+      f"the tokenizer has {tokenizer and tokenizer.vocab_size} ids but model.vocab_size is {config.vocab_size};"
+      " give the tokenizer that the model was trained with",
+    )
+    self.config = config
+    self.params = jax.tree.map(lambda p: jnp.asarray(p, config.precision.param), params)
+    self.tokenizer = tokenizer
+
+  @functools.cached_property
+  def _decoding_params(self) -> nnx.State:
+    return decoding_params(self.config, self.params)  # a second copy, made by the first `generate`
+
+  def logits(self, input_ids, attention_mask=None) -> np.ndarray:
+    """ids [B, T] -> float32 logits [B, T, V]; those at [b, t] are of the token after token t.
+
+    attention_mask [B, T]: 1 for tokens, 0 for padding, on either side. Logits at padding are 0.
+    """
+    rows = _nested_list(input_ids)
+    check(bool(rows) and all(isinstance(row, list) for row in rows), "input_ids must be a batch of sequences [B, T]")
+    shape = len(rows), len(rows[0])
+    check(all(len(row) == shape[1] for row in rows), "input_ids has rows of unequal length; pad and mask them")
+    mask = np.ones(shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    check(mask.shape == shape, f"attention_mask has shape {mask.shape}, input_ids {shape}; make them equal")
+    check(np.isin(mask, (0, 1)).all(), "attention_mask must hold 0 and 1 only")
+    # More padding, on the right, so that few shapes are compiled.
+    tokens = np.zeros((shape[0], bucket(shape[1], 16)), np.int32)
+    positions = np.full_like(tokens, -1)
+    for i, row in enumerate(rows):
+      at = np.flatnonzero(mask[i])
+      tokens[i, at] = self._check_ids(f"input_ids[{i}]", [row[t] for t in at])
+      positions[i, at] = np.arange(len(at))
+    logits = np.asarray(_scorer(self.config)(self.params, tokens, positions))[:, : shape[1]]
+    return np.where(mask.astype(bool)[..., None], logits, np.float32(0))
+
+  def generate(
+    self,
+    prompts,
+    *,
+    max_new_tokens: int,
+    stop=(),
+    seed: int = 0,
+    batch: int | None = None,
+    chunk: int = 256,
+    prefix: bool = False,
+    stream: Callable[[int, str | list[int]], None] | None = None,
+    **sampling,
+  ):
+    """Continues each prompt; the prompt itself is not repeated.
+
+    A text gives a text, a list of texts a list of texts; a list or an array of ids gives ids, several of them
+    a list. A row ends after max_new_tokens, or before the tokenizer's end or a stop token (`stop`: ids, or
+    texts that are one token). `sampling`: the fields of ops.sampling.Sampling (temperature, top_k, top_p,
+    min_p, repetition_penalty); greedy without. A row's draws depend on the seed, the row's number and its own
+    tokens, on nothing else.
+
+    batch: rows decoded at a time (None: all). chunk: prompt tokens at a time (a power of two, or rounded up).
+    prefix: the prompt sees itself both ways, as in prefix-LM training. stream(row, piece) is called with each
+    new piece of text or ids. Raises UserError for bad input before anything is compiled, and for logits that
+    are not finite.
+    """
+    single, prompts = _as_list("prompts", prompts)
+    n, seed, chunk = _whole("max_new_tokens", max_new_tokens, 1), _whole("seed", seed, 0), _whole("chunk", chunk, 1)
+    check(seed < 2**32, f"seed must be below 2^32, got {seed}")
+    self._check_masks(prefix)
+    rows = [_Row(p, self._read(p, f"prompts[{i}]", n), self.tokenizer) for i, p in enumerate(prompts)]
+    batch = len(rows) if batch is None else min(_whole("batch", batch, 1), len(rows))
+    longest = max(len(row.prompt_ids) for row in rows)
+    widest = max(16, _power_of_two(longest))
+    chunk = widest if prefix else min(_power_of_two(chunk), widest)
+    programs = make_decoder(
+      self.config,
+      batch=batch,
+      max_len=max(chunk, bucket(longest + n - 1, 64)),
+      chunk=chunk,
+      sampling=build(Sampling, {name: _plain(value) for name, value in sampling.items()}, "generate"),
+      stop_ids=self._stop_ids(stop),
+      prefix=prefix,
+    )
+    for first in range(0, len(rows), batch):
+      self._decode(programs, rows[first : first + batch], first, batch, chunk, n, seed, stream)
+    results = [row.result() for row in rows]
+    return results[0] if single else results
+
+  def _decode(
+    self, programs: Programs, rows: list["_Row"], first: int, batch: int, chunk: int, n: int, seed: int, stream
+  ):
+    """Runs the rows numbered from `first` to their ends; what they leave of the batch are rows without tokens."""
+    lengths = np.zeros(batch, np.int32)
+    lengths[: len(rows)] = [len(row.prompt_ids) for row in rows]
+    width = -(-int(max(lengths)) // chunk) * chunk
+    # Padded on the left, so that the last column holds the last token of every row.
+    positions = np.maximum(np.arange(width) - (width - lengths[:, None]), -1).astype(np.int32)
+    tokens = np.zeros((batch, width), np.int32)
+    tokens[positions >= 0] = np.concatenate([row.prompt_ids for row in rows])
+
+    params = self._decoding_params
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(first, first + batch))
+    carry = programs.start(keys, jnp.asarray(lengths + n))
+    for t in range(0, width, chunk):
+      carry = programs.prefill(params, carry, tokens[:, t : t + chunk], positions[:, t : t + chunk])
+    new, left = np.array(carry["token"])[:, None], n - 1
+    while True:
+      for i, row in enumerate(rows):
+        piece = row.push([int(token) for token in new[i] if token >= 0], last=not left or new[i, -1] < 0)
+        if stream and piece:
+          stream(first + i, piece)
+      for i in np.flatnonzero(carry["bad"]):
+        raise UserError(
+          f"the logits of prompts[{first + i}] are not finite after {len(rows[i].new_ids)} new tokens; the"
+          f" parameters are damaged, or overflow in {self.config.precision.compute}"
+        )
+      if not left or (new[:, -1] < 0).all():
+        return
+      carry, new, steps = programs.decode(params, carry, min(left, STREAM) if stream else left)
+      new, left = np.array(new)[:, : int(steps)], left - int(steps)
+
+  def save(self, directory: str | os.PathLike) -> None:
+    """Writes a model folder: config.json, model.safetensors, tokenizer.json. All of it appears, or nothing.
+
+    An older model folder of that name is replaced. Raises UserError, and changes nothing, where the folder
+    holds anything else.
+    """
+    target = Path(directory).absolute()
+    _check_replaceable(target)
+    flat = {name: np.asarray(value) for name, value in flatten(self.params).items()}
+    checksums = {name: zlib.crc32(np.ascontiguousarray(value).view(np.uint8)) for name, value in flat.items()}
+    from safetensors.numpy import save_file
+
+    try:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        (new / CONFIG).write_text(json.dumps({"format": FORMAT, "model": to_dict(self.config)}, indent=1))
+        save_file(flat, new / WEIGHTS, metadata={"crc32": json.dumps(checksums)})
+        if self.tokenizer:
+          self.tokenizer.save(new)
+        if target.exists():
+          target.rename(old)
+        new.rename(target)
+    except OSError as e:
+      raise UserError(f"cannot write {target} ({e.strerror}); give a folder that can be written") from None
+
+  # ---------------------------------------------------------------------------------------------- checks
+
+  def _read(self, prompt, name: str, new: int) -> list[int]:
+    if isinstance(prompt, str):
+      check(self.tokenizer is not None, f"{name} is a text, but this model has no tokenizer; give ids")
+      prompt = self.tokenizer.encode(prompt)
+    return self._check_ids(name, _nested_list(prompt), new)
+
+  def _check_ids(self, name: str, ids: list, new: int = 0) -> list[int]:
+    V, limit = self.config.vocab_size, self.config.max_seq_len
+    check(len(ids) > 0, f"{name} is empty; give at least one token")
+    for kind in set(map(type, ids)):
+      check(_is_whole(kind), f"{name} holds a {kind.__name__}; token ids are integers")
+    for token in (min(ids), max(ids)):
+      check(0 <= token < V, f"{name} holds the token {token}; ids run from 0 to {V - 1} (model.vocab_size={V})")
+    more = f" and max_new_tokens={new}, together" if new else ","
+    check(len(ids) + new <= limit, f"{name} has {len(ids)} tokens{more} above model.max_seq_len={limit}; shorten it")
+    return ids
+
+  def _check_masks(self, prefix: bool) -> None:
+    masks = {getattr(block.mixer, "mask", "causal") for block in self.config.blocks.values()}
+    check("bidirectional" not in masks, "a mixer has mask='bidirectional': it sees the future and cannot generate")
+    check(not prefix or "prefix" in masks, "prefix=True needs a mixer with mask='prefix'; leave it out")
+
+  def _stop_ids(self, stop) -> tuple[int, ...]:
+    found = [self.tokenizer.end_id] if self.tokenizer else []
+    for one in [stop] if isinstance(stop, str) or _is_whole(type(stop)) else stop:
+      if isinstance(one, str):
+        check(self.tokenizer is not None, f"stop: {one!r} is a text, but this model has no tokenizer; give ids")
+        ids = self.tokenizer.encode(one)
+        check(len(ids) == 1, f"stop: {one!r} is {len(ids)} tokens; give a text that is one, or an id")
+        one = ids[0]
+      check(_is_whole(type(one)), f"stop holds {one!r}; give token ids, or texts that are one token")
+      found.append(int(one))
+    return tuple(sorted(set(found)))
+
+
+class Text:
+  """The text of ids that come piece by piece, after the text of a prompt."""
+
+  def __init__(self, tokenizer, prompt_ids: list[int]):
+    self._tokenizer, self._prompt_ids = tokenizer, prompt_ids
+    self._ids: list[int] = []
+    self._given = 0
+
+  def push(self, ids: list[int], *, last: bool = False) -> str:
+    """Takes ids, gives what is new of the text, but (unless last) not a character whose bytes are incomplete."""
+    self._ids += ids
+    whole = str(self) if last else str(self).rstrip("\ufffd")
+    start, self._given = self._given, max(self._given, len(whole))
+    return whole[start:]
+
+  def __str__(self) -> str:
+    # In its context, for some tokenizers drop a leading space of what they decode.
+    before, whole = (self._tokenizer.decode(ids) for ids in (self._prompt_ids, self._prompt_ids + self._ids))
+    return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(self._ids)
+
+
+class _Row:
+  """A prompt and its continuation so far, which is of the prompt's kind."""
+
+  def __init__(self, prompt, prompt_ids: list[int], tokenizer):
+    self.prompt, self.prompt_ids = prompt, prompt_ids
+    self.new_ids: list[int] = []
+    self.text = Text(tokenizer, prompt_ids) if isinstance(prompt, str) else None
+
+  def push(self, ids: list[int], *, last: bool) -> str | list[int]:
+    self.new_ids += ids
+    return self.text.push(ids, last=last) if self.text else ids
+
+  def result(self):
+    if self.text:
+      return str(self.text)
+    return self.new_ids if isinstance(self.prompt, (list, tuple)) else np.array(self.new_ids, self.prompt.dtype)
+
+
+def load(directory: str | os.PathLike, tokenizer=None) -> LM:
+  """The model of a folder that `LM.save` wrote. Raises UserError if anything in it is damaged or does not fit."""
+  import llmarch.layers.registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
+
+  folder = Path(directory)
+  try:
+    data = json.loads((folder / CONFIG).read_text())
+  except (OSError, ValueError) as e:
+    why = getattr(e, "strerror", None) or "not JSON"
+    raise UserError(f"cannot read {folder / CONFIG} ({why}); give a folder that LM.save wrote, or a run's") from None
+  if not isinstance(data, dict) or data.get("format") != FORMAT:
+    raise UserError(f"{folder / CONFIG} is not of a model of format {FORMAT}; give a folder that LM.save wrote")
+  config = build(ModelConfig, data.get("model"), "model")
+  flat = _read_weights(folder / WEIGHTS)
+  try:
+    return LM(config, unflatten(nnx.state(abstract(config)), flat, same_dtypes=True), tokenizer)
+  except UserError as e:
+    raise UserError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {e}") from None
+
+
+def _read_weights(path: Path) -> dict[str, np.ndarray]:
+  """All arrays of the file, checked against their checksums and for values that are not finite."""
+  from safetensors import SafetensorError, safe_open
+
+  try:
+    with safe_open(path, framework="numpy") as f:
+      flat = {name: f.get_tensor(name) for name in f.keys()}
+      checksums = json.loads((f.metadata() or {}).get("crc32", "{}"))
+  except (SafetensorError, OSError, ValueError) as e:
+    raise UserError(f"{path} is damaged or missing ({e}); restore it, or save the model again") from None
+  for name, value in flat.items():
+    check(zlib.crc32(value.view(np.uint8)) == checksums.get(name), f"{path}: {name} is damaged; restore the file")
+    check(np.isfinite(value.astype(np.float32)).all(), f"{path}: {name} holds values that are not finite")
+  return flat
+
+
+def _check_replaceable(target: Path) -> None:
+  """A model may be written where there is nothing, an empty folder, or a model."""
+  found = {p.name for p in target.iterdir()} if target.is_dir() else set()
+  check(target.is_dir() or not target.exists(), f"{target} is a file; give a folder for the model")
+  if found:
+    ours = WEIGHTS in found and found <= {CONFIG, WEIGHTS, TOKENIZER}
+    check(ours, f"{target} holds other files than a model's; give a new folder")
+
+
+@functools.lru_cache(maxsize=16)
+def _scorer(config: ModelConfig):
+  graph = nnx.graphdef(abstract(config))
+  return jax.jit(lambda params, tokens, positions: nnx.merge(graph, params)(tokens, positions)[0])
+
+
+def bucket(n: int, least: int) -> int:
+  """n rounded up to one of four sizes an octave, in steps of at least `least`: few programs, little waste."""
+  step = max(least, _power_of_two(n) // 8)
+  return -(-n // step) * step
+
+
+def _power_of_two(n: int) -> int:
+  return 1 << (n - 1).bit_length()
+
+
+def _as_list(name: str, prompts) -> tuple[bool, list]:
+  """(whether it is a single one, the list of them)."""
+  if isinstance(prompts, str) or getattr(prompts, "ndim", 2) == 1:
+    return True, [prompts]
+  check(hasattr(prompts, "__len__"), f"{name} must be a text, token ids, or a list of them, got {prompts!r}")
+  check(len(prompts) > 0, f"{name} is empty; give a text or token ids")
+  if isinstance(prompts[0], str) or hasattr(prompts[0], "__len__"):
+    return False, list(prompts)
+  return True, [prompts]
+
+
+def _nested_list(ids) -> list:
+  """Arrays become lists, so that ids keep the type they came with."""
+  if hasattr(ids, "tolist"):
+    return ids.tolist()
+  check(isinstance(ids, (list, tuple)), f"token ids must be a list or an array, got {ids!r}")
+  return [_nested_list(i) if hasattr(i, "__len__") and not isinstance(i, str) else i for i in ids]
+
+
+def _is_whole(kind: type) -> bool:
+  return issubclass(kind, (int, np.integer)) and kind is not bool
+
+
+def _whole(name: str, value, least: int) -> int:
+  check(_is_whole(type(value)) and value >= least, f"{name} must be a whole number of at least {least}, got {value!r}")
+  return int(value)
+
+
+def _plain(value):
+  return value.item() if isinstance(value, np.generic) else value

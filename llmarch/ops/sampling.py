@@ -1,0 +1,78 @@
+"""From logits to a token: filters in the order of `transformers`, each removing tokens by setting -inf.
+
+B batch, V vocabulary. Logits are f32 [B, V]; a row never depends on another.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llmarch.config import check, check_above, check_at_least, config_dataclass
+
+
+@config_dataclass
+class Sampling:
+  """How the next token is chosen. The defaults are greedy."""
+
+  temperature: float = 0.0  # 0: the most likely token
+  top_k: int = 0  # 0: all
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+
+  def __post_init__(self):
+    check_at_least(self, 0, "temperature", "top_k")
+    check(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+    check(0 <= self.min_p <= 1, f"min_p must lie between 0 and 1, got {self.min_p}")
+    check_above(self, 0, "repetition_penalty")
+
+
+def penalise_repetition(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Array:
+  """l -> l / penalty if l > 0 else l * penalty, for the tokens in `seen` bool [B, V]  (CTRL, 1909.05858)."""
+  penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+  return jnp.where(seen, penalised, logits)
+
+
+def top_k(logits: jax.Array, *, k: int) -> jax.Array:
+  """Keeps the k largest, and what equals the smallest of them  (1805.04833)."""
+  smallest = jax.lax.top_k(logits, k)[0][:, -1:]
+  return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+def top_p(logits: jax.Array, *, p: float) -> jax.Array:
+  """Keeps the tokens before which less than p of the probability lies, most likely first  (1904.09751).
+
+  Tokens that equal the last one kept are kept too, so that the result does not depend on a sorting order.
+  """
+  descending = jnp.sort(logits, axis=-1, descending=True)
+  probability = jax.nn.softmax(descending, axis=-1)
+  before = jnp.cumsum(probability, axis=-1) - probability
+  smallest = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
+def min_p(logits: jax.Array, *, p: float) -> jax.Array:
+  """Keeps the tokens whose probability is at least p times the largest  (2407.01082)."""
+  probability = jax.nn.softmax(logits, axis=-1)
+  keep = probability >= p * jnp.max(probability, axis=-1, keepdims=True)
+  return jnp.where(keep, logits, -jnp.inf)
+
+
+def filtered(logits: jax.Array, seen: jax.Array | None, *, sampling: Sampling) -> jax.Array:
+  """The logits that are sampled from at a temperature above 0. `seen` may be None where nothing is penalised."""
+  s = sampling
+  if s.repetition_penalty != 1:
+    logits = penalise_repetition(logits, seen, penalty=s.repetition_penalty)
+  if s.temperature > 0:
+    logits = logits / s.temperature
+    logits = top_k(logits, k=s.top_k) if s.top_k else logits
+    logits = top_p(logits, p=s.top_p) if s.top_p < 1 else logits
+    logits = min_p(logits, p=s.min_p) if s.min_p else logits
+  return logits
+
+
+def sample(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, *, sampling: Sampling) -> jax.Array:
+  """f32 [B, V], bool [B, V] or None, a key a row [B] -> int32 [B]. The caller refuses logits that are not finite."""
+  logits = filtered(logits, seen, sampling=sampling)
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
