@@ -35,6 +35,9 @@ class FrozenDict(dict):
 
   __setitem__ = __delitem__ = update = pop = clear = setdefault = popitem = __ior__ = _refuse
 
+  def __reduce__(self):  # copying and pickling would set items
+    return FrozenDict, (dict(self),)
+
 
 class Variant:
   """Root of a family of alternative configs. `class RoPE(PositionConfig, kind="rope")` joins one."""
@@ -262,6 +265,9 @@ class ModelConfig:
     return tuple(name for pattern, repeat in self.segments for name in pattern * repeat)
 
 
+MAX_LAYERS = 100_000  # so that a slip of the finger cannot fill the memory
+
+
 def parse_stack(text: str) -> tuple[tuple[tuple[str, ...], int], ...]:
   """The order of layers as ((pattern of block names, repeats), ...); each term becomes one scan.
 
@@ -270,7 +276,7 @@ def parse_stack(text: str) -> tuple[tuple[tuple[str, ...], int], ...]:
 
   Raises UserError for anything that is not `term term ...`, term = [count*](name | "(" stack ")").
   """
-  tokens = re.findall(r"\d+\s*\*|[()]|[A-Za-z_]\w*|\S", text)
+  tokens = re.findall(r"\d{1,9}\s*\*|[()]|[A-Za-z_]\w*|\S", text, re.ASCII)
   position = 0
 
   def fail(what):
@@ -278,10 +284,12 @@ def parse_stack(text: str) -> tuple[tuple[tuple[str, ...], int], ...]:
 
   def terms(depth):
     nonlocal position
+    if depth > 50:
+      fail("its parentheses go more than 50 deep")
     found = []
     while position < len(tokens) and tokens[position] != ")":
       count = 1
-      if tokens[position].endswith("*"):
+      if re.fullmatch(r"\d+\s*\*", tokens[position]):
         count = int(tokens[position][:-1])
         position += 1
       if position == len(tokens):
@@ -300,6 +308,8 @@ def parse_stack(text: str) -> tuple[tuple[tuple[str, ...], int], ...]:
         pattern = (token,)
       else:
         fail(f"{token!r} is out of place")
+      if len(pattern) * count > MAX_LAYERS:
+        fail(f"it has more than {MAX_LAYERS} layers")
       found.append((pattern, count))
     if depth == 0 and position < len(tokens):
       fail("a ')' has no '('")
@@ -351,7 +361,7 @@ def build(annotation: Any, value: Any, path: str = "config") -> Any:
 
 def _scalar(annotation, value, path):
   if annotation is float and type(value) is int:
-    value = float(value)
+    value = float(value) if abs(value) < 2**1023 else math.inf
   if type(value) is not annotation:
     raise UserError(f"{path} must be of type {annotation.__name__}, got {value!r}")
   if annotation is float and not math.isfinite(value):
@@ -367,7 +377,7 @@ def _dataclass(annotation, value, path):
     if not isinstance(value, Mapping) or "kind" not in value:
       raise UserError(f"{path} must name its kind, one of {', '.join(sorted(annotation.variants))}; got {value!r}")
     kind = value["kind"]
-    if kind not in annotation.variants:
+    if not isinstance(kind, str) or kind not in annotation.variants:
       raise UserError(f"{path}.kind: unknown kind {kind!r}{nearest(str(kind), annotation.variants)}")
     annotation = annotation.variants[kind]
     value = {k: v for k, v in value.items() if k != "kind"}
@@ -437,11 +447,12 @@ def _child(node, key, at):
 def parse_value(text: str) -> Any:
   """A command-line value: a Python literal, true/false/none, or else the text itself."""
   words = {"true": True, "false": False, "none": None, "null": None}
+  words |= {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
   if text.lower() in words:
     return words[text.lower()]
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that literal_eval may raise
     return text
 
 
@@ -453,5 +464,5 @@ def differences(a: Any, b: Any, path: str = "config") -> list[str]:
     return [d for k in keys for d in differences(a.get(k, missing), b.get(k, missing), f"{path}.{k}")]
   if a == b and type(a) is type(b):
     return []
-  show = lambda v: "absent" if type(v) is object else repr(v)  # noqa: E731
+  show = lambda v: "absent" if type(v) is object else repr(v)
   return [f"{path}: {show(a)} here, {show(b)} there"]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmarch.config import UserError
+from llmarch.config import UserError, check
 
 Layout = Mapping[str, str | tuple[str, ...] | None]
 
@@ -59,15 +59,13 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
-  """A mesh of exactly the devices given, or of the first ones there are. Raises UserError if too few."""
+  """A mesh of exactly these devices (None: all there are). Raises UserError unless the sizes multiply to them."""
   need = math.prod(sizes.values())
   devices = jax.devices() if devices is None else devices
-  if need > len(devices):
-    raise UserError(f"mesh {dict(sizes)} needs {need} devices, but there are {len(devices)}; lower an axis")
+  # jax.make_mesh would leave the rest idle without a word.
+  check(need == len(devices), f"mesh {dict(sizes)} covers {need} devices of {len(devices)}; make the sizes multiply to that")
   # Auto: GSPMD places the collectives (jax.make_mesh would make the axes Explicit).
-  return jax.make_mesh(
-    tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:need]
-  )
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], layout: Layout, mesh: Mesh) -> PartitionSpec:

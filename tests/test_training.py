@@ -266,7 +266,7 @@ def _same_sharding(x, want):
 
 def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
   config = experiment()
-  four, one = make_train_step(config, make_mesh({"data": 2, "tensor": 2})), make_train_step(config)
+  four, one = make_train_step(config, make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])), make_train_step(config)
   state = four.init()
   with checkpoint.Checkpoints(str(tmp_path), config.checkpoint) as saved:
     saved.save(1, state, {}, None)

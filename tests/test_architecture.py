@@ -1,0 +1,101 @@
+"""Who may import whom, held by reading the imports; and what a quick command may not load."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = sorted((ROOT / "llmarch").rglob("*.py"))
+
+# A room may import itself and these rooms. experiment.py is a part of config.
+BELOW_MODELS = {"config", "sharding", "ops", "layers", "models"}
+ARROWS = {
+  "config": set(),
+  "sharding": {"config"},  # its UserError
+  "ops": {"sharding", "config"},  # config is the standard library alone; ops/sampling.py has a config
+  "layers": {"ops", "config", "sharding"},
+  "models": {"layers", "ops", "config", "sharding"},
+  "presets": {"config", "layers"},
+  "data": {"config"},
+  "train": BELOW_MODELS | {"data", "analysis"},
+  "infer": BELOW_MODELS | {"data"},
+  "convert": BELOW_MODELS | {"presets"},
+  "analysis": BELOW_MODELS | {"presets"},
+  "report": BELOW_MODELS | {"analysis"},
+  "commands": BELOW_MODELS | {"presets", "data", "train", "infer", "convert", "analysis", "report", "__main__", "__init__"},
+  "__main__": {"config", "commands"},
+  "__init__": {"data", "train", "infer"},
+}
+LIBRARIES = {  # outside the standard library
+  "config": set(),
+  "sharding": {"jax"},
+  "ops": {"jax", "numpy"},
+  "layers": {"jax", "numpy", "flax"},
+  "models": {"jax", "numpy", "flax", "chex"},
+  "presets": set(),
+  "__main__": set(),
+  "__init__": set(),
+}
+
+
+def room(module: str) -> str:
+  """llmarch.layers.attention -> layers; llmarch.experiment -> config."""
+  parts = module.split(".")
+  name = parts[1] if len(parts) > 1 else "__init__"
+  return {"experiment": "config"}.get(name, name)
+
+
+def imports(path: pathlib.Path) -> set[str]:
+  """The full names of the modules that a file imports, at the top or inside functions."""
+  found = set()
+  package = ["llmarch", *path.relative_to(ROOT / "llmarch").parts[:-1]]
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      base = package[: len(package) - node.level + 1] if node.level else []
+      source = ".".join([*base, *([node.module] if node.module else [])])
+      found |= {f"{source}.{alias.name}" for alias in node.names} if source in ("llmarch", "") else {source}
+  return found
+
+
+def name_of(path: pathlib.Path) -> str:
+  return ".".join(["llmarch", *path.relative_to(ROOT / "llmarch").with_suffix("").parts])
+
+
+def test_there_are_modules_to_check():
+  assert len(MODULES) > 25 and {room(name_of(path)) for path in MODULES} <= set(ARROWS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_follow_the_arrows(path):
+  here = room(name_of(path))
+  for module in imports(path):
+    top = module.split(".")[0]
+    assert top not in ("configs", "experiments", "tests", "torch"), f"imports {module}"
+    if top == "llmarch":
+      assert room(module) in ARROWS[here] | {here}, f"{here} may not import {module}"
+    elif here in LIBRARIES:
+      assert top in LIBRARIES[here] or top in sys.stdlib_module_names, f"{here} may not import {module}"
+
+
+def loaded_by(code: str) -> set[str]:
+  run = subprocess.run(
+    [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  return {name.split(".")[0] for name in run.stdout.split()}
+
+
+@pytest.mark.parametrize(
+  "code", ["import llmarch", "from llmarch.__main__ import main\nassert main(['--help']) == 0", "import llmarch.experiment"]
+)
+def test_help_loads_neither_jax_nor_flax(code):
+  heavy = {"jax", "jaxlib", "flax", "numpy", "optax", "orbax", "grain", "tokenizers", "datasets", "torch", "transformers"}
+  assert not loaded_by(code) & heavy
+
+
+def test_the_forward_loads_no_torch():
+  assert not loaded_by("import llmarch.models.decoder, llmarch.presets") & {"torch", "transformers", "orbax", "grain"}
