@@ -3,8 +3,11 @@
 RMSNorm before, RoPE, SwiGLU, grouped queries: the diagram of Llama 3 at 0.8 M parameters. It needs no
 download: the text is the source of the Python that runs it.
 
-Expected: below 1.8 bits per byte on held-out files.
-Cost: 600 steps of 16 x 128 bytes; a few minutes on 2 CPU cores.
+Muon, because at this budget it is worth half as many steps again: 1.90 bits per byte against AdamW's 2.09
+after 600 steps of 16 x 128.
+
+Expected: below 1.8 bits per byte on held-out files (zlib: 1.80 on the whole corpus).
+Cost: 1500 steps of 8 x 256 bytes, 1.7e13 FLOPs; 4 to 6 minutes on 2 CPU cores.
 Command: llmarch train --config=configs/tiny.py --workdir=runs/tiny
 """
 
@@ -28,16 +31,17 @@ def get_config() -> ConfigDict:
           }
         },
         "head": {"tied": False},
+        "embed_init": {"kind": "normal", "stddev": 1.0},  # of the size of what the blocks add to it
         "final_norm": {"kind": "rmsnorm"},
       },
       "data": {"source": {"kind": "stdlib"}, "tokenizer": "bytes"},
       "optimizer": {
-        "algorithm": {"kind": "adamw"},
+        "algorithm": {"kind": "muon", "adam_learning_rate_ratio": 0.2},
         "schedule": {"kind": "cosine", "warmup": 50},
-        "learning_rate": 3e-3,
+        "learning_rate": 0.02,
       },
-      "train": {"steps": 600, "batch_size": 16, "seq_len": 128},
-      "eval": {"every": 200},
-      "checkpoint": {"every": 200},
+      "train": {"steps": 1500, "batch_size": 8, "seq_len": 256, "log_every": 50},
+      "eval": {"every": 500, "batches": 32},
+      "checkpoint": {"every": 500},
     }
   )

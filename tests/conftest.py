@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 
-import pytest  # noqa: E402
+import pytest
 
 
 def pytest_addoption(parser):
@@ -32,6 +32,8 @@ def cases(request):
 
 
 def pytest_terminal_summary(terminalreporter):
+  for reason in sorted({report.longrepr[2] for report in terminalreporter.getreports("skipped")}):
+    terminalreporter.write_line(reason.upper() if len(reason) < 100 else reason, yellow=True)
   counts = collections.Counter()
   for report in terminalreporter.getreports("passed"):
     for name, n in report.user_properties:

@@ -111,8 +111,8 @@ def rope_table(position, dims: int, length: int) -> tuple[list[float], float]:
 
 
 def rotary_score(position, q: np.ndarray, k: np.ndarray, distance: int, length: int) -> float:
-  """<R_m q, R_n k> for m - n = distance: sum over pairs of Re(q_i conj(k_i) e^(i (m-n) theta_i)) (2104.09864, eq. 12),
-  for xPos each times zeta_i^((m-n)/scale_base) (2212.10554, eq. 9); the dimensions beyond the R turned ones as they are."""
+  """<R_m q, R_n k> for m - n = distance: the sum over pairs of Re(q_i conj(k_i) e^(i (m-n) theta_i)), 2104.09864
+  section 3.2.1, for xPos each times zeta_i^((m-n)/scale_base), 2212.10554; dimensions beyond the R as they are."""
   dims = len(q) if position.dims is None else position.dims
   table, gain = rope_table(position, dims, length)
   score = 0.0
