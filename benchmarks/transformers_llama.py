@@ -83,7 +83,8 @@ def main() -> None:
     model = build(request["model"])
     model.train(shape["phase"] == "train")
     run = {"train": train, "prefill": prefill, "decode": decode}[shape["phase"]](model, shape)
-    rows.append({"phase": shape["phase"], "batch": shape["batch"], "seconds": [run() for _ in range(request["repeats"])]})
+    seconds = [run() for _ in range(request["repeats"])]
+    rows.append({"phase": shape["phase"], "batch": shape["batch"], "seconds": seconds})
   json.dump(rows, sys.stdout)
 
 

@@ -63,7 +63,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> Mesh
   need = math.prod(sizes.values())
   devices = jax.devices() if devices is None else devices
   # jax.make_mesh would leave the rest idle without a word.
-  check(need == len(devices), f"mesh {dict(sizes)} covers {need} devices of {len(devices)}; make the sizes multiply to that")
+  count = len(devices)
+  check(need == count, f"mesh {dict(sizes)} covers {need} devices of {count}; make the sizes multiply to {count}")
   # Auto: GSPMD places the collectives (jax.make_mesh would make the axes Explicit).
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
@@ -119,7 +120,7 @@ def shardings(tree, layout: Layout, mesh: Mesh):
 
   One function serves parameters, optimizer moments (they are Params too) and decoding state.
   """
-  named = lambda leaf: hasattr(leaf, "axes")  # noqa: E731
+  named = lambda leaf: hasattr(leaf, "axes")
 
   def one(leaf):
     axes = leaf.axes if named(leaf) else (None,) * len(leaf.shape)

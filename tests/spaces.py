@@ -454,7 +454,7 @@ def _alternatives(annotation, value) -> list:
   if typing.get_origin(inner) is Literal:
     return [choice for choice in typing.get_args(inner) if choice != value]
   if typing.get_origin(inner) is tuple:
-    return [tuple(2 * v for v in value)]
+    return [tuple(2 * v for v in value), tuple(3 * v for v in value)]
   return [c for c in _everything() if isinstance(c, inner) and type(c) is not type(value)] + rest
 
 

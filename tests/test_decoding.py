@@ -55,7 +55,8 @@ def uncached_greedy(lm: LM, prompt: list[int], n: int, prefix: bool = False) -> 
 
 
 @pytest.mark.parametrize(
-  "name", ["gpt2", "gemma2", "palm", "alibi_windows", "t5", "prefix", "sinks", "xpos", "dynamic_ntk", "longrope", "hybrid"]
+  "name",
+  ["gpt2", "gemma2", "palm", "alibi_windows", "t5", "prefix", "sinks", "xpos", "dynamic_ntk", "longrope", "hybrid"],
 )
 def test_cached_greedy_over_ragged_prompts_equals_uncached_greedy_of_each(name):
   lm = lm_of(name)
@@ -139,7 +140,7 @@ def test_the_decode_loop_updates_its_caches_in_place_and_takes_parameters_as_arg
   assert len(caches) == 2
   for shape in caches:
     assert not re.findall(rf"= f32\[{shape}\]\S* copy\(", compiled.as_text())
-  size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+  size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
   memory = compiled.memory_analysis()
   assert memory.alias_size_in_bytes >= size(carry["state"])
   assert memory.argument_size_in_bytes >= size(params) + size(carry["state"])
@@ -201,7 +202,7 @@ def seen_of(history, V=50):
 def naive(logits, history, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
   """The definitions, a token at a time, in float64."""
   out = logits.astype(np.float64)
-  softmax = lambda row: np.exp(row - row.max()) / np.exp(row - row.max()).sum()  # noqa: E731
+  softmax = lambda row: np.exp(row - row.max()) / np.exp(row - row.max()).sum()
   for row, past in zip(out, history):
     for token in set(past.tolist()):
       row[token] = row[token] / repetition_penalty if row[token] > 0 else row[token] * repetition_penalty

@@ -376,7 +376,7 @@ def test_alibi_is_adding_slope_times_key_position():
   np.testing.assert_allclose(ours, run_attend(q, k, v, seen, jnp.broadcast_to(shifted, (1, 6, T, T))), atol=2e-6)
 
 
-BUCKETS = [(32, 128), (8, 10), (6, 7), (64, 200), (4, 3), (16, 20), (10, 101)]
+BUCKETS = [(32, 128), (8, 10), (6, 7), (64, 200), (4, 3), (16, 20), (10, 160), (54, 125)]  # the last two: a floor of 1 and 12 minus a rounding
 
 
 @pytest.mark.parametrize("buckets, reach", BUCKETS)
@@ -467,8 +467,8 @@ def test_softmax_never_overflows(dtype, size):
   """A softmax without its maximum taken off overflows above 88.7 in f32 and bf16, above 11.09 in f16."""
   q, k, v, seen = (x.astype(dtype) if x.dtype != bool else x for x in attention_inputs(H=4))
   q = jnp.clip(q * size, -6e4, 6e4)
-  for scale in (1.0, -1.0):
-    run = functools.partial(run_attend, v=v, seen=seen, scale=scale)
+  for scale, sinks in ((1.0, None), (-1.0, None), (1.0, jnp.full(6, size)), (1.0, jnp.full(6, -size))):
+    run = functools.partial(run_attend, v=v, seen=seen, scale=scale, sinks=sinks)
     grads = jax.grad(lambda *x, run=run: run(*x).astype(jnp.float32).sum(), (0, 1))(q, k)
     assert jnp.isfinite(run(q, k)).all()
     if dtype != "float16":  # f16 gradients of a score of 1e5 do not fit into f16

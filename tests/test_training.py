@@ -241,10 +241,8 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch():
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_a_train_step_on_a_mesh_equals_one_device(shape):
   model = _without_dropout(MODEL)
-  model = dataclasses.replace(
-    model,
-    blocks={n: dataclasses.replace(b, mixer=dataclasses.replace(b.mixer, num_heads=8, num_kv_heads=2)) for n, b in model.blocks.items()},
-  )
+  wide = lambda b: dataclasses.replace(b, mixer=dataclasses.replace(b.mixer, num_heads=8, num_kv_heads=2))
+  model = dataclasses.replace(model, blocks={name: wide(b) for name, b in model.blocks.items()})
   config = experiment(model=model, ema=0.9)
   mesh = make_mesh(dict(zip(("data", "tensor"), shape, strict=True)))
   one, many = make_train_step(config), make_train_step(config, mesh)

@@ -30,7 +30,7 @@ def parse_flags(argv: list[str], define: Callable[[flags.FlagValues], None], usa
 
 def _flag_help(values: flags.FlagValues) -> str:
   shown = [values[name] for name in sorted(values) if name == values[name].name]
-  default = lambda f: "" if f.default in (None, "", False, []) else f" (default {f.default})"  # noqa: E731
+  default = lambda f: "" if f.default in (None, "", False, []) else f" (default {f.default})"
   return "\n".join(f"  --{f.name}: {f.help}{default(f)}" for f in shown)
 
 

@@ -12,10 +12,10 @@ USAGE = "llmarch generate --from=DIR --prompt=TEXT [--max_new_tokens=N] [--tempe
 
 
 def _define(values: flags.FlagValues) -> None:
-  text = lambda name, what: flags.DEFINE_string(name, None, what, flag_values=values)  # noqa: E731
-  texts = lambda name, what: flags.DEFINE_multi_string(name, [], what, flag_values=values)  # noqa: E731
-  whole = lambda name, default, what: flags.DEFINE_integer(name, default, what, flag_values=values)  # noqa: E731
-  number = lambda name, default, what: flags.DEFINE_float(name, default, what, flag_values=values)  # noqa: E731
+  text = lambda name, what: flags.DEFINE_string(name, None, what, flag_values=values)
+  texts = lambda name, what: flags.DEFINE_multi_string(name, [], what, flag_values=values)
+  whole = lambda name, default, what: flags.DEFINE_integer(name, default, what, flag_values=values)
+  number = lambda name, default, what: flags.DEFINE_float(name, default, what, flag_values=values)
   text("from", "folder of a saved model or of a training run")
   texts("prompt", "a text to continue; may be repeated")
   texts("prompt_file", "a file whose whole text is a prompt (- is the standard input); may be repeated")

@@ -11,8 +11,9 @@ USAGE = "llmarch train --config=FILE|PRESET --workdir=DIR [--config.a.b=value ..
 
 
 def _define(values: flags.FlagValues) -> None:
-  flags.DEFINE_string("config", None, "config file (FILE.py or FILE.py:argument), preset or run folder", flag_values=values)
-  flags.DEFINE_string("workdir", None, "folder of the run; resumed if it holds the same config", flag_values=values)
+  text = lambda name, help: flags.DEFINE_string(name, None, help, flag_values=values)
+  text("config", "config file (FILE.py or FILE.py:argument), preset or run folder")
+  text("workdir", "folder of the run; resumed if it holds the same config")
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +43,7 @@ def run(config, workdir: str) -> dict:
 
   c = config.train
   claim_workdir(workdir, config)  # before the corpus is tokenised
-  make = lambda split: make_pipeline(  # noqa: E731
+  make = lambda split: make_pipeline(
     config.data,
     batch_size=c.batch_size,
     seq_len=c.seq_len,

@@ -6,7 +6,6 @@ Whatever JAX would clamp or wrap in silence is checked here, on the host, before
 import functools
 import json
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable

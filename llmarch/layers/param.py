@@ -46,7 +46,7 @@ def _name(path) -> str:
 
 
 def _variables(state):
-  is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+  is_variable = lambda x: isinstance(x, nnx.Variable)
   return jax.tree_util.tree_flatten_with_path(state, is_leaf=is_variable)
 
 
@@ -63,7 +63,7 @@ def unflatten(abstract_state, flat: dict, *, same_dtypes: bool = False):
   shapes (and dtypes, if asked) are the same."""
   leaves, tree = _variables(abstract_state)
   params = {_name(path): p for path, p in leaves}
-  show = lambda a: f"{a.dtype if same_dtypes else ''}{list(a.shape)}"  # noqa: E731
+  show = lambda a: f"{a.dtype if same_dtypes else ''}{list(a.shape)}"
   wrong = [f"{name} is missing" for name in params if name not in flat]
   wrong += [f"{name} is unknown" for name in flat if name not in params]
   for name, param in params.items():

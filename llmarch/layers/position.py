@@ -238,7 +238,7 @@ class XPos(Rotary, PositionConfig, kind="xpos"):
     # Centred at half the context: only differences of positions count, and either power stays small.
     power = (positions - length // 2).astype(jnp.float32)[..., None, None] / self.scale_base
     log_zeta = jnp.asarray(np.log(rope.xpos_decay(dims)), jnp.float32)
-    rotate = lambda x, sign: rope.rotate(  # noqa: E731
+    rotate = lambda x, sign: rope.rotate(
       x, phase, interleaved=self.interleaved, gain=jnp.exp(sign * power * log_zeta)
     )
     return rotate(q, 1.0), rotate(k, -1.0)

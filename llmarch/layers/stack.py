@@ -114,7 +114,7 @@ def state_specs(stack: Stack, config: ModelConfig, batch: int, max_len: int, chu
     specs = config.blocks[name].mixer.state_spec(config.d_model, batch, max_len, chunk, config.precision.state)
     if segment.repeat is None:
       return specs
-    stacked = lambda s: s._replace(shape=(segment.repeat, *s.shape), axes=("layers", *s.axes))  # noqa: E731
+    stacked = lambda s: s._replace(shape=(segment.repeat, *s.shape), axes=("layers", *s.axes))
     return jax.tree.map(stacked, specs, is_leaf=cache.is_spec)
 
   return [[of(segment, name) for name in segment.names] for segment in stack.segments]

@@ -44,7 +44,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
   """m_h = 2^(-8h/n), h = 1..n  (2108.12409); where n is no power of two, the published rule: the slopes of the
   power below, then every other slope of the power above.  [N]."""
   power = 2 ** math.floor(math.log2(num_heads))
-  geometric = lambda n: 2.0 ** (-8.0 * np.arange(1, n + 1) / n)  # noqa: E731
+  geometric = lambda n: 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
   return np.concatenate([geometric(power), geometric(2 * power)[0::2][: num_heads - power]])
 
 

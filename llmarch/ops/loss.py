@@ -30,10 +30,10 @@ def chunked_loss(
   Logits exist for `chunk` tokens of each row at a time, in the backward pass too (jax.checkpoint).
   z-loss: 2204.02311, section 5. Label smoothing: 1512.00567, section 7.
   """
-  B, T, D = hidden.shape
+  B, T = targets.shape
   chunk = min(chunk, T)
   pad = -T % chunk
-  split = lambda x: jnp.moveaxis(  # noqa: E731  [B, T, ...] -> [chunks, B, chunk, ...]
+  split = lambda x: jnp.moveaxis(
     jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(B, -1, chunk, *x.shape[2:]), 1, 0
   )
 

@@ -86,7 +86,7 @@ class Checkpoints:
     policies = ocp.training.preservation_policies
     keep = [policies.LatestN(config.max_to_keep)]
     if config.keep_best:
-      by_loss = lambda metrics: metrics["eval/loss"]  # noqa: E731
+      by_loss = lambda metrics: metrics["eval/loss"]
       # Descending, because orbax keeps the end of the list.
       keep.append(
         policies.BestN(get_metric_fn=by_loss, reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False)
@@ -128,7 +128,7 @@ class Checkpoints:
     return latest_step(self.folder)
 
   def restore(self, abstract_state: dict, *, step: int | None = None) -> tuple[dict, dict]:
-    """The state of `step` (None: the newest), with the shapes, dtypes and shardings of `abstract_state`: -> state, meta.
+    """The state of `step` (None: the newest) in the shapes, dtypes and shardings of `abstract_state`: -> state, meta.
 
     Raises UserError if there is none, or it does not fit.
     """
@@ -140,7 +140,7 @@ class Checkpoints:
 
 def flatten_state(state: dict) -> dict:
   """A train state as {"opt_state/0/mu/embed": array, ...}: readable, and free of optax's classes."""
-  key = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))  # noqa: E731
+  key = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
   return {"/".join(map(key, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
@@ -161,7 +161,7 @@ def restore_params(workdir: str, *, step: int | None = None):
   root = "ema" if config.train.ema else "params"
   abstract_params = nnx.state(abstract(config.model))
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  dtype = lambda p: "float32" if config.train.ema else p.dtype  # noqa: E731
+  dtype = lambda p: "float32" if config.train.ema else p.dtype
   want = {
     f"{root}/{name}": jax.ShapeDtypeStruct(p.shape, dtype(p), sharding=device)
     for name, p in flatten(abstract_params).items()

@@ -29,8 +29,9 @@ def train(
 ) -> dict:
   """Trains from the newest checkpoint of `workdir`, or from the start, to config.train.steps.
 
-  train_data, eval_data (unused if eval.every is 0): see data.pipeline.Pipeline. sample(params) gives text. flops_per_token: of a train
-  step, per token of it; peak_flops: of all devices together, None if unknown (mfu is then null).
+  train_data, eval_data (unused if eval.every is 0): see data.pipeline.Pipeline. sample(params) gives text.
+  flops_per_token: of a train step, per token of it; peak_flops: of all devices together, None if unknown
+  (mfu is then null).
   Returns the last evaluation row ({} if eval.every is 0). Raises UserError for a workdir that belongs to
   another run, a checkpoint of other data, or a loss that is not finite.
   """
@@ -55,7 +56,7 @@ def train(
     line = LiveLine(c.steps, start)
     if start:
       line.say(f"resuming {workdir} after step {start}")
-    place = lambda batch: jax.device_put(batch, functions.batch_sharding)  # noqa: E731
+    place = lambda batch: jax.device_put(batch, functions.batch_sharding)
     batches = train_data.iterate(start)
     if hasattr(batches, "close"):
       stack.callback(batches.close)
@@ -63,7 +64,7 @@ def train(
     last_eval = {}
 
     for step in range(start + 1, c.steps + 1):
-      due = lambda every: every and step % every == 0  # noqa: E731, B023
+      due = lambda every: every and step % every == 0  # noqa: B023
       telemetry = bool(due(c.telemetry_every))
       state, metrics = functions.step(state, place(next(batches)), telemetry=telemetry)
       meter.step()

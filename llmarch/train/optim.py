@@ -42,7 +42,7 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> optax.Sche
     case Cosine():
       curve = optax.cosine_decay_schedule(peak, after, alpha=config.final)
     case InverseSqrt():
-      curve = lambda step: peak * jnp.sqrt(warmup / jnp.maximum(step + warmup, warmup))  # noqa: E731
+      curve = lambda step: peak * jnp.sqrt(warmup / jnp.maximum(step + warmup, warmup))
     case WSD():
       stable = optax.constant_schedule(peak)
       curve = stable

@@ -80,7 +80,7 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
 
     one = jax.tree.map(lambda x: x[0], micro)
     like = jax.eval_shape(lambda: grad(params, one, key, telemetry))
-    zeros = (jax.tree.map(jnp.zeros_like, _f32(params)), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like[1][0]))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (like[0], like[1][0]))
     (grads, sums), aux = jax.lax.scan(body, zeros, (micro, jax.random.split(key, c.grad_accum)))
     return grads, sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
 
@@ -101,7 +101,7 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
       if c.z_loss:
         metrics["z"] = sums["z"] / weight
       if telemetry:
-        ratio = lambda u, p: jnp.linalg.norm(u) / jnp.maximum(jnp.linalg.norm(p.astype(jnp.float32)), 1e-12)  # noqa: E731
+        ratio = lambda u, p: jnp.linalg.norm(u) / jnp.maximum(jnp.linalg.norm(p.astype(jnp.float32)), 1e-12)
         metrics["telemetry"] = aux | {
           "logit_rms": sums["logit_rms"] / weight,
           "update_ratio": jax.tree.map(ratio, updates, params),
