@@ -448,7 +448,7 @@ def _alternatives(annotation, value) -> list:
   if inner is str:
     return [f"2*({value})"]  # the only text is a stack
   if inner is int:
-    return [value * 2, value + 1, value + 2, value - 1, value // 2, *rest]
+    return [value * 2, value + 1, value + 2, value - 1, value // 2, value - 2, *rest]
   if inner is float:
     return [value * 2, value / 2, value + 0.125, *rest]
   if typing.get_origin(inner) is Literal:

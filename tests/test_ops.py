@@ -604,8 +604,9 @@ def test_einsum_accumulates_bfloat16_in_f32():
   """512 ones and a 256: bfloat16 sums stop at 256 + 1 = 256."""
   x = jnp.ones((1, 1, 513), jnp.bfloat16).at[..., 0].set(256)
   assert einsum("btd,df->btf", x, jnp.ones((513, 1)))[0, 0, 0] == 768
-  y = einsum("btd,df->btf", jnp.full((1, 1, 2), 1 / 3, jnp.bfloat16), jnp.ones((2, 1)), out_dtype=jnp.float32)
-  assert y.dtype == jnp.float32 and y[0, 0, 0] == 2 * np.float32(jnp.bfloat16(1 / 3))
+  third = float(jnp.bfloat16(1 / 3))  # 1 + third has one digit too many for bfloat16
+  y = einsum("btd,df->btf", jnp.array([[[third, 1]]], jnp.bfloat16), jnp.ones((2, 1)), out_dtype=jnp.float32)
+  assert y.dtype == jnp.float32 and y[0, 0, 0] == 1 + third
 
 
 # ------------------------------------------------------------------------------------------- activations

@@ -185,13 +185,13 @@ def _decode(config, shape: dict) -> Case:
   from llmarch.analysis import cost
 
   programs, params, fresh, prefill, _ = _decoder(config, shape)
-  n = np.int32(shape["generate"])
-  program = programs.decode.lower(params, prefill(fresh()), n).compile()
+  n = shape["generate"]
+  program = programs.decode.lower(params, prefill(fresh()), np.int32(n)).compile()
 
   def run() -> float:
     carry = jax.block_until_ready(prefill(fresh()))
     began = time.perf_counter()
-    _, _, steps = jax.block_until_ready(program(params, carry, n))
+    _, _, steps = jax.block_until_ready(program(params, carry, np.int32(n)))
     seconds = time.perf_counter() - began
     assert int(steps) == n, "no row may end early: there is no stop token"
     return seconds
@@ -200,7 +200,7 @@ def _decode(config, shape: dict) -> Case:
   length = shape["prompt"] + shape["generate"]
   flops = n * B * cost.flops_per_token(model, length)
   moved = n * (_weight_bytes(model) + cost.state_bytes(model, B, length))
-  return _case(run, program, B * int(n), flops, moved, model.precision.compute)
+  return _case(run, program, B * n, flops, moved, model.precision.compute)
 
 
 def _weight_bytes(model) -> int:

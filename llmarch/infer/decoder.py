@@ -93,7 +93,7 @@ def make_decoder(
   def decode(params, carry, n):
     def running(loop):
       step, carry, _ = loop
-      return (step < n) & (carry["token"] >= 0).any()
+      return (step < jnp.minimum(n, max_len)) & (carry["token"] >= 0).any()
 
     def body(loop):
       step, carry, out = loop
