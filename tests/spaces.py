@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelConfig, Normal, Xavier
+from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelConfig, Normal, Xavier, to_dict
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.ffn import Activation, MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
@@ -372,6 +372,21 @@ def drawn(index: int) -> ModelConfig:
 def preset(name: str) -> ModelConfig:
   """A preset at toy size."""
   return shrink(PRESETS[name](), max_seq_len=MAX_LEN)
+
+
+@functools.cache
+def distinct_presets() -> dict[str, list[str]]:
+  """{a preset: those that differ from it at toy size in d_ff and fractions (base, eps, init) at most}."""
+
+  def shape(data):
+    if isinstance(data, dict):
+      return tuple((k, shape(v)) for k, v in data.items() if k != "d_ff")
+    return "a fraction" if isinstance(data, float) else data
+
+  groups = {}
+  for name in PRESETS:
+    groups.setdefault(shape(to_dict(preset(name))), []).append(name)
+  return {names[0]: names for names in groups.values()}
 
 
 # --------------------------------------------------------------------------------------------- parameters

@@ -61,7 +61,7 @@ def uncached_greedy(lm: LM, prompt: list[int], n: int, prefix: bool = False) -> 
 
 @pytest.mark.parametrize(
   "name",
-  ["gpt2", "gemma2", "palm", "alibi_windows", "t5", "prefix", "sinks", "xpos", "dynamic_ntk", "longrope", "hybrid"],
+  ["gpt2", "gemma2", "palm", "alibi_windows", "t5", "prefix", "sinks", "xpos", "sharp", "longrope", "hybrid"],
 )
 def test_cached_greedy_over_ragged_prompts_equals_uncached_greedy_of_each(name):
   lm = lm_of(name)
