@@ -376,7 +376,8 @@ def test_alibi_is_adding_slope_times_key_position():
   np.testing.assert_allclose(ours, run_attend(q, k, v, seen, jnp.broadcast_to(shifted, (1, 6, T, T))), atol=2e-6)
 
 
-BUCKETS = [(32, 128), (8, 10), (6, 7), (64, 200), (4, 3), (16, 20), (10, 160), (54, 125)]  # the last two: a floor of 1 and 12 minus a rounding
+# the last two: a floor of 1 and 12 minus a rounding
+BUCKETS = [(32, 128), (8, 10), (6, 7), (64, 200), (4, 3), (16, 20), (10, 160), (54, 125)]
 
 
 @pytest.mark.parametrize("buckets, reach", BUCKETS)
