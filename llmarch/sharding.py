@@ -1,61 +1,140 @@
 """Layouts: tables from logical axis names to mesh axes, and everything that reads them.
 
-Parameters carry names (`axes` of an `nnx.Param`), activations are named at a few fixed points by `shard`,
-and states by their spec. Nothing else in the code knows a mesh.
+Parameters carry names (`axes` of an `nnx.Param`), states carry them in their specs, and the layers name an
+activation wherever its place changes (`move`). Nothing else in the code knows a mesh.
+
+The same tables are read in two modes. Automatic: `move` is a sharding constraint and XLA places the
+collectives (training). Manual: the whole step is one `jax.shard_map`, arrays are what one device holds, and
+`move`, `reduce` and `ops.einsum` place the collectives that the table implies, in the order of "Efficiently
+Scaling Transformer Inference" (2211.05102), because XLA does not find them from constraints.
 """
 
 import contextlib
 import contextvars
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmarch.config import UserError, check
+from llmarch.config import UserError, check, nearest
 
-Layout = Mapping[str, str | tuple[str, ...] | None]
+Layout = Mapping[str, tuple[str, ...]]
+# What a dimension is called: a name, (name, size over all devices) where the size decides how far the
+# dimension can be split (see CUT_SHORT), or None for a dimension that is never split.
+Axis = str | tuple[str, int] | None
+
+# ------------------------------------------------------------------------------------------------ the table
 
 # Names:  parameters   vocab embed heads kv_heads head_dim mlp layers
 #         residual     batch length act_embed
-#         inside       act_heads act_kv_heads act_mlp
+#         after norms  post_norm_embed                      (what a branch starts from)
+#         inside       act_heads act_kv_heads act_mlp act_vocab
+#         attention    attn_batch attn_heads attn_kv_heads
 #         state        cache_batch cache_heads cache_length
-#         output       act_vocab
-# A name that a row does not list is replicated.
+#         output       sample_batch
+# A name that a row does not list is not split. The order of mesh axes counts: the first is the major one.
+# Where an activation is split further than the weight it meets, the weight's axes come first.
+
+
+def _inference(embed: str, hidden: str, batch: str, act_embed: str, act_hidden: str, moved: str) -> Layout:
+  """A row after 2211.05102, each argument a string of mesh axes, major first.
+
+  embed, hidden: of the stored weights; batch, act_embed: of the residual stream; act_hidden: of the
+  activations inside a branch; moved: those that attention takes from the heads and gives to the batch.
+  """
+  kept = "".join(a for a in embed if a not in batch)  # of the weights, once gathered over the batch's axes
+  left = "".join(a for a in act_hidden if a not in moved)
+  taken = batch + "".join(a for a in act_hidden if a in moved)
+  row = {
+    "embed": embed, "vocab": hidden, "heads": hidden, "kv_heads": hidden, "mlp": hidden,
+    "batch": batch, "act_embed": act_embed, "post_norm_embed": kept,
+    "act_heads": act_hidden, "act_kv_heads": act_hidden, "act_mlp": act_hidden, "act_vocab": act_hidden,
+    "attn_batch": taken, "attn_heads": left, "attn_kv_heads": left,
+    "cache_batch": taken, "cache_heads": left,
+    "sample_batch": batch + "".join(a for a in "zyx" if a not in batch),
+  }  # fmt: skip
+  return {name: tuple(axes) for name, axes in row.items()}
+
+
+# Section 3.2 of the paper. Weights are stored E_x F_zy in all but the first, so a prefill and a decode may
+# use different rows over the same weights.
+FEED_FORWARD = {
+  "ws_1d": dict(embed="", hidden="zyx", batch="", act_embed="xzy", act_hidden="zyx"),
+  "ws_2d": dict(embed="x", hidden="zy", batch="", act_embed="xzy", act_hidden="zyx"),
+  "wg_x": dict(embed="x", hidden="zy", batch="x", act_embed="zy", act_hidden="zy"),
+  "wg_xy": dict(embed="x", hidden="zy", batch="xy", act_embed="z", act_hidden="z"),
+  "wg_xyz": dict(embed="x", hidden="zy", batch="xyz", act_embed="", act_hidden=""),
+}
+# Section 3.3: attention over heads, or over the batch to a degree.
+ATTENTION = {"heads": "", "batch_z": "z", "batch_yz": "zy", "batch_xyz": "zyx"}
+
 LAYOUTS: dict[str, Layout] = {
   # Batch over `data`; Megatron tensor parallelism over `tensor`: heads, mlp and vocab are split, the
   # residual stream is replicated over `tensor`, and each branch ends in one all-reduce (1909.08053).
   "megatron": {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "batch": "data",
-    "act_heads": "tensor",
-    "act_kv_heads": "tensor",
-    "act_mlp": "tensor",
-    "cache_batch": "data",
-    "cache_heads": "tensor",
-    "act_vocab": "tensor",
+    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",)),
+    **dict.fromkeys(("act_heads", "act_kv_heads", "act_mlp", "act_vocab"), ("tensor",)),
+    **dict.fromkeys(("attn_heads", "attn_kv_heads", "cache_heads"), ("tensor",)),
+    **dict.fromkeys(("batch", "attn_batch", "cache_batch"), ("data",)),
+    "sample_batch": ("data", "tensor"),
+  },
+  **{
+    f"{ffn}+{attention}": _inference(**row, moved=moved)
+    for ffn, row in FEED_FORWARD.items()
+    for attention, moved in ATTENTION.items()
   },
 }
 
-# Multi-query attention has fewer key-value heads than a tensor axis has devices; Megatron-style systems
-# replicate them there. Every other indivisible axis is an error.
-REPLICATE_IF_INDIVISIBLE = {"kv_heads", "act_kv_heads", "cache_heads"}
+# Split over as many of their mesh axes, from the first, as divide them: key-value heads are fewer than a
+# large mesh has devices (MQA has one), few vocabularies are round, and few rows may be sampled. Every other
+# indivisible dimension is an error.
+CUT_SHORT = {"kv_heads", "act_kv_heads", "attn_kv_heads", "cache_heads", "vocab", "act_vocab", "sample_batch"}
 
-MESH_AXES = ("data", "tensor")
+MESH_AXES = (("data", "tensor"), ("x", "y", "z"))  # training; the inference layouts
+
+
+def find_layout(name: str, mesh: Mesh) -> Layout:
+  """The row of that name; a feed-forward row alone has attention over heads.
+
+  Raises UserError for an unknown name, and for a row that does not speak of the mesh's axes.
+  """
+  row = LAYOUTS.get(name) or LAYOUTS.get(f"{name}+heads")
+  check(
+    row is not None,
+    f"layout: there is no {name!r}{nearest(name, LAYOUTS)}; give megatron, or one of {', '.join(FEED_FORWARD)},"
+    f" alone or with +{', +'.join(ATTENTION)}",
+  )
+  axes = sorted({a for target in row.values() for a in target})
+  check(
+    axes == sorted(mesh.shape),
+    f"layout {name!r} splits over {', '.join(axes)}, but the mesh has {', '.join(sorted(mesh.shape))}; change either",
+  )
+  return row
+
+
+# --------------------------------------------------------------------------------------------------- meshes
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-  """'data=2,tensor=4' -> {'data': 2, 'tensor': 4}; '' is one device. Raises UserError."""
-  sizes = dict.fromkeys(MESH_AXES, 1)
+  """'data=2,tensor=4' -> {'data': 2, 'tensor': 4}; 'x=2' -> {'x': 2, 'y': 1, 'z': 1}; '' is one device.
+
+  Raises UserError.
+  """
+  given = {}
   for part in filter(None, text.split(",")):
-    name, _, size = part.partition("=")
-    if name.strip() not in sizes or not size.strip().isdigit() or int(size) < 1:
-      raise UserError(f"mesh: cannot read {part!r}; write it as 'data=2,tensor=4' (axes: {', '.join(sizes)})")
-    sizes[name.strip()] = int(size)
-  return sizes
+    name, _, size = (s.strip() for s in part.partition("="))
+    known = any(name in family for family in MESH_AXES)
+    if not known or name in given or not size.isdigit() or int(size) < 1:
+      raise UserError(f"mesh: cannot read {part!r}; write it as 'data=2,tensor=4' or 'x=2,y=2,z=2', each axis once")
+    given[name] = int(size)
+  for family in MESH_AXES:
+    if set(given) <= set(family):
+      return dict.fromkeys(family, 1) | given
+  raise UserError(f"mesh: {text!r} mixes axes; give either {' and '.join(','.join(f) for f in MESH_AXES)}")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
@@ -69,6 +148,22 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> Mesh
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def _split(name: str | None, size: int | None, layout: Layout, mesh: Mesh) -> tuple[str, ...]:
+  """The mesh axes over which a dimension lies; those of size 1 are left out. Raises UserError."""
+  names = tuple(a for a in layout.get(name, ()) if mesh.shape[a] > 1) if name else ()
+  if name in CUT_SHORT:
+    check(size is not None, f"the split of {name!r} depends on its size")
+    while size % math.prod(mesh.shape[n] for n in names):
+      names = names[:-1]
+  parts = math.prod(mesh.shape[n] for n in names)
+  if size is not None and size % parts:
+    raise UserError(
+      f"axis {name!r} of size {size} is not divisible by mesh axis {'*'.join(names)}={parts};"
+      f" make it a multiple of {parts}, or choose another mesh or layout"
+    )
+  return names
+
+
 def spec(axes: Sequence[str | None], shape: Sequence[int], layout: Layout, mesh: Mesh) -> PartitionSpec:
   """The PartitionSpec of an array of this shape whose dimensions bear these logical names.
 
@@ -78,41 +173,13 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], layout: Layout, mesh:
   axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
   entries, used = [], {}
   for name, size in zip(axes, shape, strict=True):
-    target = layout.get(name) if name else None
-    names = (target,) if isinstance(target, str) else (target or ())
-    parts = math.prod(mesh.shape[n] for n in names)
-    if size % parts:
-      if name not in REPLICATE_IF_INDIVISIBLE:
-        raise UserError(f"axis {name!r} of size {size} is not divisible by mesh axis {'*'.join(names)}={parts}")
-      names = ()
+    names = _split(name, size, layout, mesh)
     for n in names:
       if n in used:
         raise UserError(f"mesh axis {n!r} would shard both {used[n]!r} and {name!r} of one array")
       used[n] = name
     entries.append(names if len(names) > 1 else names[0] if names else None)
   return PartitionSpec(*entries)
-
-
-_active: contextvars.ContextVar = contextvars.ContextVar("layout", default=None)
-
-
-@contextlib.contextmanager
-def use_layout(layout: Layout, mesh: Mesh | None):
-  """Makes `shard` act. Enter it inside the jitted function: a context outside is not in jit's cache key."""
-  token = _active.set((layout, mesh) if mesh is not None else None)
-  try:
-    yield
-  finally:
-    _active.reset(token)
-
-
-def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Constrains an activation to the active layout; the identity where there is none."""
-  active = _active.get()
-  if active is None:
-    return x
-  layout, mesh = active
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, layout, mesh)))
 
 
 def shardings(tree, layout: Layout, mesh: Mesh):
@@ -128,3 +195,182 @@ def shardings(tree, layout: Layout, mesh: Mesh):
     return leaf.replace(sharding) if hasattr(leaf, "replace") and named(leaf) else sharding
 
   return jax.tree.map(one, tree, is_leaf=named)
+
+
+# --------------------------------------------------------------------------------------- the active layout
+
+
+class _Active(NamedTuple):
+  layout: Layout
+  mesh: Mesh
+  manual: bool
+
+
+_active: contextvars.ContextVar[_Active | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use_layout(layout: Layout, mesh: Mesh | None, *, manual: bool = False):
+  """Makes the functions below act; manual: inside a `jax.shard_map` over all axes of the mesh.
+
+  Enter it inside the jitted function: a context outside is not in jit's cache key.
+  """
+  token = _active.set(_Active(layout, mesh, manual) if mesh is not None else None)
+  try:
+    yield
+  finally:
+    _active.reset(token)
+
+
+def manual() -> bool:
+  active = _active.get()
+  return active is not None and active.manual
+
+
+def mesh_axes(axis: Axis) -> tuple[str, ...]:
+  """The mesh axes over which a dimension of this name lies, in manual mode; otherwise none."""
+  if not manual() or axis is None:
+    return ()
+  name, size = axis if isinstance(axis, tuple) else (axis, None)
+  return _split(name, size, *_active.get()[:2])
+
+
+def shard(x: jax.Array, *axes: Axis) -> jax.Array:
+  """Constrains an activation to the active layout; the identity where there is none, and in manual mode."""
+  active = _active.get()
+  if active is None or active.manual:
+    return x
+  names = [axis[0] if isinstance(axis, tuple) else axis for axis in axes]
+  return jax.lax.with_sharding_constraint(
+    x, NamedSharding(active.mesh, spec(names, x.shape, active.layout, active.mesh))
+  )
+
+
+def move(x: jax.Array, have: Sequence[Axis], want: Sequence[Axis]) -> jax.Array:
+  """The same array in another place: its dimensions lie as `have` names them, and then as `want` does."""
+  if not manual():
+    return shard(x, *want)
+  return relay(x, [mesh_axes(a) for a in have], [mesh_axes(a) for a in want])
+
+
+def whole(param) -> jax.Array:
+  """All of a (small) parameter, on every device."""
+  return move(param.get_value(), param.axes, (None,) * len(param.axes)) if manual() else param.get_value()
+
+
+def mean(x: jax.Array, axis: Axis) -> jax.Array:
+  """Mean over the last dimension, which is called `axis`, kept as 1."""
+  local, axes = jnp.mean(x, axis=-1, keepdims=True), mesh_axes(axis)
+  return jax.lax.pmean(local, axes) if axes else local
+
+
+def any_of(x: jax.Array, axis: Axis) -> jax.Array:
+  """Whether a bool scalar is true on any device, where each saw its own part of the dimension `axis`."""
+  axes = mesh_axes(axis)
+  return jax.lax.pmax(x.astype(jnp.int32), axes) > 0 if axes else x
+
+
+def full_size(x: jax.Array, axis: Axis) -> int:
+  """The last dimension over all devices."""
+  return x.shape[-1] * math.prod(_active.get().mesh.shape[a] for a in mesh_axes(axis))
+
+
+# -------------------------------------------------------------------------- collectives of the manual mode
+
+Axes = tuple[str, ...]  # mesh axes of one dimension, major first
+
+
+def relay(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
+  """Moves this device's part of an array split as `have` (mesh axes for each dimension) to that split as `want`.
+
+  An axis that no dimension had is cut off by a slice; one that goes to another dimension is an all-to-all
+  (all that go together in one); one that goes nowhere is an all-gather, the minor axis first; and where only
+  the order of axes differs, a permutation.
+  """
+  have, home = [tuple(h) for h in have], {a: d for d, axes in enumerate(want) for a in axes}
+  held = {a for axes in have for a in axes}
+  new = [tuple(a for a in axes if a not in held) for axes in want]
+  for d in range(x.ndim):  # first, for the less to move
+    if x.shape[d] % parts(new[d]) == 0:
+      x, have[d], new[d] = _slice(x, d, new[d]), have[d] + new[d], ()
+  for d in range(x.ndim):
+    stay = tuple(a for a in want[d] if a in have[d])
+    leave = [a for a in have[d] if a not in want[d]]
+    leave.sort(key=lambda a: home.get(a, -1))  # stable: those with one destination lie together
+    x = _reorder(x, d, have[d], stay + tuple(leave))
+    while leave:
+      to = home.get(leave[-1])
+      together = tuple(a for a in leave if home.get(a) == to)
+      leave = leave[: -len(together)]
+      if to is None:
+        for a in reversed(together):
+          x = jax.lax.all_gather(x, a, axis=d, tiled=True)
+      else:
+        _check_parts(x, to, together)
+        x = jax.lax.all_to_all(x, together, split_axis=to, concat_axis=d, tiled=True)
+        have[to] += together
+    have[d] = stay
+  for d in range(x.ndim):
+    x = _reorder(_slice(x, d, new[d]), d, have[d] + new[d], tuple(want[d]))
+  return x
+
+
+def reduce(x: jax.Array, pending: Axes, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
+  """Sums over the mesh axes `pending`, of which every device holds a part of the sum, and moves to `want`.
+
+  An axis that `want` gives to a dimension is a reduce-scatter into it, one axis at a time (a compiler for
+  TPUs keeps no other); the others are one all-reduce.
+  """
+  have = [tuple(h) for h in have]
+  early = [tuple(a for a in axes if a not in pending) for axes in want]
+  x = relay(x, have, early)
+  have = early
+  rest = tuple(a for a in pending if not any(a in axes for axes in want))
+  for d, axes in enumerate(want):
+    for a in axes:
+      if a in pending:
+        _check_parts(x, d, (a,))
+        x = jax.lax.psum_scatter(x, a, scatter_dimension=d, tiled=True)
+        have[d] += (a,)
+  if rest:
+    x = jax.lax.psum(x, rest)
+  return relay(x, have, want)
+
+
+def index(axes: Axes) -> jax.Array | int:
+  """Which part of a dimension split over these axes this device holds."""
+  return jax.lax.axis_index(axes) if axes else 0
+
+
+def parts(axes: Axes) -> int:
+  """Into how many parts these axes split a dimension."""
+  return math.prod(_active.get().mesh.shape[a] for a in axes)
+
+
+def _check_parts(x: jax.Array, d: int, axes: Axes) -> None:
+  n = parts(axes)
+  check(
+    x.shape[d] % n == 0,
+    f"a dimension of {x.shape[d]} (on each device, of {list(x.shape)}) cannot be split over mesh axes"
+    f" {'*'.join(axes)}={n}; make the batch, the heads or d_ff a larger multiple, or choose another mesh or layout",
+  )
+
+
+def _slice(x: jax.Array, d: int, axes: Axes) -> jax.Array:
+  if not axes:
+    return x
+  _check_parts(x, d, axes)
+  n = x.shape[d] // parts(axes)
+  return jax.lax.dynamic_slice_in_dim(x, index(axes) * n, n, axis=d)
+
+
+def _reorder(x: jax.Array, d: int, have: Axes, want: Axes) -> jax.Array:
+  """The same split with another order of axes: each device passes its part on to one other."""
+  if have == want:
+    return x
+  shape = _active.get().mesh.shape
+  axes = tuple(a for a in shape if a in want)  # ppermute counts devices in the mesh's order, whatever it is told
+  devices = np.arange(parts(want)).reshape([shape[a] for a in axes])
+  # The devices in the order of the parts that they hold, and in the order of those that they are to hold.
+  holds, gets = (devices.transpose([axes.index(a) for a in order]).ravel().tolist() for order in (have, want))
+  return jax.lax.ppermute(x, axes, list(zip(holds, gets, strict=True)))

@@ -120,9 +120,8 @@ def test_a_row_ends_before_its_stop_token_and_the_loop_with_the_last_row():
 def prefilled(lm: LM, prompts, mesh=None, **options):
   """Programs, their carry after the prompts (16 tokens at most), and parameters."""
   batch = len(prompts)
-  programs = make_decoder(
-    lm.config, batch=batch, max_len=64, chunk=16, sampling=Sampling(), mesh=mesh, **options
-  )
+  place = dict(mesh=mesh, prefill_layout="megatron", decode_layout="megatron")
+  programs = make_decoder(lm.config, batch=batch, max_len=64, chunk=16, sampling=Sampling(), **place, **options)
   params = decoding_params(lm.config, lm.params)
   if mesh is not None:
     params = jax.device_put(params, sharding.shardings(params, sharding.LAYOUTS["megatron"], mesh))
@@ -301,6 +300,12 @@ def test_each_kind_of_prompt_gives_its_own_kind():
   array = np.array(ids, np.int64)
   for one in (lm.generate(array, max_new_tokens=5), *lm.generate(array[None], max_new_tokens=5)):
     assert one.dtype == np.int64 and one.tolist() == new
+  for dtype in (np.uint8, object):  # which cannot hold every id
+    one = lm.generate(array.astype(dtype), max_new_tokens=5)
+    assert one.dtype == np.int32 and one.tolist() == new
+  assert lm.generate(jnp.array(ids), max_new_tokens=5, temperature=jnp.float32(0)).tolist() == new
+  torch = pytest.importorskip("torch")
+  assert lm.generate(torch.tensor([ids]), max_new_tokens=5)[0].tolist() == new
   assert lm.generate(text, max_new_tokens=5, stop=chr(new[2]) if new[2] < 128 else new[2]) == lm.tokenizer.decode(
     new[: new.index(new[2])]
   )
@@ -351,6 +356,9 @@ BAD = [
   ("prompts", dict(prompts=[])),
   ("prompts", dict(prompts=7)),
   ("prompts", dict(prompts=None)),
+  ("prompts", dict(prompts={"a": 1})),
+  ("prompts", dict(prompts={1})),
+  ("prompts", dict(prompts=np.array(5))),
   (r"prompts\[0\]", dict(prompts="")),
   (r"prompts\[1\]", dict(prompts=["a", ""])),
   (r"prompts\[1\]", dict(prompts=[[1], []])),
@@ -390,6 +398,9 @@ BAD = [
   ("stop", dict(stop="ab")),
   ("stop", dict(stop=[""])),
   ("stop", dict(stop=[1.0])),
+  ("stop", dict(stop=1.0)),
+  ("stop", dict(stop=None)),
+  ("stream", dict(stream=3)),
   ("seed", dict(seed=-1)),
   ("seed", dict(seed=2**32)),
   ("batch", dict(batch=0)),
@@ -425,7 +436,9 @@ def test_a_model_that_sees_the_future_or_has_no_tokenizer_is_refused():
     ([[-1]],),
     ([[1.0]],),
     ([[1] * 65],),
+    (np.array(5),),
     ([[1, 2]], [[1]]),
+    ([[1, 2]], [[1], [1, 0]]),
     ([[1, 2]], [[1, 2]]),
     ([[1, 2]], [[0, 0]]),
   ],
@@ -478,6 +491,14 @@ def test_a_damaged_file_is_refused_wherever_the_damage(tmp_path):
       infer.load(folder)
   path.write_bytes(good)
   infer.load(folder)
+
+
+def test_a_config_of_a_model_that_is_no_json_is_refused(tmp_path):
+  lm_of("text").save(tmp_path / "m")
+  for text in ("", "{", "[]", "3", "[" * 100_000):
+    (tmp_path / "m" / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json"):
+      llmarch.load(tmp_path / "m")
 
 
 def test_loading_names_everything_that_does_not_fit(tmp_path):

@@ -94,7 +94,7 @@ def test_norm_statistics_are_f32_for_bfloat16(f):
 @pytest.mark.parametrize("config", [RMSNorm(zero_centered=True), LayerNorm(zero_centered=True, bias=False)])
 def test_a_small_zero_centred_scale_is_not_lost_in_bfloat16(config):
   x, small = normal(4, 16), jnp.full(16, 1 / 512, jnp.bfloat16)
-  ratio = config.apply(x, small) / config.apply(x, jnp.zeros(16, jnp.bfloat16))
+  ratio = config.apply(x, None, small) / config.apply(x, None, jnp.zeros(16, jnp.bfloat16))
   np.testing.assert_allclose(ratio, 1 + 1 / 512, rtol=1e-6)
 
 

@@ -4,6 +4,7 @@ B batch, T tokens of a call, V vocabulary. A row is a sequence; rows never depen
 
   carry = start(keys, lengths)
   for each chunk of the prompts, padded on the left:   carry = prefill(params, carry, tokens, positions)
+  carry = switch(carry)
   until no row is alive or there is enough text:       carry, tokens, steps = decode(params, carry, n)
 """
 
@@ -14,13 +15,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmarch import sharding
 from llmarch.config import ModelConfig, check
 from llmarch.models.decoder import Decoder, abstract, unstack
 from llmarch.ops import cache
 from llmarch.ops.sampling import Sampling, sample
+from llmarch.sharding import any_of, move
 
 
 class Programs(NamedTuple):
@@ -31,9 +33,11 @@ class Programs(NamedTuple):
 
   start: Callable  # keys [B], lengths int32 [B] (of text at most, for scalings that ask) -> carry
   prefill: Callable  # params, carry, tokens [B, chunk], positions [B, chunk] -> carry with the next token
+  switch: Callable  # carry -> carry, from prefill's layout to decode's; the parameters lie alike in both
   decode: Callable  # params, carry, n -> carry, tokens int32 [B, max_len], steps (at most n, early if all end)
   carry: dict  # Specs: "token" int32 [B], -1 where the row has ended; "position" int32 [B], where the token
   # belongs; "bad" bool [B], the row's logits were not finite; "seen" bool [B, V] or None; "state", the model's
+  # and "keys" [B]
 
 
 def decoding_params(config: ModelConfig, params: nnx.State) -> nnx.State:
@@ -51,8 +55,10 @@ def make_decoder(
   sampling: Sampling,
   stop_ids: tuple[int, ...] = (),
   prefix: bool = False,  # the prompt sees itself both ways (prefix-LM); it must then be one chunk
-  layout: str = "megatron",
   mesh: Mesh | None = None,
+  prefill_layout: str = "ws_2d",  # rows of sharding.LAYOUTS, which must store the weights alike
+  decode_layout: str = "ws_2d",
+  manual: bool = True,  # one shard_map a program (see sharding.py); False leaves the collectives to XLA
 ) -> Programs:
   """Builds the programs; nothing is compiled before it is called. Raises UserError for sizes that cannot be.
 
@@ -63,37 +69,45 @@ def make_decoder(
   check(sampling.top_k <= config.vocab_size, f"top_k={sampling.top_k} exceeds the vocabulary of {config.vocab_size}")
   for i in stop_ids:
     check(0 <= i < config.vocab_size, f"stop: {i} is not a token id; ids are below vocab_size={config.vocab_size}")
-  layout = sharding.LAYOUTS[layout]
   model = nnx.eval_shape(lambda: unstack(Decoder(config, jax.random.key(0))))
   graph = nnx.graphdef(model)
   specs = _carry_specs(model, batch, max_len, chunk, sampling)
+  rows = ("sample_batch", batch)  # sampling deals the rows out to all devices
 
   def advance(params, carry: dict, tokens: jax.Array, positions: jax.Array) -> dict:
     """Feeds a chunk whose last column holds the newest token of every row; chooses the token after it."""
-    model, rows = nnx.merge(graph, params), jnp.arange(batch)[:, None]
-    with sharding.use_layout(layout, mesh):
-      both_ways = positions >= 0 if prefix and positions.shape[1] > 1 else None
-      hidden, state, _ = model.trunk(tokens, positions, state=carry["state"], prefix=both_ways)
-      logits = model.unembed(hidden[:, -1:])[:, 0]  # [B, V]
+    model = nnx.merge(graph, params)
+    both_ways = positions >= 0 if prefix and positions.shape[1] > 1 else None
+    hidden, state, _ = model.trunk(tokens, positions, state=carry["state"], prefix=both_ways)
+    logits = model.unembed(hidden[:, -1:])[:, 0]
+    logits = move(logits, ("batch", ("act_vocab", config.vocab_size)), (rows, None))  # [B, V]
+    tokens, positions = (move(a, ("batch", "length"), (rows, None)) for a in (tokens, positions))
     seen = carry["seen"]
     if seen is not None:
-      seen = seen.at[rows, jnp.where(positions >= 0, tokens, config.vocab_size)].set(True, mode="drop")
+      seen = see(seen, tokens, positions)
     alive, position = positions[:, -1] >= 0, positions[:, -1] + 1
-    bad = carry["bad"] | (alive & ~jnp.isfinite(logits).all(axis=-1))
+    bad = move(carry["bad"], ("batch",), (rows,)) | (alive & ~jnp.isfinite(logits).all(axis=-1))
     # Keyed by row and position: neither neighbours, nor padding, nor slices of the loop change a row's draws.
     token = sample(logits, seen, jax.vmap(jax.random.fold_in)(carry["keys"], position), sampling=sampling)
     ended = ~alive | bad | (token[:, None] == jnp.asarray(stop_ids, jnp.int32)).any(axis=-1)
     token = jnp.where(ended, -1, token)
+    token, position, bad = (move(a, (rows,), ("batch",)) for a in (token, position, bad))
     return {**carry, "token": token, "position": position, "bad": bad, "seen": seen, "state": state}
 
+  def see(seen, tokens, positions):
+    tokens = jnp.where(positions >= 0, tokens, config.vocab_size)
+    return seen.at[jnp.arange(seen.shape[0])[:, None], tokens].set(True, mode="drop")
+
   def start(keys, lengths):
-    carry = cache.allocate(specs)
+    carry = cache.allocate({name: spec for name, spec in specs.items() if name != "keys"})
     return {**carry, "keys": keys, "state": {**carry["state"], "length": lengths}}
 
   def decode(params, carry, n):
     def running(loop):
       step, carry, _ = loop
-      return (step < jnp.minimum(n, max_len)) & (carry["token"] >= 0).any()
+      alive = (carry["token"] >= 0).any()
+      # Every device must take the same turns; each knows only of its own rows.
+      return (step < jnp.minimum(n, max_len)) & any_of(alive, "batch")
 
     def body(loop):
       step, carry, out = loop
@@ -102,29 +116,59 @@ def make_decoder(
       carry = advance(params, carry, jnp.maximum(token, 0), position)
       return step + 1, carry, jax.lax.dynamic_update_slice(out, carry["token"][:, None], (0, step))
 
-    out = jnp.full((batch, max_len), -1, jnp.int32)
+    out = jnp.full((carry["token"].shape[0], max_len), -1, jnp.int32)
     steps, carry, out = jax.lax.while_loop(running, body, (jnp.int32(0), carry, out))
     return carry, out, steps
 
-  placed = None
-  if mesh is not None:
-    placed = sharding.shardings(specs, layout, mesh)
-    placed["keys"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  if mesh is None:
+    jitted = functools.partial(jax.jit, donate_argnums=1)
+    return Programs(jax.jit(start), jitted(advance), lambda carry: carry, jitted(decode), specs)
+
+  prefills, decodes = (sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout))
+  params = nnx.state(model)
+  stored = sharding.shardings(params, prefills, mesh)
+  check(
+    stored == sharding.shardings(params, decodes, mesh),
+    f"prefill layout {prefill_layout!r} and decode layout {decode_layout!r} store weights in different places;"
+    " ws_1d goes with ws_1d alone",
+  )
+
+  def placed(function, layout, inputs: tuple[str, ...], outputs: tuple[str, ...]):
+    """The function jitted over the mesh in this layout; inputs and outputs by what they are."""
+    row = NamedSharding(mesh, sharding.spec(("batch",), (batch,), layout, mesh))
+    one = NamedSharding(mesh, PartitionSpec())
+    what = {"params": stored, "carry": sharding.shardings(specs, layout, mesh), "rows": row, "one": one}
+    get = lambda names: tuple(what[name] for name in names) if len(names) > 1 else what[names[0]]
+
+    def run(*args):
+      with sharding.use_layout(layout, mesh, manual=manual):
+        return function(*args)
+
+    if manual:
+      placed_specs = lambda names: jax.tree.map(lambda s: s.spec, get(names))
+      run = jax.shard_map(
+        run, mesh=mesh, in_specs=placed_specs(inputs), out_specs=placed_specs(outputs), check_vma=False
+      )
+    return jax.jit(run, in_shardings=get(inputs), out_shardings=get(outputs), donate_argnums=1)
+
+  carry_placed = lambda layout: sharding.shardings(specs, layout, mesh)
   return Programs(
-    jax.jit(start, out_shardings=placed),
-    jax.jit(advance, donate_argnums=1),
-    jax.jit(decode, donate_argnums=1),
+    jax.jit(start, out_shardings=carry_placed(prefills)),
+    placed(advance, prefills, ("params", "carry", "rows", "rows"), ("carry",)),
+    jax.jit(lambda carry: carry, out_shardings=carry_placed(decodes)),
+    placed(decode, decodes, ("params", "carry", "one"), ("carry", "rows", "one")),
     specs,
   )
 
 
 def _carry_specs(model, batch: int, max_len: int, chunk: int, sampling: Sampling) -> dict:
-  row, V = ("cache_batch",), model.config.vocab_size
+  row = cache.Spec((batch,), ("batch",), "int32", -1)
   penalised = sampling.repetition_penalty != 1
   return {
-    "token": cache.Spec((batch,), row, "int32", -1),
-    "position": cache.Spec((batch,), row, "int32", -1),
-    "bad": cache.Spec((batch,), row, "bool", False),
-    "seen": cache.Spec((batch, V), (*row, "act_vocab"), "bool", False) if penalised else None,
+    "token": row,
+    "position": row,
+    "bad": row._replace(dtype="bool", fill=False),
+    "seen": cache.Spec((batch, model.config.vocab_size), ("sample_batch", None), "bool", False) if penalised else None,
+    "keys": cache.Spec((batch,), ("sample_batch",), "key<fry>"),  # given, not allocated
     "state": model.state_spec(batch, max_len, chunk),
   }

@@ -24,7 +24,10 @@ from llmarch.layers.position import LogitBias, Mask, Rotary
 from llmarch.ops import attention as ops
 from llmarch.ops import cache
 from llmarch.ops.einsum import einsum
-from llmarch.sharding import shard
+from llmarch.sharding import Axis, index, mesh_axes, move, parts
+
+PROJECTED = ("batch", "length", "act_heads", "head_dim")
+ATTENDING = ("attn_batch", "length", "attn_heads", "head_dim")
 
 
 @config_dataclass
@@ -113,13 +116,17 @@ class Attention(nnx.Module):
       self.sinks = make.constant("heads", (N,), 0.0)
 
   def __call__(self, x: jax.Array, context: Context, state: dict | None, shared, key: jax.Array | None):
-    """x [B, T, D]; state {"k", "v"} [B, K, S, H]; shared: the block's T5 table or None -> y [B, T, D], state, aux."""
+    """x [B, T, D]; state {"k", "v"} [B, K, S, H]; shared: the block's T5 table or None.
+
+    -> y [B, T, D], which the block finishes, the new state, aux.
+    """
     c = self.config
-    q = shard(self._project("q", x), "batch", "length", "act_heads", "head_dim")
-    k = shard(self._project("k", x), "batch", "length", "act_kv_heads", "head_dim")
-    v = shard(self._project("v", x), "batch", "length", "act_kv_heads", "head_dim")
+    kv_heads = ("attn_kv_heads", c.kv_heads)
+    q = move(self._project("q", x), PROJECTED, ATTENDING)
+    k = self._project("k", x, to=(*ATTENDING[:2], kv_heads, "head_dim"))
+    v = self._project("v", x, to=(*ATTENDING[:2], kv_heads, "head_dim"))
     if c.qk_norm:
-      q, k = self._normalise(self.q_norm, q), self._normalise(self.k_norm, k)
+      q, k = self._normalise(self.q_norm, q, ATTENDING[2]), self._normalise(self.k_norm, k, kv_heads)
     if isinstance(c.position, Rotary):
       q, k = c.position.turn(q, k, context.queries.positions, context.length)
 
@@ -130,30 +137,50 @@ class Attention(nnx.Module):
       buffer = context.buffers[state["k"].shape[2]]
       state = {name: cache.write(state[name], buffer.slots, kv) for name, kv in (("k", k), ("v", v))}
       k, v = (state[name].astype(x.dtype) for name in ("k", "v"))  # [B, K, S, H]
+    k, v = (_of_these_queries(a, c.num_heads, c.kv_heads) for a in (k, v))
 
     seen = ops.visible(context.queries, buffer.keys, mask=c.mask, window=c.window)
     bias = None
     if isinstance(c.position, LogitBias):
       distance = buffer.keys.positions[:, None, :] - context.queries.positions[:, :, None]
       bias = c.position.bias(shared, distance, c.num_heads, c.mask == "bidirectional")
+      bias = move(bias, (ATTENDING[0], None, "length", None), (*ATTENDING[0:3:2], "length", None))
     out, entropy = ops.attend(
-      q, k, v, seen, bias, self.sinks[...] if c.sinks else None,
+      q, k, v, seen, bias, move(self.sinks[...], self.sinks.axes, ATTENDING[2:3]) if c.sinks else None,
       scale=q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale,
       softcap=c.softcap, dropout=c.dropout, key=key, entropy=context.telemetry,
     )  # fmt: skip
-    # Heads and head_dim as one dimension: XLA would transpose the matrix to sum over two.
-    y = einsum("btf,fd->btd", out.reshape(*x.shape[:2], -1), self.o[...].reshape(-1, x.shape[-1]))
-    if c.out_bias:
-      y += self.o_bias[...].astype(y.dtype)
+    y = einsum(
+      "btnh,nhd->btd", move(out, ATTENDING, PROJECTED), self.o, bias=getattr(self, "o_bias", None), partial=True
+    )
     return y, state, {"attention_entropy": _mean_over(entropy, context)} if context.telemetry else {}
 
-  def _project(self, name: str, x: jax.Array) -> jax.Array:
-    y = einsum("btd,dnh->btnh", x, getattr(self, name)[...])
-    return y + getattr(self, f"{name}_bias")[...].astype(y.dtype) if self.config.qkv_bias else y
+  def _project(self, name: str, x: jax.Array, to=None) -> jax.Array:
+    return einsum("btd,dnh->btnh", x, getattr(self, name), bias=getattr(self, f"{name}_bias", None), to=to)
 
-  def _normalise(self, norm: Norm, x: jax.Array) -> jax.Array:
-    flat = x.reshape(*x.shape[:2], -1) if self.config.qk_norm.whole else x
-    return norm(flat).reshape(x.shape)
+  def _normalise(self, norm: Norm, x: jax.Array, heads: Axis) -> jax.Array:
+    if self.config.qk_norm.whole:
+      return norm(x.reshape(*x.shape[:2], -1), heads).reshape(x.shape)
+    return norm(x, None)
+
+
+def _of_these_queries(kv: jax.Array, num_heads: int, num_kv_heads: int) -> jax.Array:
+  """The key-value heads [B, K', S, H] that this device's query heads use, of those [B, K, S, H] that it holds.
+
+  Where the mesh has more devices than there are key-value heads, devices hold the same ones.
+  """
+  queries, held = mesh_axes("attn_heads"), mesh_axes(("attn_kv_heads", num_kv_heads))
+  group, mine = num_heads // num_kv_heads, num_heads // parts(queries)
+  needed = max(1, mine // group)
+  if needed == kv.shape[1]:
+    return kv
+  check(
+    mine % group == 0 or group % mine == 0,
+    f"num_heads={num_heads} over {parts(queries)} devices gives each {mine} heads, which is neither a multiple"
+    f" nor a divisor of the {group} that share a key-value head; choose another mesh or layout",
+  )
+  first = index(queries) * mine // group - index(held) * kv.shape[1]
+  return jax.lax.dynamic_slice_in_dim(kv, first, needed, axis=1)
 
 
 def _mean_over(entropy: jax.Array, context: Context) -> jax.Array:

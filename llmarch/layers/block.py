@@ -9,7 +9,10 @@ from llmarch.layers.context import Context
 from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.layers.registry import FFNS, MIXERS
-from llmarch.sharding import shard
+from llmarch.ops.einsum import RESIDUAL, finish
+from llmarch.sharding import move, shard
+
+NORMED = "post_norm_embed"
 
 
 class Block(nnx.Module):
@@ -44,9 +47,10 @@ class Block(nnx.Module):
       return y
 
     if self.config.residual.startswith("parallel"):
-      h = self.mixer_norm(x)
-      y = mixer(h) + ffn(h if self.config.residual == "parallel" else self.ffn_norm(x))
-      x = self._join(x, y, keys[2])
+      entered = _enter(x)
+      h = self.mixer_norm(entered, NORMED)
+      y = mixer(h) + ffn(h if self.config.residual == "parallel" else self.ffn_norm(entered, NORMED))
+      x = self._join(x, finish(y, "mlp"), keys[2])
     else:
       keys_out = [None] * 2 if key is None else jax.random.split(keys[2])
       x = self._branch("mixer", mixer, x, keys_out[0])
@@ -59,13 +63,15 @@ class Block(nnx.Module):
   def _branch(self, name: str, f, x: jax.Array, key) -> jax.Array:
     """One serial branch, its norms where the residual form wants them."""
     norm, form = getattr(self, f"{name}_norm"), self.config.residual
-    if form == "pre":
-      return self._join(x, f(norm(x)), key)
-    if form == "post":
-      return norm(self._join(x, f(x), key))
+    h = _enter(x)
+    h = norm(h, NORMED) if form in ("pre", "sandwich") else h
+    y = finish(f(h), "heads" if name == "mixer" else "mlp")
     if form == "sandwich":
-      return self._join(x, getattr(self, f"{name}_out_norm")(f(norm(x))), key)
-    return self._join(x, norm(f(x)), key)  # output
+      y = getattr(self, f"{name}_out_norm")(y, RESIDUAL[-1])
+    if form == "output":
+      y = norm(y, RESIDUAL[-1])
+    x = self._join(x, y, key)
+    return norm(x, RESIDUAL[-1]) if form == "post" else x
 
   def _join(self, x: jax.Array, y: jax.Array, key) -> jax.Array:
     """a x + m dropout(y)."""
@@ -74,4 +80,9 @@ class Block(nnx.Module):
       y = y * (jax.random.bernoulli(key, 1 - c.dropout, y.shape) / (1 - c.dropout)).astype(y.dtype)
     x = x if c.skip_scale == 1 else x * c.skip_scale
     y = y if c.branch_scale == 1 else y * c.branch_scale
-    return shard(x + y, "batch", "length", "act_embed")
+    return shard(x + y, *RESIDUAL)
+
+
+def _enter(x: jax.Array) -> jax.Array:
+  """The residual stream, where the norms and the first matrices of a branch want it."""
+  return move(x, RESIDUAL, (*RESIDUAL[:2], NORMED))

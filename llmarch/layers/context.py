@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from llmarch.ops import cache
 from llmarch.ops.attention import Keys
+from llmarch.sharding import move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,16 @@ class Context:
 def make_context(positions, segment_ids, prefix, state, telemetry) -> tuple[Context, dict | None]:
   """The context of a call and, where there is a state, its part that all layers share, updated.
 
+  The context lies where attention does: only attention asks who stands where.
+
   positions int32 [B, T]; segment_ids int32 [B, T] or None; prefix bool [B, T] or None.
   """
   if segment_ids is None:
     segment_ids = jnp.zeros_like(positions)
+  positions, segment_ids, prefix = (
+    None if a is None else move(a, ("batch", "length"), ("attn_batch", "length"))
+    for a in (positions, segment_ids, prefix)
+  )
   queries = Keys(positions, segment_ids, prefix)
   if state is None:
     # Of each document, so that packing changes nothing. XLA drops it where no layer asks.

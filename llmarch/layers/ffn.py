@@ -10,7 +10,6 @@ from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
 from llmarch.ops.activation import activate
 from llmarch.ops.einsum import einsum
-from llmarch.sharding import shard
 
 Activation = Literal["identity", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid"]
 
@@ -46,12 +45,8 @@ class MLP(nnx.Module):
       self.down_bias = make.constant("embed", (D,), 0.0)
 
   def __call__(self, x: jax.Array, context: Context, key: jax.Array | None):
-    """x [B, T, D] -> y [B, T, D], aux."""
-    up = self._linear("up", "btd,df->btf", x)
-    gate = self._linear("gate", "btd,df->btf", x) if self.config.gated else None
-    h = activate(self.config.activation, *((gate, up) if self.config.gated else (up, None)))
-    return self._linear("down", "btf,fd->btd", shard(h, "batch", "length", "act_mlp")), {}
-
-  def _linear(self, name: str, subscripts: str, x: jax.Array) -> jax.Array:
-    y = einsum(subscripts, x, getattr(self, name)[...])
-    return y + getattr(self, f"{name}_bias")[...].astype(y.dtype) if self.config.bias else y
+    """x [B, T, D] -> y [B, T, D], which the block finishes, and aux."""
+    project = lambda name: einsum("btd,df->btf", x, getattr(self, name), bias=getattr(self, f"{name}_bias", None))
+    up = project("up")
+    h = activate(self.config.activation, *((project("gate"), up) if self.config.gated else (up, None)))
+    return einsum("btf,fd->btd", h, self.down, bias=getattr(self, "down_bias", None), partial=True), {}

@@ -9,6 +9,7 @@ from flax import nnx
 from llmarch.config import NormConfig, check_above, config_dataclass
 from llmarch.layers.param import Maker
 from llmarch.ops import norm as ops
+from llmarch.sharding import Axis, move
 
 
 def _centred(scale: jax.Array) -> jax.Array:
@@ -27,8 +28,8 @@ class RMSNorm(NormConfig, kind="rmsnorm"):
   def make(self, dim: int, make: Maker):
     return {"scale": make.constant("norm", (dim,), 0.0 if self.zero_centered else 1.0)}
 
-  def apply(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-    return ops.rms_norm(x, _centred(scale) if self.zero_centered else scale, eps=self.eps)
+  def apply(self, x: jax.Array, axis: Axis, scale: jax.Array) -> jax.Array:
+    return ops.rms_norm(x, _centred(scale) if self.zero_centered else scale, eps=self.eps, axis=axis)
 
 
 @config_dataclass
@@ -44,8 +45,8 @@ class LayerNorm(NormConfig, kind="layernorm"):
     params = {"scale": make.constant("norm", (dim,), 0.0 if self.zero_centered else 1.0)}
     return params | ({"bias": make.constant("norm", (dim,), 0.0)} if self.bias else {})
 
-  def apply(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    return ops.layer_norm(x, _centred(scale) if self.zero_centered else scale, bias, eps=self.eps)
+  def apply(self, x: jax.Array, axis: Axis, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    return ops.layer_norm(x, _centred(scale) if self.zero_centered else scale, bias, eps=self.eps, axis=axis)
 
 
 @config_dataclass
@@ -60,19 +61,21 @@ class ScaleNorm(NormConfig, kind="scalenorm"):
   def make(self, dim: int, make: Maker):
     return {"scale": make.constant("one", (1,), math.sqrt(dim))}
 
-  def apply(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-    return ops.scale_norm(x, scale, eps=self.eps)
+  def apply(self, x: jax.Array, axis: Axis, scale: jax.Array) -> jax.Array:
+    return ops.scale_norm(x, scale, eps=self.eps, axis=axis)
 
 
 class Norm(nnx.Module):
-  """The normalisation of the last axis that its config says.  [..., dim] -> [..., dim]."""
+  """The normalisation of the last dimension that its config says.  [..., dim] -> [..., dim]."""
 
   def __init__(self, config: NormConfig, dim: int, make: Maker):
     self.config = config
     for name, value in config.make(dim, make).items():
       setattr(self, name, value)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, axis: Axis) -> jax.Array:
+    """`axis`: the logical name of x's last dimension."""
     params = {k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)}
+    here = {k: v if v.shape == (1,) else move(v, (None,), (axis,)) for k, v in params.items()}
     # The backward pass recomputes it from x rather than keep f32 copies of x on the way.
-    return jax.checkpoint(self.config.apply, prevent_cse=False)(x, **params)
+    return jax.checkpoint(self.config.apply, prevent_cse=False, static_argnums=1)(x, axis, **here)

@@ -26,6 +26,7 @@ class Maker:
 
   def weight(self, name: str, axes: str, shape: tuple[int, ...], fan_in: str, scale: float = 1.0) -> nnx.Param:
     """A random matrix. `axes` names its dimensions, `fan_in` those that are summed over when it is applied.
+    `sizes` keeps the shape of one layer over all devices.
 
     Such parameters, and no others, get weight decay and Muon (`decay` and `fan_in` metadata).
     """
@@ -34,11 +35,13 @@ class Maker:
     std = scale * self.init.std(summed, math.prod(shape) // summed)
     # Truncation at two deviations shrinks a standard normal to this deviation.
     draw = jax.random.truncated_normal(self.child(name).key, -2, 2, shape, jnp.float32) / 0.87962566103423978
-    return nnx.Param((std * draw).astype(self.dtype), axes=tuple(names), fan_in=tuple(fan_in.split()), decay=True)
+    value = (std * draw).astype(self.dtype)
+    return nnx.Param(value, axes=tuple(names), sizes=shape, fan_in=tuple(fan_in.split()), decay=True)
 
   def constant(self, axes: str, shape: tuple[int, ...], value: float) -> nnx.Param:
     """A norm scale (1), a bias (0) or another vector that starts constant and does not decay."""
-    return nnx.Param(jnp.full(shape, value, self.dtype), axes=tuple(axes.split()), fan_in=(), decay=False)
+    value = jnp.full(shape, value, self.dtype)
+    return nnx.Param(value, axes=tuple(axes.split()), sizes=shape, fan_in=(), decay=False)
 
 
 def _name(path) -> str:

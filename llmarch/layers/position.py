@@ -15,6 +15,8 @@ from llmarch.config import PositionConfig, ScalingConfig, check, check_above, ch
 from llmarch.layers.param import Maker
 from llmarch.ops import attention as ops
 from llmarch.ops import rope
+from llmarch.ops.einsum import RESIDUAL, lookup
+from llmarch.sharding import move
 
 # ---------------------------------------------------------------------------------------- at the embedding
 
@@ -32,7 +34,7 @@ class Sinusoidal(PositionConfig, kind="sinusoidal"):
     return None
 
   def vectors(self, table, positions: jax.Array, d_model: int) -> jax.Array:
-    return rope.sinusoids(positions, d_model)
+    return move(rope.sinusoids(positions, d_model), (*RESIDUAL[:2], None), RESIDUAL)
 
 
 @config_dataclass
@@ -53,7 +55,7 @@ class Learned(PositionConfig, kind="learned"):
 
   def vectors(self, table, positions: jax.Array, d_model: int) -> jax.Array:
     # Positions beyond the table cannot come here: they are refused on the host (max_seq_len <= length).
-    return table[jnp.maximum(positions, 0)]
+    return lookup(table, jnp.maximum(positions, 0), table.get_value().dtype)
 
 
 # ------------------------------------------------------------------------------------- extensions of RoPE

@@ -14,8 +14,8 @@ from llmarch.layers.context import make_context
 from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.ops import cache
-from llmarch.ops.einsum import einsum
-from llmarch.sharding import shard
+from llmarch.ops.einsum import RESIDUAL, einsum, lookup
+from llmarch.sharding import move
 
 
 class Decoder(nnx.Module):
@@ -51,7 +51,7 @@ class Decoder(nnx.Module):
   def trunk(
     self, tokens, positions, segment_ids=None, state=None, *, prefix=None, key=None, remat="none", telemetry=False
   ):
-    """Everything below the head: -> hidden [B, T, D], state, aux {name: f32 [L]}.
+    """Everything below the final norm: -> hidden [B, T, D], state, aux {name: f32 [L]}.
 
     prefix: bool [B, T], tokens that their whole segment sees where a mixer's mask is "prefix"; a prefix must
     lie in one call. key: dropout happens if it is given. remat: a name of REMAT_POLICIES or "none".
@@ -61,35 +61,33 @@ class Decoder(nnx.Module):
     chex.assert_equal_shape([a for a in (tokens, positions, segment_ids, prefix) if a is not None])
     context, shared_state = make_context(positions, segment_ids, prefix, state, telemetry)
     c = self.config
-    x = self.embed[...][tokens].astype(c.precision.compute)  # [B, T, D]
+    x = lookup(self.embed, tokens, c.precision.compute)  # [B, T, D]
     if c.embed.scale != 1:
       x = x * c.embed.scale
     if c.embed.position:
-      table = None if self.position is None else self.position[...]
-      x = x + c.embed.position.vectors(table, positions, c.d_model).astype(x.dtype)
+      x = x + c.embed.position.vectors(self.position, positions, c.d_model).astype(x.dtype)
     if c.embed.norm:
-      x = self.embed_norm(x)
+      x = self.embed_norm(x, RESIDUAL[-1])
     keys = [None, None] if key is None else jax.random.split(key)
     if key is not None and c.embed.dropout:
       x = x * (jax.random.bernoulli(keys[0], 1 - c.embed.dropout, x.shape) / (1 - c.embed.dropout)).astype(x.dtype)
-    x = shard(x, "batch", "length", "act_embed")
     x, layers, aux = self.stack(x, context, None if state is None else state["layers"], keys[1], remat)
-    if c.final_norm:
-      x = self.final_norm(x)
     return x, None if state is None else {**shared_state, "layers": layers}, aux
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
-    """hidden [B, T, D] -> logits f32 [B, T, V]."""
+    """The final norm and the head: hidden [B, T, D] -> logits f32 [B, T, V]."""
     c = self.config.head
+    hidden = move(hidden, RESIDUAL, (*RESIDUAL[:2], "post_norm_embed"))
+    if self.config.final_norm:
+      hidden = self.final_norm(hidden, "post_norm_embed")
     table = self.embed if c.tied else self.head
-    logits = einsum("btd,vd->btv", hidden, table[...], out_dtype=jnp.float32)
-    if c.bias:
-      logits += self.head_bias[...].astype(jnp.float32)
+    bias = self.head_bias if c.bias else None
+    logits = einsum("btd,vd->btv", hidden, table, bias=bias, out_dtype=jnp.float32)
     if c.scale != 1:
       logits *= c.scale
     if c.softcap:
       logits = c.softcap * jnp.tanh(logits / c.softcap)
-    return shard(logits, "batch", "length", "act_vocab")
+    return logits
 
   def state_spec(self, batch: int, max_len: int, chunk: int):
     """Specs of a decoding state for `max_len` tokens a row, written at most `chunk` at a time."""

@@ -1,29 +1,34 @@
-"""Normalisations over the last axis, statistics in f32, result in the dtype of x."""
+"""Normalisations over the last dimension, statistics in f32, result in the dtype of x.
+
+`axis` is that dimension's logical name: in manual mode (sharding.py) a device may hold a part of it.
+"""
 
 import jax
 import jax.numpy as jnp
 
+from llmarch.sharding import Axis, full_size, mean
 
-def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, axis: Axis = None) -> jax.Array:
   """x / sqrt(mean(x^2) + eps) * scale  (1910.07467, eq. 4).  x [..., D], scale [D] or [1]."""
   y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  y = y * jax.lax.rsqrt(mean(y * y, axis) + eps)
   return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, eps: float) -> jax.Array:
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, eps: float, axis: Axis = None) -> jax.Array:
   """(x - mean) / sqrt(var + eps) * scale + bias  (1607.06450).  x [..., D], scale and bias [D]."""
   y = x.astype(jnp.float32)
   # Centred first: E[x^2] - E[x]^2 cancels where the mean is large.
-  y = y - jnp.mean(y, axis=-1, keepdims=True)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale.astype(jnp.float32)
+  y = y - mean(y, axis)
+  y = y * jax.lax.rsqrt(mean(y * y, axis) + eps) * scale.astype(jnp.float32)
   if bias is not None:
     y = y + bias.astype(jnp.float32)
   return y.astype(x.dtype)
 
 
-def scale_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+def scale_norm(x: jax.Array, scale: jax.Array, *, eps: float, axis: Axis = None) -> jax.Array:
   """g x / |x| with one scalar g  (1910.05895).  x [..., D], scale [1]."""
   y = x.astype(jnp.float32)
-  norm = jnp.sqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)
+  norm = jnp.sqrt(full_size(y, axis) * mean(y * y, axis) + eps)
   return (scale.astype(jnp.float32) * y / norm).astype(x.dtype)

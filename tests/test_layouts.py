@@ -1,0 +1,200 @@
+"""The inference layouts: every row of the table gives one device's numbers, in manual and in automatic mode.
+
+Eight fake devices; sizes are unequal, and each mesh axis divides what the row splits by it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import spaces
+from flax import nnx
+from test_invariants import assert_close
+
+from llmarch.config import EmbedConfig, HeadConfig, UserError
+from llmarch.infer.decoder import make_decoder
+from llmarch.layers.attention import QKNorm
+from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
+from llmarch.layers.position import ALiBi, Learned, Sinusoidal, T5Bias, XPos
+from llmarch.models.decoder import abstract, unstack
+from llmarch.ops import cache
+from llmarch.ops.sampling import Sampling
+from llmarch.sharding import ATTENTION, FEED_FORWARD, LAYOUTS, find_layout, make_mesh, parse_mesh, shardings, use_layout
+
+B, T = 8, 7  # rows, and tokens of the longest
+CALLS = (4, 2, 1)  # tokens of a prefill, a chunk and a decode step
+INFERENCE = [f"{ffn}+{attention}" for ffn in FEED_FORWARD for attention in ATTENTION]
+
+
+def block(kv_heads: int, *, d_ff: int = 40, activation="silu", gated=True, bias=False, heads=8, form="pre", **mixer):
+  changes = {"norm": mixer.pop("norm")} if "norm" in mixer else {}
+  return spaces.block(
+    spaces.attention(**{"num_heads": heads, "num_kv_heads": kv_heads} | mixer),
+    ffn=MLPConfig(d_ff=d_ff, activation=activation, gated=gated, bias=bias),
+    residual=form,
+    **changes,
+  )
+
+
+def model(*blocks, **changes):
+  return spaces.model(*blocks, **{"d_model": 24, "stack": " ".join("abcdef"[: len(blocks)])} | changes)
+
+
+# Every kind of sharing of keys and values, serial and parallel.
+SHARING = model(*(block(kv, form=form) for form in ("pre", "parallel") for kv in (8, 4, 1)))
+# Whatever else of the space asks where it is: biases, norms over split dimensions, constants a head, tables.
+OPTIONS = {
+  "biases_and_learned_positions": model(
+    block(2, bias=True, gated=False, activation="gelu", qkv_bias=True, out_bias=True, window=3, norm=LayerNorm()),
+    block(8, bias=True, qkv_bias=True, out_bias=True, form="parallel2", norm=ScaleNorm()),
+    head=HeadConfig(tied=False, bias=True, softcap=5.0),
+    embed=EmbedConfig(position=Learned(length=spaces.MAX_LEN), norm=LayerNorm(), scale=1.7),
+  ),
+  "norms_over_split_dimensions": model(
+    block(4, qk_norm=QKNorm(norm=RMSNorm(), whole=True), form="output"),
+    block(4, qk_norm=QKNorm(norm=LayerNorm()), form="sandwich", norm=LayerNorm()),
+    block(1, form="post", norm=ScaleNorm(), position=None),
+    embed=EmbedConfig(position=Sinusoidal()),
+    vocab_size=42,  # which no more than two devices divide
+  ),
+  "biases_by_distance": model(
+    block(8, position=ALiBi(), sinks=True),
+    block(2, heads=16, position=T5Bias(num_buckets=6, max_distance=7), softcap=4.0),
+    block(4, position=XPos(), window=2),
+  ),
+}
+
+
+@functools.cache
+def toy(config):
+  """Random parameters of the unstacked decoder, tokens, and ragged positions padded on the left."""
+  graph, params = nnx.split(abstract(config))
+  graph, params = nnx.split(unstack(nnx.merge(graph, spaces.random_params(params, 3))))
+  draws = np.random.default_rng(5)
+  tokens = draws.integers(0, config.vocab_size, (B, T)).astype(np.int32)
+  lengths = np.array([7, 5, 6, 4, 7, 3, 5, 2])
+  return graph, params, tokens, np.maximum(np.arange(T) - (T - lengths[:, None]), -1).astype(np.int32)
+
+
+def outcomes(config, layout=None, mesh=None, manual=True):
+  """Logits of each call and the state after the last."""
+  graph, params, tokens, positions = toy(config)
+  specs = nnx.merge(graph, params).state_spec(B, T, max(CALLS))
+  cuts = np.cumsum(CALLS)[:-1]
+  calls = list(zip(np.split(tokens, cuts, axis=1), np.split(positions, cuts, axis=1), strict=True))
+
+  def run(params, state, calls):
+    with use_layout(layout, mesh, manual=manual):
+      model, logits = nnx.merge(graph, params), []
+      for tokens, positions in calls:
+        out, state, _ = model(tokens, positions, state=state)
+        logits.append(out)
+      return logits, state
+
+  state = cache.allocate(specs)
+  if mesh is None:
+    return jax.jit(run)(params, state, calls)
+  placed = shardings(params, layout, mesh), shardings(specs, layout, mesh)
+  rows = shardings(cache.Spec((B, T), ("batch", "length"), "int32"), layout, mesh)
+  logits = shardings(cache.Spec((B, T, config.vocab_size), ("batch", "length", "act_vocab"), "float32"), layout, mesh)
+  if manual:
+    specs_of = lambda tree: jax.tree.map(lambda s: s.spec, tree)
+    run = jax.shard_map(
+      run, mesh=mesh, in_specs=(*map(specs_of, placed), rows.spec), out_specs=(logits.spec, specs_of(placed[1])),
+      check_vma=False,
+    )  # fmt: skip
+  run = jax.jit(run, in_shardings=(*placed, rows), out_shardings=(logits, placed[1]))
+  return run(*jax.device_put((params, state), placed), calls)
+
+
+expected = functools.cache(outcomes)
+
+
+def check_equal(config, actual, what: str):
+  real = np.split(toy(config)[3] >= 0, np.cumsum(CALLS)[:-1], axis=1)
+  for call, here, there, at in zip(CALLS, actual[0], expected(config)[0], real, strict=True):
+    assert_close(np.asarray(here)[at], np.asarray(there)[at], f"{what}, call of {call}")
+  for here, there in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected(config)[1]), strict=True):
+    assert_close(np.asarray(here), np.asarray(there), f"{what}, state")
+
+
+def mesh_of(text: str):
+  return make_mesh(parse_mesh(text))
+
+
+@pytest.mark.parametrize("layout", INFERENCE)
+def test_every_layout_equals_one_device(layout, cases):
+  check_equal(SHARING, outcomes(SHARING, LAYOUTS[layout], mesh_of("x=2,y=2,z=2")), layout)
+  cases("7 manual layout == one device: MHA, GQA, MQA x serial, parallel x prefill, chunk, decode", 18)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("layout", ["ws_1d+heads", "ws_2d+batch_xyz", "ws_2d+heads", "wg_xy+batch_z", "megatron"])
+def test_every_option_that_asks_where_it_is_equals_one_device(layout, name, cases):
+  mesh = mesh_of("data=2,tensor=4" if layout == "megatron" else "x=2,y=2,z=2")
+  check_equal(OPTIONS[name], outcomes(OPTIONS[name], LAYOUTS[layout], mesh), f"{layout} {name}")
+  cases("7 manual layout == one device: other options")
+
+
+@pytest.mark.parametrize(
+  "layout, mesh",
+  [("ws_2d+batch_yz", "x=4,y=2"), ("ws_2d+batch_z", "y=4,z=2"), ("wg_x+batch_yz", "x=2,y=4"), ("wg_xy", "x=4,z=2")],
+)
+def test_meshes_of_other_shapes_equal_one_device(layout, mesh, cases):
+  check_equal(SHARING, outcomes(SHARING, find_layout(layout, mesh_of(mesh)), mesh_of(mesh)), f"{layout} on {mesh}")
+  cases("7 manual layout == one device: other meshes")
+
+
+@pytest.mark.parametrize("layout", ["ws_1d+batch_xyz", "ws_2d+batch_yz", "wg_x+heads", "wg_xyz+heads"])
+def test_automatic_mode_reads_the_same_table(layout, cases):
+  check_equal(SHARING, outcomes(SHARING, LAYOUTS[layout], mesh_of("x=2,y=2,z=2"), manual=False), layout)
+  cases("7 automatic layout == one device")
+
+
+@pytest.mark.parametrize(
+  "prefill, decode", [("wg_xyz", "ws_2d+batch_xyz"), ("ws_2d+heads", "ws_2d+batch_xyz"), ("wg_xy", "wg_x+batch_z")]
+)
+def test_a_decoder_on_a_mesh_writes_the_same_tokens(prefill, decode, cases):
+  """Sampled, penalised and stopped; prefill in chunks in one layout, decode in another, the weights unmoved."""
+  _, params, tokens, positions = toy(SHARING)
+  sampling = Sampling(temperature=1.3, top_k=9, repetition_penalty=1.4)
+  n, mesh = 9, mesh_of("x=2,y=2,z=2")
+
+  def generate(params, **place):
+    programs = make_decoder(SHARING, batch=B, max_len=T + n, chunk=4, sampling=sampling, stop_ids=(3, 4), **place)
+    carry = programs.start(jax.random.split(jax.random.key(1), B), jnp.full(B, T + n))
+    for at in (slice(0, 3), slice(3, 7)):
+      pad = ((0, 0), (4 - len(range(T)[at]), 0))
+      carry = programs.prefill(
+        params, carry, np.pad(tokens[:, at], pad), np.pad(positions[:, at], pad, constant_values=-1)
+      )
+    first = np.asarray(carry["token"])
+    _, out, steps = programs.decode(params, programs.switch(carry), n)
+    return first, np.asarray(out), int(steps)
+
+  alone = generate(params)
+  assert alone[2] > 2 and (alone[1] >= 0).any(axis=0).sum() > 2  # there is something to compare
+  placed = jax.device_put(params, shardings(params, find_layout(decode, mesh), mesh))
+  for here, there in zip(generate(placed, mesh=mesh, prefill_layout=prefill, decode_layout=decode), alone, strict=True):
+    np.testing.assert_array_equal(here, there)
+  cases("7 decoder on a mesh == one device: tokens")
+
+
+REFUSED = {
+  "batch": (dict(batch=4, decode_layout="ws_2d+batch_xyz"), "axis 'cache_batch' of size 4 is not divisible by"),
+  "rows": (dict(batch=4, prefill_layout="wg_xyz"), "axis 'batch' of size 4 is not divisible by"),
+  "weights": (dict(prefill_layout="ws_1d"), "'ws_1d' and decode layout 'ws_2d' store weights in different places"),
+  "axes": (dict(decode_layout="megatron"), "'megatron' splits over data, tensor, but the mesh has x, y, z"),
+  "name": (dict(decode_layout="ws_2d+batch_xy"), "layout: there is no 'ws_2d\\+batch_xy'.*ws_2d\\+batch_xyz"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_impossible_layout_is_refused_before_anything_is_compiled(name):
+  changes, message = REFUSED[name]
+  place = {"batch": B, "mesh": mesh_of("x=2,y=2,z=2")} | changes
+  with pytest.raises(UserError, match=message):
+    make_decoder(SHARING, max_len=T, chunk=4, sampling=Sampling(), **place)
