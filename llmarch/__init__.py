@@ -5,10 +5,13 @@ import os
 __version__ = "0.1.0"
 
 
-def load(directory: str | os.PathLike):
-  """The LM of a folder: one that `LM.save` wrote, or the workdir of a training run (its newest checkpoint).
+def load(directory: str | os.PathLike, **options):
+  """The LM of a folder: one that `LM.save` wrote, the workdir of a training run (its newest
+  checkpoint), or a checkpoint of transformers (config.json and safetensors).
 
-  Raises UserError if there is none or it is damaged.
+  Options are those of `LM`: weights, a format for its matrices ("int8", "int4", "nf4" ...); kv, one for the
+  decoding state ("int8", "int8_channel" ...); mesh, prefill_layout, decode_layout. Raises UserError if there
+  is no model, it is damaged, or it does not suit an option.
   """
   # Here, so that `import llmarch` and `llmarch --help` do not pay for jax.
   from llmarch.data.tokenizers import load_tokenizer
@@ -18,6 +21,11 @@ def load(directory: str | os.PathLike):
     from llmarch.train.checkpoint import restore_params
 
     config, params, tokenizer = restore_params(os.fspath(directory))
-    return lm.LM(config, params, load_tokenizer(tokenizer))
+    return lm.LM(config, params, load_tokenizer(tokenizer), **options)
   has_tokenizer = os.path.exists(os.path.join(directory, lm.TOKENIZER))
-  return lm.load(directory, load_tokenizer(os.fspath(directory)) if has_tokenizer else None)
+  tokenizer = load_tokenizer(os.fspath(directory)) if has_tokenizer else None
+  from llmarch.convert import hf
+
+  if hf.is_checkpoint(directory):
+    return lm.LM(*hf.load(directory), tokenizer, **options)
+  return lm.load(directory, tokenizer, **options)

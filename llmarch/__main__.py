@@ -8,8 +8,11 @@ COMMANDS = {
   "generate": "continue prompts with a trained decoder",
   "presets": "list the published architectures that ship as presets",
   "describe": "print the stack, parameters, FLOPs and memory of a config",
+  "plan": "choose layouts, meshes and chips for serving a decoder, by formula",
+  "convert": "read a checkpoint of transformers, or write one",
   "tokenizer": "train a BPE tokenizer, or encode a source to a token file",
   "bench": "measure train step, prefill and decode on given shapes",
+  "compile": "compile for TPUs or GPUs that are not here: memory, FLOPs, collectives",
 }
 
 

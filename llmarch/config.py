@@ -117,6 +117,9 @@ class FanIn(InitConfig, kind="fan_in"):
 
   gain: float = 1.0
 
+  def __post_init__(self):
+    check_at_least(self, 0, "gain")
+
   def std(self, fan_in: int, fan_out: int) -> float:
     return self.gain / math.sqrt(fan_in)
 
@@ -127,6 +130,9 @@ class Normal(InitConfig, kind="normal"):
 
   stddev: float = 0.02
 
+  def __post_init__(self):
+    check_at_least(self, 0, "stddev")
+
   def std(self, fan_in: int, fan_out: int) -> float:
     return self.stddev
 
@@ -136,6 +142,9 @@ class Xavier(InitConfig, kind="xavier"):
   """Truncated normal of standard deviation gain * sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
 
   gain: float = 1.0
+
+  def __post_init__(self):
+    check_at_least(self, 0, "gain")
 
   def std(self, fan_in: int, fan_out: int) -> float:
     return self.gain * math.sqrt(2 / (fan_in + fan_out))
@@ -204,15 +213,20 @@ class HeadConfig:
 
 
 DType = Literal["float32", "bfloat16", "float16"]
+StateDType = Literal["float32", "bfloat16", "float16", "int8", "fp8", "int8_channel", "fp8_channel"]
 
 
 @config_dataclass
 class Precision:
-  """dtype of the parameters at rest, of the residual stream and matmuls, and of the decoding state."""
+  """dtype of the parameters at rest, of the residual stream and matmuls, and of the decoding state.
+
+  state: "int8" and "fp8" (e4m3) hold each token's keys and values as codes with a scale a token and head; with
+  "_channel", the keys' scales are by channel, and the newest 32 tokens are kept in bfloat16 (ops/kivi.py).
+  """
 
   param: DType = "float32"
   compute: DType = "float32"
-  state: DType = "float32"
+  state: StateDType = "float32"
 
 
 @config_dataclass
@@ -349,6 +363,8 @@ def build(annotation: Any, value: Any, path: str = "config") -> Any:
   if origin is dict:
     if not isinstance(value, Mapping):
       raise UserError(f"{path} must be a dict, got {value!r}")
+    for k in value:
+      check(isinstance(k, str), f"{path} has the key {k!r}; give it a name, in quotes")
     return FrozenDict({k: build(args[1], v, f"{path}.{k}") for k, v in value.items()})
   if origin is tuple:
     if not isinstance(value, (list, tuple)):
@@ -391,7 +407,8 @@ def _dataclass(annotation, value, path):
   built = {key: build(hints[key], v, f"{path}.{key}") for key, v in value.items()}
   for name, f in fields.items():
     if name not in built and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-      raise UserError(f"{path}.{name} is missing; give it a value of type {hints[name]}")
+      of = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+      raise UserError(f"{path}.{name} is missing; give it a value of type {of}")
   try:
     return annotation(**built)
   except UserError as e:

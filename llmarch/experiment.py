@@ -163,6 +163,10 @@ class Adafactor(AlgorithmConfig, kind="adafactor"):
   decay_rate: float = 0.8
   min_dim_size_to_factor: int = 128
 
+  def __post_init__(self):
+    check_rate(self, "decay_rate")
+    check_at_least(self, 1, "min_dim_size_to_factor")
+
 
 @config_dataclass
 class Muon(AlgorithmConfig, kind="muon"):
@@ -177,6 +181,7 @@ class Muon(AlgorithmConfig, kind="muon"):
   def __post_init__(self):
     check_rate(self, "beta", "adam_b1", "adam_b2")
     check_at_least(self, 1, "ns_steps")
+    check_at_least(self, 0, "adam_learning_rate_ratio")
 
 
 @config_dataclass
@@ -195,17 +200,26 @@ class ScheduleConfig(Variant):
 class Constant(ScheduleConfig, kind="constant"):
   warmup: int = 0
 
+  def __post_init__(self):
+    check_at_least(self, 0, "warmup")
+
 
 @config_dataclass
 class Linear(ScheduleConfig, kind="linear"):
   warmup: int = 0
   final: float = 0.0  # fraction of the peak at the last step
 
+  def __post_init__(self):
+    check_at_least(self, 0, "warmup", "final")
+
 
 @config_dataclass
 class Cosine(ScheduleConfig, kind="cosine"):
   warmup: int = 0
   final: float = 0.1
+
+  def __post_init__(self):
+    check_at_least(self, 0, "warmup", "final")
 
 
 @config_dataclass
@@ -225,6 +239,9 @@ class WSD(ScheduleConfig, kind="wsd"):
   warmup: int = 0
   decay: int = 0
   final: float = 0.0
+
+  def __post_init__(self):
+    check_at_least(self, 0, "warmup", "decay", "final")
 
 
 @config_dataclass
@@ -261,6 +278,9 @@ class TrainConfig:
   def __post_init__(self):
     check_at_least(self, 1, "steps", "batch_size", "seq_len", "log_every", "grad_accum", "loss_chunk")
     check_at_least(self, 0, "z_loss", "telemetry_every")
+    check(self.steps < 2**31, f"steps must be below 2^31, got {self.steps}")
+    tokens = self.batch_size * self.seq_len
+    check(tokens < 2**31, f"batch_size and seq_len make {tokens} tokens a step; they must be below 2^31")
     check_rate(self, "label_smoothing")
     check(self.ema is None or 0 < self.ema < 1, f"ema must lie between 0 and 1, got {self.ema}")
     check(
@@ -308,6 +328,7 @@ class ExperimentConfig:
 
   def __post_init__(self):
     check_at_least(self, 0, "seed")
+    check(self.seed < 2**32, f"seed must be below 2^32, got {self.seed}")
     check(
       self.train.seq_len <= self.model.max_seq_len,
       f"train.seq_len={self.train.seq_len} is longer than model.max_seq_len={self.model.max_seq_len};"

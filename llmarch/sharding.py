@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmarch.config import UserError, check, nearest
+from llmarch.config import UserError, check
 
 Layout = Mapping[str, tuple[str, ...]]
 # What a dimension is called: a name, (name, size over all devices) where the size decides how far the
@@ -89,6 +89,10 @@ LAYOUTS: dict[str, Layout] = {
   },
 }
 
+# Looped collective einsum: an entry of a row that is not a dimension, and its forms.
+LOOP = "loop"
+LOOPS = ("one_way", "throughput", "latency")
+
 # Split over as many of their mesh axes, from the first, as divide them: key-value heads are fewer than a
 # large mesh has devices (MQA has one), few vocabularies are round, and few rows may be sampled. Every other
 # indivisible dimension is an error.
@@ -98,22 +102,26 @@ MESH_AXES = (("data", "tensor"), ("x", "y", "z"))  # training; the inference lay
 
 
 def find_layout(name: str, mesh: Mesh) -> Layout:
-  """The row of that name; a feed-forward row alone has attention over heads.
+  """The row of a name such as "ws_2d+batch_xyz+throughput"; without an attention it is over heads.
 
+  The last part loops the gathers and scatters of activations into the matmuls that need them
+  (ops/collective_einsum.py); norms then work on the fully split residual stream.
   Raises UserError for an unknown name, and for a row that does not speak of the mesh's axes.
   """
-  row = LAYOUTS.get(name) or LAYOUTS.get(f"{name}+heads")
+  base, plus, form = name.rpartition("+")
+  base, form = (base, form) if plus and form in LOOPS else (name, None)
+  row = LAYOUTS.get(base) or LAYOUTS.get(f"{base}+heads")
   check(
     row is not None,
-    f"layout: there is no {name!r}{nearest(name, LAYOUTS)}; give megatron, or one of {', '.join(FEED_FORWARD)},"
-    f" alone or with +{', +'.join(ATTENTION)}",
+    f"layout: there is no {name!r}; give megatron or one of {', '.join(FEED_FORWARD)}, alone or with"
+    f" +{', +'.join(ATTENTION)}, and then with +{', +'.join(LOOPS)} or not",
   )
   axes = sorted({a for target in row.values() for a in target})
   check(
     axes == sorted(mesh.shape),
     f"layout {name!r} splits over {', '.join(axes)}, but the mesh has {', '.join(sorted(mesh.shape))}; change either",
   )
-  return row
+  return {**row, "post_norm_embed": row["act_embed"], LOOP: (form,)} if form else row
 
 
 # --------------------------------------------------------------------------------------------------- meshes
@@ -164,6 +172,11 @@ def _split(name: str | None, size: int | None, layout: Layout, mesh: Mesh) -> tu
   return names
 
 
+def ways(name: str, layout: Layout, mesh: Mesh) -> int:
+  """Into how many parts a layout splits the dimension of this name."""
+  return math.prod(mesh.shape[a] for a in layout.get(name, ()))
+
+
 def spec(axes: Sequence[str | None], shape: Sequence[int], layout: Layout, mesh: Mesh) -> PartitionSpec:
   """The PartitionSpec of an array of this shape whose dimensions bear these logical names.
 
@@ -185,14 +198,22 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], layout: Layout, mesh:
 def shardings(tree, layout: Layout, mesh: Mesh):
   """The NamedSharding of every named leaf: a Param, or a state Spec. Unnamed leaves are replicated.
 
-  One function serves parameters, optimizer moments (they are Params too) and decoding state.
+  One function serves parameters, optimizer moments (they are Params too) and decoding state. A Param may
+  hold a tree of arrays of its rank (codes and scales): where such a part has 1 for a dimension, it is not split.
   """
   named = lambda leaf: hasattr(leaf, "axes")
 
   def one(leaf):
     axes = leaf.axes if named(leaf) else (None,) * len(leaf.shape)
-    sharding = NamedSharding(mesh, spec(axes, leaf.shape, layout, mesh))
-    return leaf.replace(sharding) if hasattr(leaf, "replace") and named(leaf) else sharding
+    if not hasattr(leaf, "get_value"):
+      return place(leaf, axes)
+    left = len(leaf.shape) - len(axes)
+    reduced = lambda part: tuple(a if n > 1 else None for a, n in zip(axes, part.shape[left:], strict=True))
+    whole = lambda part: axes if part.shape == leaf.shape else reduced(part)
+    return leaf.replace(jax.tree.map(lambda part: place(part, whole(part)), leaf.get_value()))
+
+  def place(array, axes):
+    return NamedSharding(mesh, spec(axes, array.shape, layout, mesh))
 
   return jax.tree.map(one, tree, is_leaf=named)
 
@@ -225,6 +246,11 @@ def use_layout(layout: Layout, mesh: Mesh | None, *, manual: bool = False):
 def manual() -> bool:
   active = _active.get()
   return active is not None and active.manual
+
+
+def loop() -> str | None:
+  """The form in which the active layout loops its collective einsums."""
+  return _active.get().layout.get(LOOP, (None,))[0]
 
 
 def mesh_axes(axis: Axis) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ ARROWS = {
   "train": BELOW_MODELS | {"data", "analysis"},
   "infer": BELOW_MODELS | {"data"},
   "convert": BELOW_MODELS | {"presets"},
-  "analysis": BELOW_MODELS | {"presets"},
+  "analysis": BELOW_MODELS | {"presets", "train", "infer"},  # analysis/compile.py compiles their programs
   "report": BELOW_MODELS | {"analysis"},
   "commands": BELOW_MODELS
   | {"presets", "data", "train", "infer", "convert", "analysis", "report", "__main__", "__init__"},
@@ -32,7 +32,7 @@ ARROWS = {
 }
 LIBRARIES = {  # outside the standard library
   "config": set(),
-  "sharding": {"jax"},
+  "sharding": {"jax", "numpy"},
   "ops": {"jax", "numpy"},
   "layers": {"jax", "numpy", "flax"},
   "models": {"jax", "numpy", "flax", "chex"},

@@ -361,6 +361,25 @@ BAD = [
   ("model.blocks.a.residual", "parallel", None),
   ("train.grad_accum", 3, "config.train.batch_size=16 must be a multiple of grad_accum=3"),
   ("train.ema", 1.0, "config.train.ema must lie between 0 and 1"),
+  # what JAX or optax would take in silence, or choke on late
+  ("seed", 2**32, "config.seed must be below 2^32"),
+  ("train.steps", 2**31, "config.train.steps must be below 2^31"),
+  ("train.batch_size", 2**40, "config.train.batch_size and seq_len make"),
+  ("model.init", {"kind": "fan_in", "gain": -1.0}, "config.model.init.gain must be at least 0"),
+  ("model.init", {"kind": "xavier", "gain": -1.0}, "config.model.init.gain must be at least 0"),
+  ("model.embed_init", {"kind": "normal", "stddev": -1.0}, "config.model.embed_init.stddev must be at least 0"),
+  *(
+    ("optimizer.schedule", {"kind": kind, field: -1}, f"config.optimizer.schedule.{field} must be at least 0")
+    for kind, fields in (("constant", "warmup"), ("linear", "warmup final"), ("cosine", "warmup final"),
+                         ("wsd", "warmup decay final"))
+    for field in fields.split()
+  ),
+  ("optimizer.algorithm", {"kind": "adafactor", "decay_rate": -1.0}, "config.optimizer.algorithm.decay_rate must be"),
+  ("optimizer.algorithm", {"kind": "adafactor", "min_dim_size_to_factor": 0}, "config.optimizer.algorithm.min_dim"),
+  ("optimizer.algorithm", {"kind": "muon", "adam_learning_rate_ratio": -1.0}, "config.optimizer.algorithm.adam_learn"),
+  # names
+  ("model.blocks", {1: {}}, "config.model.blocks has the key 1; give it a name, in quotes"),
+  (f"{A}.ffn.d_ff", DROP, f"config.{A}.ffn.d_ff is missing; give it a value of type int"),
 ]
 
 

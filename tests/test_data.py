@@ -936,6 +936,7 @@ def test_the_command_refuses_bad_flags(tmp_path):
     ([out, "--vocab_sise=9"], "Did you mean: vocab_size"),
     ([out, "--vocab_size=many"], "vocab_size=many"),
     ([out, "--vocab_size=256"], "vocab_size=256 has no room"),
+    ([out, "--vocab_size=99999999999999999999"], "is more than ids can count"),
     ([out, "stray"], "'stray' is not a flag"),
     ([], "--out is missing"),
     ([out, "--tokenizer=bytes"], "--tokenizer is of no use without --encode"),

@@ -11,7 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from llmarch.config import BlockConfig, ModelConfig, UserError
+import llmarch
+from llmarch.commands.train import run as train_command
+from llmarch.config import BlockConfig, ModelConfig, UserError, build, override, to_dict
+from llmarch.data.tokenizers import load_tokenizer, train_bpe
 from llmarch.experiment import (
   SGD,
   WSD,
@@ -20,6 +23,7 @@ from llmarch.experiment import (
   CheckpointConfig,
   Constant,
   Cosine,
+  DataConfig,
   EvalConfig,
   ExperimentConfig,
   InverseSqrt,
@@ -27,6 +31,7 @@ from llmarch.experiment import (
   Lion,
   Muon,
   OptimizerConfig,
+  Text,
   TrainConfig,
 )
 from llmarch.layers.attention import AttentionConfig
@@ -36,6 +41,7 @@ from llmarch.layers.position import RoPE, T5Bias
 from llmarch.sharding import make_mesh
 from llmarch.train import checkpoint
 from llmarch.train.loop import train
+from llmarch.train.metrics import MetricsWriter
 from llmarch.train.optim import make_schedule
 from llmarch.train.step import make_train_step
 
@@ -212,11 +218,105 @@ def test_a_damaged_checkpoint_is_a_sentence(reference, tmp_path):
     run(config, tmp_path / "run")
 
 
+def test_a_changed_bit_of_a_checkpoint_is_refused_or_changes_nothing(reference, tmp_path):
+  """Compressed floats are mostly stored as they are, so that the file format itself notices half of all changes."""
+  config, workdir = reference
+  shutil.copytree(workdir, tmp_path / "run")
+  files = [p for p in (tmp_path / "run" / "checkpoints" / "12" / "state").rglob("*") if p.is_file()]
+  largest = max(files, key=lambda p: p.stat().st_size)
+  whole, sound = largest.read_bytes(), saved_state(config, workdir, 12)
+  by_checksum = 0
+  for at in np.linspace(1000, len(whole) - 1, 16).astype(int):
+    changed = bytearray(whole)
+    changed[at] ^= 8
+    largest.write_bytes(changed)
+    try:
+      assert_bitwise(saved_state(config, tmp_path / "run", 12), sound)
+    except UserError as e:
+      by_checksum += "fails its checksum" in str(e)
+  assert by_checksum
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
   config = experiment(optimizer=OptimizerConfig(algorithm=SGD(), learning_rate=1e30, clip_norm=None))
-  with pytest.raises(UserError, match="loss is nan"):
+  with pytest.raises(UserError, match="the (loss|grad_norm) is (nan|inf)"):
     run(config, tmp_path / "run")
-  assert checkpoint.latest_step(tmp_path / "run" / "checkpoints") in (None,)
+  assert checkpoint.latest_step(tmp_path / "run" / "checkpoints") is None
+  assert all(np.isfinite(value) for row in rows(tmp_path / "run") for value in row.values())
+
+
+def test_parameters_that_are_not_finite_are_not_saved_though_the_loss_before_them_is(tmp_path):
+  overflows = OptimizerConfig(
+    algorithm=SGD(), learning_rate=3e38, weight_decay=1e3, clip_norm=None, schedule=Constant()
+  )
+  config = dataclasses.replace(experiment(optimizer=overflows, steps=1), eval=EvalConfig(every=0))
+  with pytest.raises(UserError, match="largest parameter is inf at step 1.*nothing was saved"):
+    run(config, tmp_path / "run")
+  assert checkpoint.latest_step(tmp_path / "run" / "checkpoints") is None
+
+
+def test_a_run_that_is_refused_leaves_its_workdir_to_the_mended_config(tmp_path):
+  """Everything that can be refused is refused before the folder belongs to a config, and before anything compiles."""
+  (tmp_path / "a.txt").write_text("\n\n".join(f"text {i}, and some more of it" for i in range(100)))
+  good = {
+    "model": to_dict(dataclasses.replace(MODEL, vocab_size=264, max_seq_len=20)),
+    "data": {
+      "source": {"kind": "text", "paths": [str(tmp_path / "*.txt")], "separator": "\n\n"},
+      "cache_dir": str(tmp_path / "cache"),
+    },
+    "train": {"steps": 12, "batch_size": B, "seq_len": T},
+  }
+  for overrides, sentence in (
+    (["model.vocab_size=100"], "vocab_size=100 is smaller"),
+    (["data.source.paths=['/none/*']"], "no file matches"),
+    (["optimizer.schedule.warmup=13"], "do not fit into train.steps=12"),
+    (["train.batch_size=4000"], "fewer than train.batch_size"),
+    (["eval.sample_prompt="], "eval.sample_prompt is empty"),
+    (["eval.sample_prompt=01234567890123456789"], "eval.sample_prompt has 20 tokens of model.max_seq_len=20"),
+    (["model.blocks.full.mixer.mask=bidirectional"], "bidirectional"),
+  ):
+    config = build(ExperimentConfig, good)
+    config = build(ExperimentConfig, override(to_dict(config), [o.split("=", 1) for o in overrides]))
+    with pytest.raises(UserError, match=sentence):
+      train_command(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists(), sentence
+
+
+def test_a_run_keeps_its_tokenizer_whatever_becomes_of_the_file_it_was_read_from(tmp_path):
+  texts = [f"text {i}, and some more of it" for i in range(100)]
+  (tmp_path / "a.txt").write_text("\n\n".join(texts))
+  train_bpe(texts, 270).save(tmp_path / "bpe")
+  mine = load_tokenizer(str(tmp_path / "bpe")).fingerprint
+  source = Text(paths=(str(tmp_path / "a.txt"),), separator="\n\n")
+  data = DataConfig(source=source, tokenizer=str(tmp_path / "bpe"), cache_dir=str(tmp_path / "cache"))
+  config = experiment(model=dataclasses.replace(MODEL, vocab_size=270), steps=3)
+  train_command(dataclasses.replace(config, data=data, eval=EvalConfig(every=0)), str(tmp_path / "run"))
+  train_bpe(["other words"], 265).save(tmp_path / "bpe")
+  assert llmarch.load(tmp_path / "run").tokenizer.fingerprint == mine
+  shutil.rmtree(tmp_path / "bpe")
+  assert llmarch.load(tmp_path / "run").tokenizer.fingerprint == mine
+
+
+def test_one_process_at_a_time_trains_in_a_workdir(reference):
+  config, workdir = reference
+  with checkpoint.only_process(str(workdir)):
+    with pytest.raises(UserError, match="another process is training"):
+      run(config, workdir)
+  run(config, workdir)
+
+
+def test_a_config_of_a_workdir_that_is_damaged_is_a_sentence(reference, tmp_path):
+  config, _ = reference
+  for text in ("", "[]", "{", "[" * 100_000):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json is damaged"):
+      run(config, tmp_path)
+
+
+def test_garbled_metrics_do_not_stop_a_resumed_run(tmp_path):
+  (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\x00\n{"step": 2}\n{"step": 3')
+  MetricsWriter(str(tmp_path), 2).close()
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_best_checkpoints_are_kept_by_eval_loss(tmp_path):

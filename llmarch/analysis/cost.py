@@ -16,7 +16,8 @@ from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
 from llmarch.layers.position import Learned, Sinusoidal, T5Bias
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# An element by its type or format; scales of formats are `kv_state`'s to count.
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} | dict.fromkeys(("int8", "fp8", "int8_channel", "fp8_channel"), 1)
 
 
 class Cost(NamedTuple):
@@ -25,7 +26,7 @@ class Cost(NamedTuple):
   matrices: int  # parameters that multiply activations: one multiply-add a token each
   vectors: int  # the others: biases, norms of queries and keys
   mixing: Callable[[int, bool], float] = lambda length, dense: 0.0  # multiply-adds a token spends between tokens
-  state: Callable[[int, int], int] = lambda max_len, chunk: 0  # elements of decoding state a row
+  state: Callable[[int, int, str], int] = lambda max_len, chunk, dtype: 0  # bytes of decoding state a row
   growth: int = 0  # elements by which one more token lengthens the state
   idle: int = 0  # parameters that a token does not use
 
@@ -45,9 +46,24 @@ def attention(c: AttentionConfig, d_model: int) -> Cost:
     matrices=2 * D * N * H + 2 * D * K * H,
     vectors=vectors,
     mixing=lambda length, dense: 2 * N * H * (length if dense else mean_keys(length, c.mask, c.window)),
-    state=lambda max_len, chunk: 2 * K * H * min(max_len, max_len if c.window is None else c.window + chunk - 1),
+    state=lambda *sizes: K * kv_state(H, c.window, *sizes),
     growth=2 * K * H,
   )
+
+
+def kv_state(dim: int, window: int | None, max_len: int, chunk: int, dtype: str) -> int:
+  """Bytes of the keys and values of one row and head, dim H, in S slots.
+
+  2 H S elements. In a format, each token has an f32 scale for its value and one for its key; or the keys of
+  each 32 tokens H of them, S is whole groups of 32, and 31 + chunk tokens are kept in 16 bits as well.
+  """
+  slots = max_len if window is None else min(max_len, window + chunk - 1)
+  if BYTES[dtype] > 1:
+    return 2 * dim * slots * BYTES[dtype]
+  if not dtype.endswith("_channel"):
+    return 2 * slots * (dim + 4)
+  slots = -(-slots // 32) * 32
+  return slots * (2 * dim + 4) + slots // 32 * dim * 4 + 2 * min(slots, 31 + chunk) * dim * 2
 
 
 def mean_keys(length: int, mask: str, window: int | None) -> float:
@@ -162,8 +178,8 @@ def state_bytes(config: ModelConfig, batch: int, max_len: int, chunk: int = 1) -
   Windows are respected. The ledger of positions (8 bytes a slot for each capacity, not for each layer) is
   not counted.
   """
-  elements = sum(count * mixer.state(max_len, chunk) for count, _, mixer, _ in layers(config))
-  return batch * BYTES[config.precision.state] * elements
+  dtype = config.precision.state
+  return batch * sum(count * mixer.state(max_len, chunk, dtype) for count, _, mixer, _ in layers(config))
 
 
 MOMENTS = {  # elements of optimizer state: (config, parameters of the layers' matrices, all parameters)

@@ -1,28 +1,58 @@
-"""Peak matmul rates of devices, the denominator of MFU."""
+"""What chips can do at most: matmul rate, memory, interconnect. The denominators of MFU and of the planner."""
 
 import functools
 import time
+from typing import NamedTuple
 
-# Dense (no structured sparsity) FLOP/s by how `device_kind` starts: in 16 bits, and for f32 arrays at JAX's
-# default precision: TF32 tensor cores on GPUs, one bf16 pass on TPUs. The first row that fits counts.
-# Sources: NVIDIA's data sheets, halved where they print the sparse rate, and Google Cloud's pages on each TPU.
-PEAKS = {
-  "NVIDIA GB200": (2500e12, 1250e12),
-  "NVIDIA B200": (2250e12, 1125e12),
-  "NVIDIA H200 NVL": (835e12, 417e12),
-  "NVIDIA H200": (989e12, 494e12),
-  "NVIDIA GH200": (989e12, 494e12),
-  "NVIDIA H100 NVL": (835e12, 417e12),
-  "NVIDIA H100 PCIe": (756e12, 378e12),
-  "NVIDIA H100": (989e12, 494e12),
-  "NVIDIA A100": (312e12, 156e12),
-  "NVIDIA L40S": (362e12, 183e12),
-  "TPU v4": (275e12, 275e12),
-  "TPU v5 lite": (197e12, 197e12),
-  "TPU v5e": (197e12, 197e12),
-  "TPU v5": (459e12, 459e12),  # v5p
-  "TPU v6": (918e12, 918e12),  # v6e, "v6 lite"
+from llmarch.config import UserError, nearest
+
+
+class Chip(NamedTuple):
+  """Published peaks of one chip."""
+
+  kinds: tuple[str, ...]  # how jax's `device_kind` starts
+  flops: float  # dense (no structured sparsity) FLOP/s in 16 bits
+  flops_f32: float  # of f32 arrays at JAX's default precision: TF32 on GPUs, one bf16 pass on TPUs
+  hbm_bytes: float
+  hbm_bandwidth: float  # bytes/s
+  link_bandwidth: float  # bytes/s that a chip sends over all its links together, one direction
+  domain: int  # chips that these links join at most
+  torus: int  # dimensions of the torus whose neighbours the links join; 0: all chips, through a switch
+
+
+GiB = 2**30
+
+# The first row that fits a device's kind counts. Sources: TPUs: Google Cloud's page on each, whose
+# "bidirectional ICI bandwidth" is twice ours; v4's memory and links are those of 2211.05102, section 4
+# (Google's page: 1228 GB/s, 300 GB/s), because its tables are what the planner is judged on. GPUs: NVIDIA's
+# data sheets, FLOP/s halved where they print the sparse rate, and their NVLink total, which is both directions,
+# halved; the domain is an HGX board (72 for GB200 NVL72). GH200 with 96 GB of HBM3, L40S over PCIe.
+CHIPS = {
+  "gb200": Chip(("NVIDIA GB200",), 2500e12, 1250e12, 186e9, 8000e9, 900e9, 72, 0),
+  "b200": Chip(("NVIDIA B200",), 2250e12, 1125e12, 180e9, 8000e9, 900e9, 8, 0),
+  "h200_nvl": Chip(("NVIDIA H200 NVL",), 835e12, 417e12, 141e9, 4800e9, 450e9, 4, 0),
+  "h200": Chip(("NVIDIA H200",), 989e12, 494e12, 141e9, 4800e9, 450e9, 8, 0),
+  "gh200": Chip(("NVIDIA GH200",), 989e12, 494e12, 96e9, 4000e9, 450e9, 32, 0),
+  "h100_nvl": Chip(("NVIDIA H100 NVL",), 835e12, 417e12, 94e9, 3900e9, 300e9, 2, 0),
+  "h100_pcie": Chip(("NVIDIA H100 PCIe",), 756e12, 378e12, 80e9, 2000e9, 300e9, 2, 0),
+  "h100": Chip(("NVIDIA H100",), 989e12, 494e12, 80e9, 3350e9, 450e9, 8, 0),
+  "a100": Chip(("NVIDIA A100",), 312e12, 156e12, 80e9, 2039e9, 300e9, 8, 0),  # SXM, 80 GB
+  "l40s": Chip(("NVIDIA L40S",), 362e12, 183e12, 48e9, 864e9, 32e9, 8, 0),
+  "tpu_v4": Chip(("TPU v4",), 275e12, 275e12, 32 * GiB, 1200e9, 270e9, 4096, 3),
+  "tpu_v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, 16 * GiB, 819e9, 200e9, 256, 2),
+  "tpu_v5p": Chip(("TPU v5",), 459e12, 459e12, 95 * GiB, 2765e9, 600e9, 8960, 3),
+  "tpu_v6e": Chip(("TPU v6",), 918e12, 918e12, 32 * GiB, 1638e9, 400e9, 256, 2),  # "v6 lite"
+  "tpu7x": Chip(("TPU7x", "TPU v7"), 2307e12, 2307e12, 192 * GiB, 7380e9, 600e9, 9216, 3),
 }
+
+PEAKS = {kind: (chip.flops, chip.flops_f32) for chip in CHIPS.values() for kind in chip.kinds}
+
+
+def find_chip(name: str) -> Chip:
+  """The row of that name, "tpu_v4". Raises UserError with the nearest one."""
+  if name not in CHIPS:
+    raise UserError(f"--hardware: there is no chip {name!r}{nearest(name, CHIPS)}")
+  return CHIPS[name]
 
 
 def peak_flops(device, dtype: str = "bfloat16") -> float:

@@ -1,6 +1,7 @@
 """`llmarch bench`: train step, prefill and decode on given shapes, beside a floor and, on request, a peer."""
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -8,13 +9,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 
 from absl import flags
 
 from llmarch.commands.common import load_config, parse_flags, print_table, split_overrides
 from llmarch.config import UserError
 
-USAGE = "llmarch bench --config=FILE|PRESET [--phases=train,prefill,decode] [--batch=1,8] [--peer=SCRIPT] [--json]"
+USAGE = (
+  "llmarch bench --config=FILE|PRESET [--phases=train,prefill,decode] [--batch=1,8] [--weights=bfloat16,int8]"
+  " [--kv=bfloat16,int8] [--peer=SCRIPT] [--json]"
+)
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -23,6 +28,8 @@ def _define(values: flags.FlagValues) -> None:
   text("config", None, "config file, preset or run folder; its train.batch_size and train.seq_len shape the train step")
   text("phases", "train,prefill,decode", "what to measure")
   text("batch", "1,8", "batch sizes of prefill and decode")
+  text("weights", None, "of prefill and decode: float types or quantised formats, a row each; precision.param if none")
+  text("kv", None, "the same for the decoding state; precision.state if none")
   text("remat", "none,full", "rematerialisation policies of the train step, a row each")
   number("prompt", 64, "tokens of a prompt")
   number("generate", 64, "tokens decoded after it")
@@ -49,6 +56,8 @@ def main(argv: list[str]) -> int:
   rows = [_row(s, c, o, peers.get(_name(s))) for s, c, o in zip(shapes, cases, ours, strict=True)]
   if not args.json:
     print(_machine())
+    empty = {key for key in rows[0] if all(row[key] is None for row in rows)}
+    rows = [{key: value for key, value in row.items() if key not in empty} for row in rows]
   print_table(rows, args.json)
   return 0
 
@@ -72,10 +81,30 @@ def _shapes(config, args) -> list[dict]:
   if "train" in phases:
     one = {"phase": "train", "batch": c.batch_size, "seq_len": c.seq_len}
     shapes += [{**one, "remat": remat} for remat in args.remat.split(",")]
-  for phase in ("prefill", "decode"):
+  precision = config.model.precision
+  formats = {
+    "weights": args.weights.split(",") if args.weights else [precision.param],
+    "kv": args.kv.split(",") if args.kv else [precision.state],
+  }
+  for phase, b, weights, kv in itertools.product(("prefill", "decode"), batches, *formats.values()):
     if phase in phases:
-      shapes += [{"phase": phase, "batch": b, "prompt": args.prompt, "generate": args.generate} for b in batches]
+      shape = {"phase": phase, "batch": b, "prompt": args.prompt, "generate": args.generate}
+      shapes.append({**shape, "weights": weights, "kv": kv})
+      _in_formats(config.model, shapes[-1])
   return shapes
+
+
+def _in_formats(model, shape: dict):
+  """The model with the shape's state format, and its weights' type where that is a float one. Raises UserError."""
+  from llmarch.config import DType, StateDType, build, nearest
+  from llmarch.ops.quant import FORMATS
+
+  weights, floats = shape["weights"], typing.get_args(DType)
+  if weights not in (*FORMATS, *floats):
+    raise UserError(f"--weights: there is no {weights!r}{nearest(weights, (*FORMATS, *floats))}")
+  param = weights if weights in floats else model.precision.param
+  state = build(StateDType, shape["kv"], "--kv")
+  return dataclasses.replace(model, precision=dataclasses.replace(model.precision, param=param, state=state))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +115,7 @@ class Case:
   tokens: int
   floor_seconds: float  # no machine of this matmul rate and memory bandwidth can do it faster
   bound: str  # which of the two sets the floor
+  bytes_moved: float  # at least, to and from memory
   peak_bytes: int | None  # of the compiled program: arguments, results and temporaries
 
 
@@ -100,7 +130,7 @@ def _case(run, program, tokens: int, flops: float, bytes_moved: float, dtype: st
   run()  # warm up
   m = program.memory_analysis()
   peak = m and m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
-  return Case(run, tokens, max(compute, memory), "compute" if compute > memory else "memory", peak)
+  return Case(run, tokens, max(compute, memory), "compute" if compute > memory else "memory", bytes_moved, peak)
 
 
 def _train(config, shape: dict) -> Case:
@@ -146,12 +176,17 @@ def _decoder(config, shape: dict):
   from flax import nnx
 
   from llmarch.infer.decoder import decoding_params, make_decoder
+  from llmarch.infer.quantize import quantize_params
   from llmarch.models.decoder import Decoder
+  from llmarch.ops.quant import FORMATS
   from llmarch.ops.sampling import Sampling
 
-  model, B, P, max_len = config.model, shape["batch"], shape["prompt"], shape["prompt"] + shape["generate"] + 1
+  model = _in_formats(config.model, shape)
+  B, P, max_len = shape["batch"], shape["prompt"], shape["prompt"] + shape["generate"] + 1
   programs = make_decoder(model, batch=B, max_len=max_len, chunk=P, sampling=Sampling(temperature=0.0))
   params = jax.jit(lambda: decoding_params(model, nnx.state(Decoder(model, jax.random.key(0)))))()
+  if shape["weights"] in FORMATS:
+    params = quantize_params(params, shape["weights"])
   tokens = np.random.default_rng(0).integers(0, model.vocab_size, (B, P), np.int32)
   positions = np.tile(np.arange(P, dtype=np.int32), (B, 1))
   fresh = lambda: programs.start(jax.random.split(jax.random.key(0), B), np.full(B, max_len, np.int32))
@@ -164,7 +199,7 @@ def _prefill(config, shape: dict) -> Case:
 
   from llmarch.analysis import cost
 
-  _, _, fresh, prefill, program = _decoder(config, shape)
+  _, params, fresh, prefill, program = _decoder(config, shape)
 
   def run() -> float:
     carry = jax.block_until_ready(fresh())
@@ -175,7 +210,7 @@ def _prefill(config, shape: dict) -> Case:
   model, B, P = config.model, shape["batch"], shape["prompt"]
   head = 2 * model.d_model * model.vocab_size  # only the last position's logits are made
   flops = B * (P * (cost.flops_per_token(model, P) - head) + head)
-  return _case(run, program, B * P, flops, _weight_bytes(model), model.precision.compute)
+  return _case(run, program, B * P, flops, _weight_bytes(model, params), model.precision.compute)
 
 
 def _decode(config, shape: dict) -> Case:
@@ -183,6 +218,8 @@ def _decode(config, shape: dict) -> Case:
   import numpy as np
 
   from llmarch.analysis import cost
+  from llmarch.ops.cache import allocate
+  from llmarch.ops.quant import nbytes
 
   programs, params, fresh, prefill, _ = _decoder(config, shape)
   n = shape["generate"]
@@ -199,17 +236,16 @@ def _decode(config, shape: dict) -> Case:
   model, B = config.model, shape["batch"]
   length = shape["prompt"] + shape["generate"]
   flops = n * B * cost.flops_per_token(model, length)
-  moved = n * (_weight_bytes(model) + cost.state_bytes(model, B, length))
+  state = jax.eval_shape(lambda: allocate(programs.carry["state"]["layers"]))
+  moved = n * (_weight_bytes(model, params) + nbytes(state))
   return _case(run, program, B * n, flops, moved, model.precision.compute)
 
 
-def _weight_bytes(model) -> int:
+def _weight_bytes(model, params) -> int:
   """Bytes of weights that a step reads; of an untied embedding it reads one row a token."""
-  from llmarch.analysis import cost
+  from llmarch.ops.quant import nbytes
 
-  size = {"float32": 4}.get(model.precision.param, 2)
-  table = 0 if model.head.tied else model.vocab_size * model.d_model
-  return size * (cost.params(model)["total"] - table)
+  return nbytes(params) - (0 if model.head.tied else nbytes(params["embed"]))
 
 
 _PHASES = {"train": _train, "prefill": _prefill, "decode": _decode}
@@ -230,17 +266,27 @@ def _run_peer(script: str, config, shapes: list[dict], repeats: int) -> list[lis
 
 
 def _name(shape: dict) -> tuple:
-  return shape["phase"], shape["batch"], shape.get("remat", "none")
+  return tuple(shape.get(key) for key in ("phase", "batch", "remat", "weights", "kv"))
 
 
 def _row(shape: dict, case: Case, ours: list[list[float]], peer: list[list[float]] | None) -> dict:
-  """ours, peer: seconds by round and repetition. Medians, and the least and greatest round."""
+  """ours, peer: seconds by round and repetition. Medians, and the least and greatest round.
+
+  step_mb: what a step of the phase must move at least; bandwidth: that, as a fraction of the measured one.
+  """
+  import jax
+
+  from llmarch.analysis import hardware
+
+  steps = shape["generate"] if shape["phase"] == "decode" else 1
   seconds = sorted(s for r in ours for s in r)
   middle = statistics.median(seconds)
   row = {
     "phase": shape["phase"] + ("" if shape.get("remat", "none") == "none" else f", remat {shape['remat']}"),
     "batch": shape["batch"],
     "length": shape.get("seq_len", shape.get("prompt")),
+    "weights": shape.get("weights"),
+    "kv": shape.get("kv"),
     "tokens_per_second": round(case.tokens / middle, 1),
     "ms": 1e3 * middle,
     "ms_min": 1e3 * seconds[0],
@@ -248,6 +294,8 @@ def _row(shape: dict, case: Case, ours: list[list[float]], peer: list[list[float
     "floor_ms": 1e3 * case.floor_seconds,
     "bound": case.bound,
     "times_floor": middle / case.floor_seconds,
+    "step_mb": case.bytes_moved / steps / 1e6,
+    "bandwidth": case.bytes_moved / middle / hardware.memory_bandwidth(jax.devices()[0]),
     "peak_mb": case.peak_bytes and round(case.peak_bytes / 1e6, 1),
   }
   if peer:

@@ -80,7 +80,7 @@ def _read_config(source: str) -> dict:
         return json.load(f)
     except OSError as e:
       raise UserError(f"--config: cannot read {source} ({e.strerror}); give an existing file or run folder") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
       raise UserError(f"--config: {source} is not valid JSON ({e}); restore it from the run's own copy") from None
   from llmarch.presets import PRESETS
 
@@ -102,6 +102,23 @@ def _run_config(path: str, argument: str) -> dict:
   except Exception as e:
     raise UserError(f"--config: {path} failed with {type(e).__name__}: {e}; mend the file") from e
   return config.to_dict() if hasattr(config, "to_dict") else config
+
+
+def device_mesh(text: str):
+  """A mesh, from "data=2,tensor=4" or "x=2,y=2,z=2", over the devices there are; a machine without accelerators
+  gets as many fake ones as it needs, and a line that says so. Before the first use of jax's devices."""
+  import math
+
+  import jax
+
+  from llmarch import sharding
+
+  sizes = sharding.parse_mesh(text)
+  need = math.prod(sizes.values())
+  jax.config.update("jax_num_cpu_devices", need)  # of the CPU backend alone
+  if jax.default_backend() == "cpu" and need > 1:
+    print(f"no accelerator: {need} fake devices on this CPU", file=sys.stderr)
+  return sharding.make_mesh(sizes)
 
 
 def print_table(rows: list[dict], as_json: bool, *, title: str = "") -> None:

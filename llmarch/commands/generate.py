@@ -5,7 +5,7 @@ import time
 
 from absl import flags
 
-from llmarch.commands.common import parse_flags, print_table
+from llmarch.commands.common import device_mesh, parse_flags, print_table
 from llmarch.config import UserError
 
 USAGE = "llmarch generate --from=DIR --prompt=TEXT [--max_new_tokens=N] [--temperature=T] ..."
@@ -29,6 +29,11 @@ def _define(values: flags.FlagValues) -> None:
   whole("seed", 0, "of the sampling")
   whole("batch", None, "prompts decoded at a time; all by default")
   whole("chunk", 256, "tokens of the prompts read at a time")
+  text("mesh", "devices to work on, such as x=2,y=2,z=2 (on a CPU, that many fake ones are made)")
+  for phase, what in (("prefill", "the prompts"), ("decode", "what follows")):
+    flags.DEFINE_string(f"layout.{phase}", "ws_2d", f"row of the layout table for {what}", flag_values=values)
+  text("weights", "format of the matrices: int8, fp8, int4, int4_32, int4_128 or nf4; as stored by default")
+  text("kv", "format of the decoding state: int8, fp8, int8_channel, bfloat16 ...; precision.state by default")
   flags.DEFINE_bool("prefix", False, "prompts see themselves both ways (prefix-LM)", flag_values=values)
   flags.DEFINE_bool("stream", True, "print a single prompt's text as it comes", flag_values=values)
   flags.DEFINE_bool("json", False, "print a list of {prompt, text}", flag_values=values)
@@ -51,7 +56,11 @@ def main(argv: list[str]) -> int:
   import llmarch
   from llmarch.infer.lm import Text
 
-  model = llmarch.load(folder)
+  place = {}
+  if args.mesh:
+    place = {"mesh": device_mesh(args.mesh)}
+    place |= {"prefill_layout": args["layout.prefill"].value, "decode_layout": args["layout.decode"].value}
+  model = llmarch.load(folder, weights=args.weights, kv=args.kv, **place)
   if model.tokenizer is None:
     raise UserError(f"{folder} has no tokenizer, so it cannot read a text; put its tokenizer.json there")
   ids = [model.tokenizer.encode(prompt) for prompt in prompts]

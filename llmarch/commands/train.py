@@ -4,8 +4,8 @@ import sys
 
 from absl import flags
 
-from llmarch.commands.common import load_config, parse_flags, split_overrides
-from llmarch.config import UserError
+from llmarch.commands.common import device_mesh, load_config, parse_flags, split_overrides
+from llmarch.config import UserError, check
 
 USAGE = "llmarch train --config=FILE|PRESET --workdir=DIR [--config.a.b=value ...]"
 
@@ -28,21 +28,18 @@ def main(argv: list[str]) -> int:
 
 def run(config, workdir: str) -> dict:
   """Trains `config` in `workdir`; everything that can be refused is refused before anything is compiled."""
-  from llmarch import sharding
-
-  sizes = sharding.parse_mesh(config.mesh)
-  mesh = _make_mesh(sizes) if config.mesh else None
+  mesh = device_mesh(config.mesh) if config.mesh else None
 
   import jax
 
   from llmarch.analysis import cost, hardware
   from llmarch.data.pipeline import make_pipeline
   from llmarch.data.tokenizers import load_tokenizer
-  from llmarch.train.checkpoint import claim_workdir
+  from llmarch.train.checkpoint import check_workdir
   from llmarch.train.loop import train
 
   c = config.train
-  claim_workdir(workdir, config)  # before the corpus is tokenised
+  check_workdir(workdir, config)  # before the corpus is tokenised
   make = lambda split: make_pipeline(
     config.data,
     batch_size=c.batch_size,
@@ -55,6 +52,7 @@ def run(config, workdir: str) -> dict:
   train_data, eval_data = make("train"), make("validation") if config.eval.every else None
   text = train_data.num_bytes > 0  # a synthetic task has none, nor a tokenizer
   tokenizer = load_tokenizer(config.data.tokenizer) if text else None
+  sample = _sampler(config, tokenizer) if text and config.eval.every and config.eval.sample_tokens else None
   devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
   flops = cost.train_flops_per_token(config.model, c.seq_len)
   peak = hardware.peak_flops(devices[0], config.model.precision.compute)
@@ -65,25 +63,11 @@ def run(config, workdir: str) -> dict:
     train_data,
     eval_data,
     mesh=mesh,
-    sample=_sampler(config, tokenizer) if text and config.eval.sample_tokens else None,
+    sample=sample,
     flops_per_token=flops,
     peak_flops=peak and peak * len(devices),
+    tokenizer=tokenizer,
   )
-
-
-def _make_mesh(sizes: dict):
-  """A mesh over the devices there are; a machine without accelerators gets as many fake ones as it needs."""
-  import math
-
-  import jax
-
-  from llmarch import sharding
-
-  need = math.prod(sizes.values())
-  jax.config.update("jax_num_cpu_devices", need)  # of the CPU backend alone
-  if jax.default_backend() == "cpu" and need > 1:
-    print(f"no accelerator: {need} fake devices on this CPU", file=sys.stderr)
-  return sharding.make_mesh(sizes)
 
 
 def _announce(config, data, params: int, flops: float, devices: list, peak: float | None) -> None:
@@ -101,21 +85,27 @@ def _announce(config, data, params: int, flops: float, devices: list, peak: floa
 
 
 def _sampler(config, tokenizer):
-  """params -> a prompt and its continuation."""
+  """params -> a prompt and its continuation. Raises UserError where there can be none."""
   import jax
   from flax import nnx
 
-  from llmarch.infer.lm import LM
+  from llmarch.infer.lm import LM, check_generates
   from llmarch.layers.param import unflatten
   from llmarch.models.decoder import abstract
 
   e = config.eval
+  length, limit, mend = len(tokenizer.encode(e.sample_prompt)), config.model.max_seq_len, "or set eval.sample_tokens=0"
+  try:
+    check_generates(config.model)
+  except UserError as why:
+    raise UserError(f"eval.sample_tokens={e.sample_tokens}: {why}; set it to 0") from None
+  check(length > 0, f"eval.sample_prompt is empty; give a text to continue, {mend}")
+  check(length < limit, f"eval.sample_prompt has {length} tokens of model.max_seq_len={limit}; shorten it, {mend}")
+  n = min(e.sample_tokens, limit - length)
   shapes = nnx.state(abstract(config.model))
 
   def sample(params: dict) -> str:
     lm = LM(config.model, unflatten(shapes, jax.device_get(params)), tokenizer)
-    room = config.model.max_seq_len - len(tokenizer.encode(e.sample_prompt))
-    n = min(e.sample_tokens, room)
     return e.sample_prompt + lm.generate(e.sample_prompt, max_new_tokens=n, temperature=e.temperature, seed=config.seed)
 
   return sample

@@ -110,10 +110,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> HFTokenizer:
   """Byte-level BPE (GPT-2's) of at most `vocab_size` ids: the end, 256 bytes, then merges. Deterministic.
 
-  Raises UserError below 257, where the bytes have no room.
+  Raises UserError below 257, where the bytes have no room, and above what 32 bits count.
   """
   if vocab_size < 257:
     raise UserError(f"vocab_size={vocab_size} has no room for the bytes and the end; give at least 257")
+  if vocab_size >= 1 << 31:
+    raise UserError(f"vocab_size={vocab_size} is more than ids can count; give less than 2^31")
   from tokenizers import Tokenizer as Model
   from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmarch import sharding
 from llmarch.config import ModelConfig, check
+from llmarch.infer.quantize import quantize_params
 from llmarch.models.decoder import Decoder, abstract, unstack
 from llmarch.ops import cache
 from llmarch.ops.sampling import Sampling, sample
@@ -58,6 +59,7 @@ def make_decoder(
   mesh: Mesh | None = None,
   prefill_layout: str = "ws_2d",  # rows of sharding.LAYOUTS, which must store the weights alike
   decode_layout: str = "ws_2d",
+  weights: str | None = None,  # format of the parameters' matrices (see infer/quantize.py)
   manual: bool = True,  # one shard_map a program (see sharding.py); False leaves the collectives to XLA
 ) -> Programs:
   """Builds the programs; nothing is compiled before it is called. Raises UserError for sizes that cannot be.
@@ -126,6 +128,8 @@ def make_decoder(
 
   prefills, decodes = (sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout))
   params = nnx.state(model)
+  if weights:
+    params = jax.eval_shape(lambda p: quantize_params(p, weights), params)
   stored = sharding.shardings(params, prefills, mesh)
   check(
     stored == sharding.shardings(params, decodes, mesh),

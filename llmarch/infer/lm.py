@@ -3,8 +3,10 @@
 Whatever JAX would clamp or wrap in silence is checked here, on the host, before anything is compiled.
 """
 
+import dataclasses
 import functools
 import json
+import math
 import os
 import tempfile
 import zlib
@@ -16,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmarch.config import ModelConfig, UserError, build, check, to_dict
+from llmarch import sharding
+from llmarch.config import ModelConfig, StateDType, UserError, build, check, to_dict
 from llmarch.infer.decoder import Programs, decoding_params, make_decoder
+from llmarch.infer.quantize import quantize_params
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract
 from llmarch.ops.sampling import Sampling
@@ -29,21 +33,56 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 
 
 class LM:
-  """A decoder with its parameters (the nnx.State of the config's Decoder) and its tokenizer (None: ids only)."""
+  """A decoder with its parameters (the nnx.State of the config's Decoder) and its tokenizer (None: ids only).
 
-  def __init__(self, config: ModelConfig, params: nnx.State, tokenizer=None):
+  weights: a format of ops/quant.py for its matrices (None: as they are). kv: the same for what `generate`
+  keeps of the text, in place of the config's precision.state. mesh: the devices over which `generate` works,
+  with rows of sharding.LAYOUTS for the prompts and for what follows (None: one device).
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: nnx.State,
+    tokenizer=None,
+    *,
+    weights: str | None = None,
+    kv: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    prefill_layout: str = "ws_2d",
+    decode_layout: str = "ws_2d",
+  ):
     check(
       tokenizer is None or tokenizer.vocab_size <= config.vocab_size,
       f"the tokenizer has {tokenizer and tokenizer.vocab_size} ids but model.vocab_size is {config.vocab_size};"
       " give the tokenizer that the model was trained with",
     )
+    if kv is not None:
+      config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, state=_state(kv)))
     self.config = config
+    self.weights = weights
     self.params = jax.tree.map(lambda p: jnp.asarray(p, config.precision.param), params)
+    if weights is not None:
+      self.params = quantize_params(self.params, weights)
     self.tokenizer = tokenizer
+    self._place = {"mesh": mesh, "prefill_layout": prefill_layout, "decode_layout": decode_layout}
+    if mesh is not None:
+      self._layouts = [sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout)]
+      sharding.shardings(self.params, self._layouts[0], mesh)  # refuses what does not divide
 
   @functools.cached_property
   def _decoding_params(self) -> nnx.State:
-    return decoding_params(self.config, self.params)  # a second copy, made by the first `generate`
+    params = decoding_params(self.config, self.params)  # a second copy, made by the first `generate`
+    mesh = self._place["mesh"]
+    return params if mesh is None else jax.device_put(params, sharding.shardings(params, self._layouts[0], mesh))
+
+  def _rows_at_a_time(self, rows: int) -> int:
+    """The next number of rows that the mesh can split; what is too many of them stays empty."""
+    if self._place["mesh"] is None:
+      return rows
+    names = ("batch", "cache_batch")
+    ways = [sharding.ways(name, layout, self._place["mesh"]) for layout in self._layouts for name in names]
+    return -(-rows // math.lcm(*ways)) * math.lcm(*ways)
 
   def logits(self, input_ids, attention_mask=None) -> np.ndarray:
     """ids [B, T] -> float32 logits [B, T, V]; those at [b, t] are of the token after token t.
@@ -51,10 +90,14 @@ class LM:
     attention_mask [B, T]: 1 for tokens, 0 for padding, on either side. Logits at padding are 0.
     """
     rows = _nested_list(input_ids)
-    check(bool(rows) and all(isinstance(row, list) for row in rows), "input_ids must be a batch of sequences [B, T]")
+    batch = isinstance(rows, list) and bool(rows) and all(isinstance(row, list) for row in rows)
+    check(batch, "input_ids must be a batch of sequences [B, T]")
     shape = len(rows), len(rows[0])
     check(all(len(row) == shape[1] for row in rows), "input_ids has rows of unequal length; pad and mask them")
-    mask = np.ones(shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    try:
+      mask = np.ones(shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    except ValueError:  # of unequal rows
+      raise UserError(f"attention_mask must be an array of 0 and 1 of shape {shape}, as input_ids") from None
     check(mask.shape == shape, f"attention_mask has shape {mask.shape}, input_ids {shape}; make them equal")
     check(np.isin(mask, (0, 1)).all(), "attention_mask must hold 0 and 1 only")
     # More padding, on the right, so that few shapes are compiled.
@@ -82,11 +125,11 @@ class LM:
   ):
     """Continues each prompt; the prompt itself is not repeated.
 
-    A text gives a text, a list of texts a list of texts; a list or an array of ids gives ids, several of them
-    a list. A row ends after max_new_tokens, or before the tokenizer's end or a stop token (`stop`: ids, or
-    texts that are one token). `sampling`: the fields of ops.sampling.Sampling (temperature, top_k, top_p,
-    min_p, repetition_penalty); greedy without. A row's draws depend on the seed, the row's number and its own
-    tokens, on nothing else.
+    A text gives a text, a list of texts a list of texts; a list of ids gives a list, an array of ids a NumPy array
+    (int32 where its own dtype cannot hold every id), several of them a list. A row ends after max_new_tokens, or
+    before the tokenizer's end or a stop token (`stop`: ids, or texts that are one token). `sampling`: the fields of
+    ops.sampling.Sampling (temperature, top_k, top_p, min_p, repetition_penalty); greedy without. A row's draws
+    depend on the seed, the row's number and its own tokens, on nothing else.
 
     batch: rows decoded at a time (None: all). chunk: prompt tokens at a time (a power of two, or rounded up).
     prefix: the prompt sees itself both ways, as in prefix-LM training. stream(row, piece) is called with each
@@ -96,9 +139,11 @@ class LM:
     single, prompts = _as_list("prompts", prompts)
     n, seed, chunk = _whole("max_new_tokens", max_new_tokens, 1), _whole("seed", seed, 0), _whole("chunk", chunk, 1)
     check(seed < 2**32, f"seed must be below 2^32, got {seed}")
-    self._check_masks(prefix)
-    rows = [_Row(p, self._read(p, f"prompts[{i}]", n), self.tokenizer) for i, p in enumerate(prompts)]
+    check_generates(self.config, prefix)
+    check(stream is None or callable(stream), f"stream must be a function of (row, piece), got {stream!r}")
+    rows = [_Row(p, self._read(p, f"prompts[{i}]", n), self) for i, p in enumerate(prompts)]
     batch = len(rows) if batch is None else min(_whole("batch", batch, 1), len(rows))
+    batch = self._rows_at_a_time(batch)
     longest = max(len(row.prompt_ids) for row in rows)
     widest = max(16, _power_of_two(longest))
     chunk = widest if prefix else min(_power_of_two(chunk), widest)
@@ -110,6 +155,7 @@ class LM:
       sampling=build(Sampling, {name: _plain(value) for name, value in sampling.items()}, "generate"),
       stop_ids=self._stop_ids(stop),
       prefix=prefix,
+      **self._place,
     )
     for first in range(0, len(rows), batch):
       self._decode(programs, rows[first : first + batch], first, batch, chunk, n, seed, stream)
@@ -133,6 +179,7 @@ class LM:
     carry = programs.start(keys, jnp.asarray(lengths + n))
     for t in range(0, width, chunk):
       carry = programs.prefill(params, carry, tokens[:, t : t + chunk], positions[:, t : t + chunk])
+    carry = programs.switch(carry)
     new, left = np.array(carry["token"])[:, None], n - 1
     while True:
       for i, row in enumerate(rows):
@@ -155,6 +202,7 @@ class LM:
     An older model folder of that name is replaced. Raises UserError, and changes nothing, where the folder
     holds anything else.
     """
+    check(self.weights is None, f"weights={self.weights} cannot be saved; load the model without it, and save that")
     target = Path(directory).absolute()
     _check_replaceable(target)
     flat = {name: np.asarray(value) for name, value in flatten(self.params).items()}
@@ -192,17 +240,13 @@ class LM:
     for token in (min(ids), max(ids)):
       check(0 <= token < V, f"{name} holds the token {token}; ids run from 0 to {V - 1} (model.vocab_size={V})")
     more = f" and max_new_tokens={new}, together" if new else ","
-    check(len(ids) + new <= limit, f"{name} has {len(ids)} tokens{more} above model.max_seq_len={limit}; shorten it")
+    mend = "shorten it, or lower max_new_tokens" if new else "shorten it"
+    check(len(ids) + new <= limit, f"{name} has {len(ids)} tokens{more} above model.max_seq_len={limit}; {mend}")
     return ids
-
-  def _check_masks(self, prefix: bool) -> None:
-    masks = {getattr(block.mixer, "mask", "causal") for block in self.config.blocks.values()}
-    check("bidirectional" not in masks, "a mixer has mask='bidirectional': it sees the future and cannot generate")
-    check(not prefix or "prefix" in masks, "prefix=True needs a mixer with mask='prefix'; leave it out")
 
   def _stop_ids(self, stop) -> tuple[int, ...]:
     found = [self.tokenizer.end_id] if self.tokenizer else []
-    for one in [stop] if isinstance(stop, str) or _is_whole(type(stop)) else stop:
+    for one in stop if isinstance(stop, (list, tuple, set, np.ndarray)) else [stop]:
       if isinstance(one, str):
         check(self.tokenizer is not None, f"stop: {one!r} is a text, but this model has no tokenizer; give ids")
         ids = self.tokenizer.encode(one)
@@ -237,10 +281,14 @@ class Text:
 class _Row:
   """A prompt and its continuation so far, which is of the prompt's kind."""
 
-  def __init__(self, prompt, prompt_ids: list[int], tokenizer):
-    self.prompt, self.prompt_ids = prompt, prompt_ids
+  def __init__(self, prompt, prompt_ids: list[int], lm: LM):
+    self.prompt_ids, self.dtype = prompt_ids, None
     self.new_ids: list[int] = []
-    self.text = Text(tokenizer, prompt_ids) if isinstance(prompt, str) else None
+    self.text = Text(lm.tokenizer, prompt_ids) if isinstance(prompt, str) else None
+    if not isinstance(prompt, (str, list, tuple)):
+      dtype = np.asarray(prompt).dtype
+      holds = np.issubdtype(dtype, np.integer) and np.iinfo(dtype).max >= lm.config.vocab_size - 1
+      self.dtype = dtype if holds else np.int32
 
   def push(self, ids: list[int], *, last: bool) -> str | list[int]:
     self.new_ids += ids
@@ -249,27 +297,45 @@ class _Row:
   def result(self):
     if self.text:
       return str(self.text)
-    return self.new_ids if isinstance(self.prompt, (list, tuple)) else np.array(self.new_ids, self.prompt.dtype)
+    return self.new_ids if self.dtype is None else np.array(self.new_ids, self.dtype)
 
 
-def load(directory: str | os.PathLike, tokenizer=None) -> LM:
-  """The model of a folder that `LM.save` wrote. Raises UserError if anything in it is damaged or does not fit."""
+def check_generates(config: ModelConfig, prefix: bool = False) -> None:
+  """Raises UserError for a model that cannot decode, or not from a prefix."""
+  masks = {getattr(block.mixer, "mask", "causal") for block in config.blocks.values()}
+  check("bidirectional" not in masks, "a mixer has mask='bidirectional': it sees the future and cannot generate")
+  check(not prefix or "prefix" in masks, "prefix=True needs a mixer with mask='prefix'; leave it out")
+
+
+def _state(kv: str) -> str:
+  return build(StateDType, kv, "kv")
+
+
+def load(directory: str | os.PathLike, tokenizer=None, **options) -> LM:
+  """The model of a folder that `LM.save` wrote, with options of `LM`.
+
+  Raises UserError if anything in it is damaged or does not fit.
+  """
   import llmarch.layers.registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
 
   folder = Path(directory)
   try:
     data = json.loads((folder / CONFIG).read_text())
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     why = getattr(e, "strerror", None) or "not JSON"
     raise UserError(f"cannot read {folder / CONFIG} ({why}); give a folder that LM.save wrote, or a run's") from None
   if not isinstance(data, dict) or data.get("format") != FORMAT:
-    raise UserError(f"{folder / CONFIG} is not of a model of format {FORMAT}; give a folder that LM.save wrote")
+    raise UserError(
+      f"{folder / CONFIG} is not of a model of format {FORMAT}; give a folder that LM.save wrote,"
+      " or a run that has a checkpoint"
+    )
   config = build(ModelConfig, data.get("model"), "model")
   flat = _read_weights(folder / WEIGHTS)
   try:
-    return LM(config, unflatten(nnx.state(abstract(config)), flat, same_dtypes=True), tokenizer)
+    params = unflatten(nnx.state(abstract(config)), flat, same_dtypes=True)
   except UserError as e:
     raise UserError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {e}") from None
+  return LM(config, params, tokenizer, **options)
 
 
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
@@ -317,9 +383,10 @@ def _as_list(name: str, prompts) -> tuple[bool, list]:
   """(whether it is a single one, the list of them)."""
   if isinstance(prompts, str) or getattr(prompts, "ndim", 2) == 1:
     return True, [prompts]
-  check(hasattr(prompts, "__len__"), f"{name} must be a text, token ids, or a list of them, got {prompts!r}")
+  several = isinstance(prompts, (list, tuple, bytes)) or getattr(prompts, "ndim", 0)
+  check(several, f"{name} must be a text, token ids, or a list of them, got {prompts!r}")
   check(len(prompts) > 0, f"{name} is empty; give a text or token ids")
-  if isinstance(prompts[0], str) or hasattr(prompts[0], "__len__"):
+  if isinstance(prompts[0], (str, list, tuple)) or getattr(prompts[0], "ndim", 0):
     return False, list(prompts)
   return True, [prompts]
 
@@ -329,7 +396,7 @@ def _nested_list(ids) -> list:
   if hasattr(ids, "tolist"):
     return ids.tolist()
   check(isinstance(ids, (list, tuple)), f"token ids must be a list or an array, got {ids!r}")
-  return [_nested_list(i) if hasattr(i, "__len__") and not isinstance(i, str) else i for i in ids]
+  return [_nested_list(i) if isinstance(i, (list, tuple)) or hasattr(i, "tolist") else i for i in ids]
 
 
 def _is_whole(kind: type) -> bool:
@@ -342,4 +409,5 @@ def _whole(name: str, value, least: int) -> int:
 
 
 def _plain(value):
-  return value.item() if isinstance(value, np.generic) else value
+  """A Python number for a scalar of NumPy or JAX."""
+  return value.item() if getattr(value, "ndim", 1) == 0 else value

@@ -22,12 +22,14 @@ from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.layers.position import LogitBias, Mask, Rotary
 from llmarch.ops import attention as ops
-from llmarch.ops import cache
-from llmarch.ops.einsum import einsum
+from llmarch.ops import cache, kivi
+from llmarch.ops.einsum import Product, einsum, einsums
+from llmarch.ops.quant import FORMATS
 from llmarch.sharding import Axis, index, mesh_axes, move, parts
 
 PROJECTED = ("batch", "length", "act_heads", "head_dim")
 ATTENDING = ("attn_batch", "length", "attn_heads", "head_dim")
+BY_CHANNEL = "_channel"  # of a state's format: keys share a scale by channel
 
 
 @config_dataclass
@@ -82,13 +84,18 @@ class AttentionConfig(MixerConfig, kind="attention"):
   def dim(self, d_model: int) -> int:
     return d_model // self.num_heads if self.head_dim is None else self.head_dim
 
-  def capacity(self, max_len: int, chunk: int) -> int:
+  def capacity(self, max_len: int, chunk: int, dtype: str) -> int:
     """Slots of the cache. A chunk is written before it is read, so a window needs chunk - 1 more."""
-    return max_len if self.window is None else min(max_len, self.window + chunk - 1)
+    slots = max_len if self.window is None else min(max_len, self.window + chunk - 1)
+    return kivi.capacity(slots) if dtype.endswith(BY_CHANNEL) else slots
 
   def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> dict[str, cache.Spec]:
-    shape = (batch, self.kv_heads, self.capacity(max_len, chunk), self.dim(d_model))
+    """Keys and values, quantised where dtype is a format; see config.Precision."""
+    shape = (batch, self.kv_heads, self.capacity(max_len, chunk, dtype), self.dim(d_model))
     kv = cache.Spec(shape, ("cache_batch", "cache_heads", "cache_length", "head_dim"), dtype)
+    if dtype.endswith(BY_CHANNEL):
+      return kivi.specs(kv._replace(dtype="bfloat16"), dtype.removesuffix(BY_CHANNEL), chunk)
+    kv = cache.quantised_spec(kv, dtype) if dtype in FORMATS else kv
     return {"k": kv, "v": kv}
 
 
@@ -120,29 +127,43 @@ class Attention(nnx.Module):
 
     -> y [B, T, D], which the block finishes, the new state, aux.
     """
+    project = lambda name, to: Product("btd,dnh->btnh", getattr(self, name), getattr(self, f"{name}_bias", None), to)
+    q, k, v = einsums(x, project("q", PROJECTED), project("k", self.kv_place), project("v", self.kv_place))
+    out, state, aux = self.mix(q, k, v, context, state, shared, key)
+    return einsum("btnh,nhd->btd", out, self.o, bias=getattr(self, "o_bias", None), partial=True), state, aux
+
+  @property
+  def kv_place(self) -> tuple[Axis, ...]:
+    return (*ATTENDING[:2], ("attn_kv_heads", self.config.kv_heads), "head_dim")
+
+  def mix(self, q, k, v, context: Context, state: dict | None, shared, key: jax.Array | None):
+    """What lies between the projections: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], state, aux."""
     c = self.config
-    kv_heads = ("attn_kv_heads", c.kv_heads)
-    q = move(self._project("q", x), PROJECTED, ATTENDING)
-    k = self._project("k", x, to=(*ATTENDING[:2], kv_heads, "head_dim"))
-    v = self._project("v", x, to=(*ATTENDING[:2], kv_heads, "head_dim"))
+    q = move(q, PROJECTED, ATTENDING)
     if c.qk_norm:
-      q, k = self._normalise(self.q_norm, q, ATTENDING[2]), self._normalise(self.k_norm, k, kv_heads)
+      q, k = self._normalise(self.q_norm, q, ATTENDING[2]), self._normalise(self.k_norm, k, self.kv_place[2])
     if isinstance(c.position, Rotary):
       q, k = c.position.turn(q, k, context.queries.positions, context.length)
 
+    readable = None
     if state is None:
-      buffer = context.buffers[None]
+      keys = context.queries
       k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
     else:
       buffer = context.buffers[state["k"].shape[2]]
-      state = {name: cache.write(state[name], buffer.slots, kv) for name, kv in (("k", k), ("v", v))}
-      k, v = (state[name].astype(x.dtype) for name in ("k", "v"))  # [B, K, S, H]
+      keys = buffer.keys
+      if "recent_k" in state:
+        state, k, v, keys, readable = kivi.update(state, context.cursor, context.queries, keys, k, v)
+      else:
+        state = {name: cache.write(state[name], buffer.slots, kv) for name, kv in (("k", k), ("v", v))}
+        k, v = (state[name].astype(q.dtype) for name in ("k", "v"))  # [B, K, S, H]
     k, v = (_of_these_queries(a, c.num_heads, c.kv_heads) for a in (k, v))
 
-    seen = ops.visible(context.queries, buffer.keys, mask=c.mask, window=c.window)
+    seen = ops.visible(context.queries, keys, mask=c.mask, window=c.window)
+    seen = seen if readable is None else seen & readable
     bias = None
     if isinstance(c.position, LogitBias):
-      distance = buffer.keys.positions[:, None, :] - context.queries.positions[:, :, None]
+      distance = keys.positions[:, None, :] - context.queries.positions[:, :, None]
       bias = c.position.bias(shared, distance, c.num_heads, c.mask == "bidirectional")
       bias = move(bias, (ATTENDING[0], None, "length", None), (*ATTENDING[0:3:2], "length", None))
     out, entropy = ops.attend(
@@ -150,13 +171,8 @@ class Attention(nnx.Module):
       scale=q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale,
       softcap=c.softcap, dropout=c.dropout, key=key, entropy=context.telemetry,
     )  # fmt: skip
-    y = einsum(
-      "btnh,nhd->btd", move(out, ATTENDING, PROJECTED), self.o, bias=getattr(self, "o_bias", None), partial=True
-    )
-    return y, state, {"attention_entropy": _mean_over(entropy, context)} if context.telemetry else {}
-
-  def _project(self, name: str, x: jax.Array, to=None) -> jax.Array:
-    return einsum("btd,dnh->btnh", x, getattr(self, name), bias=getattr(self, f"{name}_bias", None), to=to)
+    aux = {"attention_entropy": _mean_over(entropy, context)} if context.telemetry else {}
+    return move(out, ATTENDING, PROJECTED), state, aux
 
   def _normalise(self, norm: Norm, x: jax.Array, heads: Axis) -> jax.Array:
     if self.config.qk_norm.whole:

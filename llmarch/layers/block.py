@@ -49,7 +49,10 @@ class Block(nnx.Module):
     if self.config.residual.startswith("parallel"):
       entered = _enter(x)
       h = self.mixer_norm(entered, NORMED)
-      y = mixer(h) + ffn(h if self.config.residual == "parallel" else self.ffn_norm(entered, NORMED))
+      if hasattr(self, "fused"):  # layers/fused.py
+        y, state, aux = self.fused(h, context, state, shared, keys[0])
+      else:
+        y = mixer(h) + ffn(h if self.config.residual == "parallel" else self.ffn_norm(entered, NORMED))
       x = self._join(x, finish(y, "mlp"), keys[2])
     else:
       keys_out = [None] * 2 if key is None else jax.random.split(keys[2])

@@ -23,6 +23,7 @@ class Context:
   queries: Keys  # the tokens of this call
   length: jax.Array  # int32 [B, T or 1], of each token's context, for length-dependent RoPE scalings
   buffers: dict[int | None, Buffer]  # by capacity; {None: ...} where there is no state
+  cursor: jax.Array | None  # int32 [B], tokens of each row before this call; None where there is no state
   telemetry: bool  # layers add statistics of themselves to aux
 
 
@@ -44,7 +45,7 @@ def make_context(positions, segment_ids, prefix, state, telemetry) -> tuple[Cont
     # Of each document, so that packing changes nothing. XLA drops it where no layer asks.
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     length = jnp.max(jnp.where(same, positions[:, None, :], -1), axis=2) + 1
-    return Context(queries, length, {None: Buffer(queries, None)}, telemetry), None
+    return Context(queries, length, {None: Buffer(queries, None)}, None, telemetry), None
   buffers, ledgers = {}, {}
   for name, ledger in state["ledger"].items():
     capacity = int(name)
@@ -55,4 +56,4 @@ def make_context(positions, segment_ids, prefix, state, telemetry) -> tuple[Cont
     buffers[capacity] = Buffer(keys, slot)
   cursor = state["cursor"] + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
   shared = {"cursor": cursor, "length": state["length"], "ledger": ledgers}
-  return Context(queries, state["length"][:, None], buffers, telemetry), shared
+  return Context(queries, state["length"][:, None], buffers, state["cursor"], telemetry), shared

@@ -9,7 +9,7 @@ from llmarch.config import FFNConfig, check_at_least, config_dataclass
 from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
 from llmarch.ops.activation import activate
-from llmarch.ops.einsum import einsum
+from llmarch.ops.einsum import Product, einsum, einsums
 
 Activation = Literal["identity", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid"]
 
@@ -46,7 +46,9 @@ class MLP(nnx.Module):
 
   def __call__(self, x: jax.Array, context: Context, key: jax.Array | None):
     """x [B, T, D] -> y [B, T, D], which the block finishes, and aux."""
-    project = lambda name: einsum("btd,df->btf", x, getattr(self, name), bias=getattr(self, f"{name}_bias", None))
-    up = project("up")
-    h = activate(self.config.activation, *((project("gate"), up) if self.config.gated else (up, None)))
+    names = ("gate", "up") if self.config.gated else ("up",)
+    inner = einsums(
+      x, *(Product("btd,df->btf", getattr(self, name), getattr(self, f"{name}_bias", None)) for name in names)
+    )
+    h = activate(self.config.activation, *inner)
     return einsum("btf,fd->btd", h, self.down, bias=getattr(self, "down_bias", None), partial=True), {}

@@ -121,6 +121,11 @@ def state_specs(stack: Stack, config: ModelConfig, batch: int, max_len: int, chu
   return [[of(segment, name) for name in segment.names] for segment in stack.segments]
 
 
+def with_blocks(segment: Segment, blocks) -> Segment:
+  """The same segment of other blocks."""
+  return Segment(list(blocks), segment.names, segment.repeat)
+
+
 def unstack(segment: Segment) -> Segment:
   """The same layers, each with arrays of its own."""
   if segment.repeat is None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmarch.config import ModelConfig
+from llmarch.layers import fused
 from llmarch.layers import stack as stacks
 from llmarch.layers.context import make_context
 from llmarch.layers.norm import Norm
@@ -93,7 +94,7 @@ class Decoder(nnx.Module):
     """Specs of a decoding state for `max_len` tokens a row, written at most `chunk` at a time."""
     c = self.config
     mixers = [block.mixer for block in c.blocks.values() if hasattr(block.mixer, "capacity")]
-    capacities = sorted({mixer.capacity(max_len, chunk) for mixer in mixers})
+    capacities = sorted({mixer.capacity(max_len, chunk, c.precision.state) for mixer in mixers})
     row = cache.Spec((batch,), ("cache_batch",), "int32", 0)
     return {
       "cursor": row,
@@ -117,6 +118,15 @@ def restack(model: Decoder) -> Decoder:
   """The inverse of `unstack`."""
   pairs = zip(model.stack.segments, model.config.segments, strict=True)
   return _with_segments(model, [stacks.restack(segment, *pattern) for segment, pattern in pairs])
+
+
+def fuse(model: Decoder) -> Decoder:
+  """The same decoder with the projections of its parallel blocks fused (layers/fused.py); `separate` undoes it."""
+  return _with_segments(model, [stacks.with_blocks(s, map(fused.fuse, s.blocks)) for s in model.stack.segments])
+
+
+def separate(model: Decoder) -> Decoder:
+  return _with_segments(model, [stacks.with_blocks(s, map(fused.separate, s.blocks)) for s in model.stack.segments])
 
 
 def _with_segments(model: Decoder, segments: list) -> Decoder:

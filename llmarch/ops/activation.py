@@ -16,7 +16,7 @@ ACTIVATIONS = {
 }
 
 
-def activate(name: str, gate: jax.Array, up: jax.Array | None) -> jax.Array:
+def activate(name: str, gate: jax.Array, up: jax.Array | None = None) -> jax.Array:
   """act(gate), times `up` where there is one.
 
   The backward pass recomputes it from its arguments: pointwise work is cheaper than keeping [B, T, F]

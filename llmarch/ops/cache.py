@@ -10,7 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmarch.ops import quant
 from llmarch.ops.attention import Keys
+from llmarch.ops.quant import QTensor
 
 
 class Spec(NamedTuple):
@@ -24,6 +26,13 @@ class Spec(NamedTuple):
 
 def is_spec(x) -> bool:
   return isinstance(x, Spec)
+
+
+def quantised_spec(spec: Spec, format: str) -> QTensor:
+  """The same array as codes and, for each vector along its last dimension (a token's key of one head), a scale."""
+  f = quant.FORMATS[format]
+  scale = spec._replace(shape=(*spec.shape[:-1], 1), dtype=f.scale_dtype)
+  return QTensor(spec._replace(dtype=f.dtype), scale, format)
 
 
 def allocate(specs):
@@ -46,11 +55,15 @@ def slots(cursor: jax.Array, positions: jax.Array, capacity: int) -> jax.Array:
   return jnp.where(valid, index % capacity, capacity)
 
 
-def write(buffer: jax.Array, slot: jax.Array, values: jax.Array) -> jax.Array:
+def write(buffer: jax.Array | QTensor, slot: jax.Array, values: jax.Array) -> jax.Array | QTensor:
   """Puts a chunk into its slots; padding falls outside and is dropped.
 
-  buffer [B, S] with values [B, T], or buffer [B, K, S, H] with values [B, T, K, H]; slot [B, T].
+  buffer [B, S] with values [B, T], or buffer [B, K, S, H] with values [B, T, K, H]; slot [B, T]. A QTensor
+  takes each token by itself, so that neither chunks nor neighbours change what is stored of it.
   """
+  if isinstance(buffer, QTensor):
+    parts = quant.quantize(values, (-1,), buffer.format)
+    return jax.tree.map(lambda b, v: write(b, slot, v), buffer, parts)
   if slot.size == 1:
     # XLA turns the scatter of a single update into a slice update, fuses that into each of its readers and
     # then copies the cache for every one of them. A second update, dropped, keeps it a scatter in place.

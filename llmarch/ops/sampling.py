@@ -6,7 +6,7 @@ B batch, V vocabulary. Logits are f32 [B, V]; a row never depends on another.
 import jax
 import jax.numpy as jnp
 
-from llmarch.config import check, check_above, check_at_least, config_dataclass
+from llmarch.config import check, check_at_least, config_dataclass
 
 
 @config_dataclass
@@ -21,9 +21,16 @@ class Sampling:
 
   def __post_init__(self):
     check_at_least(self, 0, "temperature", "top_k")
+    check(
+      self.temperature == 0 or self.temperature >= 1e-4,
+      f"temperature={self.temperature} overflows the logits; give 0 for the most likely token, or at least 1e-4",
+    )
     check(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
     check(0 <= self.min_p <= 1, f"min_p must lie between 0 and 1, got {self.min_p}")
-    check_above(self, 0, "repetition_penalty")
+    check(
+      1e-4 <= self.repetition_penalty <= 1e4,
+      f"repetition_penalty must lie between 1e-4 and 1e4 (1 is none), got {self.repetition_penalty}",
+    )
 
 
 def penalise_repetition(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Array:

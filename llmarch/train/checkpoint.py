@@ -1,14 +1,18 @@
 """Checkpoints of a run, by orbax: the train state and a JSON record of what it belongs to.
 
-A workdir holds config.json (the run's identity), metrics.jsonl, TensorBoard events, and checkpoints/STEP.
+A workdir holds config.json (the run's identity), tokenizer.json, metrics.jsonl, TensorBoard events, and
+checkpoints/STEP.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
@@ -17,22 +21,20 @@ from llmarch.experiment import CheckpointConfig, ExperimentConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract
 
-FORMAT = 1
+FORMAT = 2
 
 # Where a run computes and caches is not what it computes.
 NOT_IDENTITY = {("mesh",), ("data", "cache_dir"), ("data", "prefetch")}
 
 
-def claim_workdir(workdir: str, config: ExperimentConfig) -> bool:
-  """Makes `workdir` this config's: writes config.json into a new or empty folder, or checks the one there.
+def check_workdir(workdir: str, config: ExperimentConfig) -> bool:
+  """Whether `workdir` holds a run of this config; False if it is new or empty. Nothing is written.
 
-  Returns whether a run was there before. Raises UserError, with nothing written, if the folder holds
-  another config (the keys that differ are named) or files that are no run.
+  Raises UserError if the folder holds another config (the keys that differ are named) or files that are no run.
   """
   folder, path = Path(workdir), Path(workdir) / "config.json"
-  mine = to_dict(config)
   if path.exists():
-    differ = differences(_identity(mine), _identity(_read_json(path)))
+    differ = differences(_identity(to_dict(config)), _identity(_read_json(path)))
     if differ:
       raise UserError(
         f"{workdir} holds a run of another config ({'; '.join(differ[:8])}); give another --workdir, or the same config"
@@ -40,12 +42,44 @@ def claim_workdir(workdir: str, config: ExperimentConfig) -> bool:
     return True
   if folder.is_dir() and any(folder.iterdir()):
     raise UserError(f"{workdir} is not empty and holds no run (no config.json); give a new --workdir")
+  return False
+
+
+def claim_workdir(workdir: str, config: ExperimentConfig, tokenizer=None) -> None:
+  """Makes `workdir` this config's: writes config.json, and the tokenizer, into a new or empty folder.
+
+  The run keeps its tokenizer, for the file that data.tokenizer names may change or stay behind. Raises UserError
+  as `check_workdir` does, and where the folder cannot be written.
+  """
+  if check_workdir(workdir, config):
+    return
+  path = Path(workdir) / "config.json"
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(mine, indent=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(to_dict(config), indent=1))
   except OSError as e:
     raise UserError(f"--workdir: cannot write {path} ({e.strerror}); give a folder that can be written") from None
-  return False
+  if tokenizer is not None:
+    tokenizer.save(workdir)
+
+
+@contextlib.contextmanager
+def only_process(workdir: str):
+  """Holds a claimed workdir: a second process that trains in it would mix its rows and checkpoints with ours.
+
+  Raises UserError if another holds it. The lock goes with the process, however that ends.
+  """
+  with open(Path(workdir) / "config.json") as f:
+    try:
+      if jax.process_index() == 0:  # one for all hosts of a run
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(
+        f"another process is training in {workdir}; wait for it to end, or give another --workdir"
+      ) from None
+    except OSError:
+      pass  # a file system without locks
+    yield
 
 
 def read_config(workdir: str) -> ExperimentConfig:
@@ -66,11 +100,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _read_json(path: Path) -> dict:
   try:
-    return json.loads(path.read_text())
+    data = json.loads(path.read_text())
+    if not isinstance(data, dict):
+      raise ValueError("not an object")
+    return data
   except OSError as e:
     raise UserError(f"cannot read {path} ({e.strerror}); give the folder of a run") from None
-  except ValueError:
-    raise UserError(f"{path} is damaged (not JSON); restore it, or give another --workdir") from None
+  except (ValueError, RecursionError):
+    raise UserError(f"{path} is damaged (not the JSON of a config); restore it, or give another --workdir") from None
 
 
 def _identity(data: dict, path: tuple = ()) -> dict:
@@ -114,8 +151,10 @@ class Checkpoints:
     Raises OSError or what orbax raises if an earlier save failed, RuntimeError if this one is refused.
     """
     self._orbax.wait()
-    record = {"format": FORMAT, "step": step, "jax": jax.__version__, **meta}
-    items = {"state": flatten_state(state), "meta": record}
+    flat = flatten_state(state)
+    sums = {name: int(value) for name, value in jax.device_get(_checksums(flat)).items()}
+    record = {"format": FORMAT, "step": step, "jax": jax.__version__, "checksums": json.dumps(sums), **meta}
+    items = {"state": flat, "meta": record}
     if self._orbax.save_checkpointables_async(step, items, metrics=metrics, force=True) is None:
       raise RuntimeError(f"orbax refused to save step {step} in {self.folder}")
 
@@ -153,6 +192,8 @@ def latest_step(folder: Path) -> int | None:
 def restore_params(workdir: str, *, step: int | None = None):
   """(ModelConfig, nnx.State of its Decoder, tokenizer spec) of a run, the moving average where there is one.
 
+  The tokenizer is the one that the run keeps, where it does.
+
   Parameters only: the optimizer's state is not read.
   """
   config = read_config(workdir)
@@ -169,7 +210,8 @@ def restore_params(workdir: str, *, step: int | None = None):
   loaded = _load(folder, step, want, partial=True)["state"]
   flat = {name.removeprefix(f"{root}/"): value for name, value in loaded.items()}
   flat = {name: flat[name].astype(p.dtype) for name, p in flatten(abstract_params).items()}
-  return config.model, unflatten(abstract_params, flat), config.data.tokenizer
+  own = (Path(workdir) / "tokenizer.json").exists()
+  return config.model, unflatten(abstract_params, flat), os.fspath(workdir) if own else config.data.tokenizer
 
 
 def _load(folder: Path, step: int | None, want: dict, *, partial: bool = False) -> dict:
@@ -179,9 +221,35 @@ def _load(folder: Path, step: int | None, want: dict, *, partial: bool = False) 
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     with context:
-      return ocp.load_checkpointables(folder / str(step), {"state": want, "meta": None})
+      loaded = ocp.load_checkpointables(folder / str(step), {"state": want, "meta": None})
   except Exception as e:  # orbax raises many kinds, some without a type of their own
     raise UserError(_damaged(folder / str(step), e)) from e
+  meta = loaded["meta"]
+  if meta["format"] != FORMAT:
+    raise UserError(f"{folder / str(step)} has format {meta['format']}, not {FORMAT}; use the llmarch that wrote it")
+  saved = json.loads(meta["checksums"])
+  for name, value in jax.device_get(_checksums({name: loaded["state"][name] for name in want})).items():
+    if saved[name] != value:
+      raise UserError(_damaged(folder / str(step), ValueError(f"{name} fails its checksum")))
+  return loaded
+
+
+@jax.jit
+def _checksums(arrays: dict) -> dict:
+  """{name: array} -> {name: uint32}: the sum, modulo 2^32, of an array's elements as integers times odd numbers.
+
+  It changes with any one element, and does not depend on how the array is sharded.
+  """
+
+  def one(x):
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+      index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+  return jax.tree.map(one, arrays)
 
 
 def _damaged(path: Path, e: Exception) -> str:

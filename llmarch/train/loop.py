@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from llmarch.config import UserError, to_dict
 from llmarch.experiment import ExperimentConfig
-from llmarch.train.checkpoint import Checkpoints, claim_workdir
+from llmarch.train.checkpoint import Checkpoints, claim_workdir, only_process
 from llmarch.train.metrics import LiveLine, MetricsWriter
 from llmarch.train.step import eval_params, make_train_step
 
@@ -26,20 +27,22 @@ def train(
   sample: Callable[[dict], str] | None,
   flops_per_token: float,
   peak_flops: float | None,
+  tokenizer=None,
 ) -> dict:
   """Trains from the newest checkpoint of `workdir`, or from the start, to config.train.steps.
 
   train_data, eval_data (unused if eval.every is 0): see data.pipeline.Pipeline. sample(params) gives text.
   flops_per_token: of a train step, per token of it; peak_flops: of all devices together, None if unknown
-  (mfu is then null).
+  (mfu is then null). tokenizer: kept in the workdir.
   Returns the last evaluation row ({} if eval.every is 0). Raises UserError for a workdir that belongs to
-  another run, a checkpoint of other data, or a loss that is not finite.
+  another run or is in use by another process, a checkpoint of other data, or numbers that are not finite.
   """
   c = config.train
-  claim_workdir(workdir, config)
   functions = make_train_step(config, mesh)
+  claim_workdir(workdir, config, tokenizer)  # after all that may be refused: a mended config may use the folder
   meta = {"config": to_dict(config), "pipeline_hash": train_data.hash}
   with contextlib.ExitStack() as stack:
+    stack.enter_context(only_process(workdir))
     checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
     start = checkpoints.latest() or 0
     if start:
@@ -77,6 +80,7 @@ def train(
       if due(config.eval.every) or (config.eval.every and step == c.steps):
         with meter.paused():
           last_eval = {"step": step, **evaluate(functions.evaluate, state, eval_data, config.eval.batches, place)}
+          _refuse_divergence(last_eval, workdir, checkpoints.latest())
           writer.write(last_eval)
           line.say(
             f"step {step}  eval loss {last_eval['eval/loss']:.4f}  {last_eval['eval/bits_per_byte']:.3f} bits/byte"
@@ -86,7 +90,9 @@ def train(
             line.say(f"--- sample after step {step} ---\n{text}\n---")
       if due(config.checkpoint.every) or step == c.steps:
         with meter.paused():
-          _refuse_divergence({"step": step, "loss": float(metrics["loss"])}, workdir, checkpoints.latest())
+          # The loss was that of the parameters before this step; those after it are what is saved.
+          largest = float(_largest(state["params"]))
+          _refuse_divergence({"step": step, "largest parameter": largest}, workdir, checkpoints.latest())
           known = last_eval if last_eval.get("step") == step else {}
           checkpoints.save(step, state, meta, {k: v for k, v in known.items() if k != "step"} or None)
     checkpoints.wait()
@@ -110,12 +116,20 @@ def _plain(x: np.ndarray) -> float | list:
 
 
 def _refuse_divergence(row: dict, workdir: str, saved: int | None) -> None:
-  if not math.isfinite(row["loss"]):
-    back = "nothing was saved" if saved is None else f"the checkpoint of step {saved} is kept"
-    raise UserError(
-      f"the loss is {row['loss']} at step {row['step']} in {workdir}; lower optimizer.learning_rate or clip"
-      f" gradients ({back})"
-    )
+  """Raises UserError if a number of the row is not finite."""
+  for name, value in row.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      back = "nothing was saved" if saved is None else f"the checkpoint of step {saved} is kept"
+      raise UserError(
+        f"the {name} is {value} at step {row['step']} in {workdir}; lower optimizer.learning_rate or clip"
+        f" gradients ({back})"
+      )
+
+
+@jax.jit
+def _largest(params: dict) -> jax.Array:
+  """The largest absolute value; NaN if there is one."""
+  return jnp.max(jnp.stack([jnp.abs(p).max().astype(jnp.float32) for p in jax.tree.leaves(params)]))
 
 
 class Meter:

@@ -36,9 +36,9 @@ class MetricsWriter:
 
 
 def _rows_until(path: Path, step: int) -> list[str]:
-  """The whole lines of a metrics file up to a step; a line cut off by a crash is dropped."""
+  """The whole lines of a metrics file up to a step; a line that a crash cut off or garbled is dropped."""
   kept = []
-  for line in path.read_text().splitlines():
+  for line in path.read_text(errors="replace").splitlines():
     try:
       if json.loads(line)["step"] <= step:
         kept.append(line)

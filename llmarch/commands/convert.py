@@ -1,0 +1,180 @@
+"""llmarch convert: a model folder from a checkpoint of transformers, and back.
+
+llmarch convert --from=HF_DIR --to=DIR                config.json and safetensors of transformers -> llmarch
+llmarch convert --from=DIR --to=HF_DIR --format=hf    a model folder or a run -> transformers
+
+Values are kept bit for bit in the dtype they are stored in; one parameter at a time is in memory.
+"""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+from absl import flags
+
+from llmarch.commands.common import parse_flags, short, short_bytes
+from llmarch.config import ModelConfig, UserError, build, check, to_dict
+
+
+def main(argv: list[str]) -> int:
+  """Raises UserError for bad flags, a damaged or unknown source, and where --to exists; then nothing is written."""
+  options = parse_flags(argv, _define, __doc__)
+  source, target = (options[name].value for name in ("from", "to"))
+  check(bool(source), "--from is missing; name the folder to read")
+  check(bool(target), "--to is missing; name the folder to write")
+  check(options.shard_gb > 0, f"--shard_gb must be above 0, got {options.shard_gb}")
+  check(
+    options.format == "hf" or options.model_type is None,
+    "--model_type is of no use without --format=hf; drop it",
+  )
+  source = Path(source).expanduser()
+  if options.format == "hf":
+    report = export(source, target, options.model_type, round(options.shard_gb * 1e9))
+  else:
+    report = take(source, target)
+  print(json.dumps(report) if options.json else "\n".join(f"{k:12} {v}" for k, v in report.items()))
+  return 0
+
+
+def _define(options: flags.FlagValues) -> None:
+  flags.DEFINE_string("from", "", "the folder to read", flag_values=options)
+  flags.DEFINE_string("to", "", "the folder to write; must not exist", flag_values=options)
+  flags.DEFINE_enum("format", "llmarch", ["llmarch", "hf"], "what to write", flag_values=options)
+  flags.DEFINE_string(
+    "model_type", None, "with --format=hf: the family to write (else the one it came from, or that suits)", flag_values=options
+  )
+  flags.DEFINE_float("shard_gb", 5.0, "with --format=hf: the most bytes in a file, in 1e9", flag_values=options)
+  flags.DEFINE_boolean("json", False, "print JSON", flag_values=options)
+
+
+def take(source: Path, target: str) -> dict:
+  """transformers -> a model folder."""
+  import numpy as np
+
+  from llmarch.convert import hf
+  from llmarch.infer import lm
+
+  with hf.new_folder(target) as new:
+    checkpoint = hf.Checkpoint(source)
+    carried = checkpoint.carried | {"model_type": checkpoint.family.model_type}
+    data = {"format": lm.FORMAT, "model": to_dict(checkpoint.config), "hf": carried}
+    (new / lm.CONFIG).write_text(json.dumps(data, indent=1))
+    dtype = np.dtype(checkpoint.config.precision.param)
+    entries = {path: (dtype, shape) for path, shape in checkpoint.paths.items()}
+    hf.write_safetensors(new / lm.WEIGHTS, entries, checkpoint.param, checksums=True)
+    _carry_tokenizer(source, new)
+  return _report(target, checkpoint.family.model_type, checkpoint.config, entries)
+
+
+def export(source: Path, target: str, model_type: str | None, shard_bytes: int) -> dict:
+  """A model folder or a run -> transformers."""
+  from llmarch.convert import hf
+
+  with hf.new_folder(target) as new:
+    config, carried, entries, read, tokenizer = _open_run(source) if (source / "checkpoints").is_dir() else _open(source)
+    carried = dict(carried)
+    origin = carried.pop("model_type", None)
+    if model_type is None and origin is not None:
+      try:
+        hf.express(config, origin)
+        model_type = origin
+      except UserError:  # it was changed since
+        pass
+    family = hf.write_checkpoint(
+      new, config, read, model_type=model_type, carried=carried, shard_bytes=shard_bytes
+    )
+    if isinstance(tokenizer, Path):
+      _carry_tokenizer(tokenizer, new)
+    else:
+      tokenizer.save(new)
+  return _report(target, family.model_type, config, entries)
+
+
+def _open(source: Path):
+  """Of a model folder: config, what was carried, {path: (dtype, shape)}, a reader, where the tokenizer is."""
+  import llmarch.layers.registry  # noqa: F401
+  from llmarch.convert import hf
+  from llmarch.infer import lm
+
+  try:
+    data = json.loads((source / lm.CONFIG).read_text())
+  except (OSError, ValueError, RecursionError) as e:
+    why = getattr(e, "strerror", None) or "not JSON"
+    raise UserError(f"--from: cannot read {source / lm.CONFIG} ({why}); give a model folder or a run") from None
+  check(
+    isinstance(data, dict) and data.get("format") == lm.FORMAT,
+    f"--from: {source / lm.CONFIG} is not of a model of format {lm.FORMAT}; give a model folder or a run",
+  )
+  config = build(ModelConfig, data.get("model"), "model")
+  tensors, metadata = hf.read_header(source / lm.WEIGHTS)
+  _check_fit(source / lm.WEIGHTS, config, tensors, metadata)
+
+  def read(path, layer):
+    if layer is None:
+      return tensors[path].read()
+    return tensors[path].read(layer, 1)[0]
+
+  carried = data.get("hf", {})
+  check(isinstance(carried, dict), f"--from: {source / lm.CONFIG}: hf must be a dict")
+  entries = {path: (hf.DTYPES[t.dtype], t.shape) for path, t in tensors.items()}
+  return config, carried, entries, read, source
+
+
+def _check_fit(path: Path, config: ModelConfig, tensors: dict, metadata: dict) -> None:
+  """Raises UserError unless the tensors are those of the config, undamaged."""
+  from flax import nnx
+
+  from llmarch.layers.param import flatten
+  from llmarch.models.decoder import abstract
+
+  sums = json.loads(metadata.get("crc32", "{}"))
+  wanted = {name: (a.dtype.name, a.shape) for name, a in flatten(nnx.state(abstract(config))).items()}
+  from llmarch.convert.hf import DTYPES
+
+  found = {name: (DTYPES[t.dtype].name if t.dtype in DTYPES else t.dtype, t.shape) for name, t in tensors.items()}
+  for name in sorted(wanted.items() ^ found.items(), key=str):
+    raise UserError(f"{path} does not fit its config.json: {name[0]} is {found.get(name[0])}, not {wanted.get(name[0])}")
+  for name, tensor in tensors.items():
+    crc, layers = 0, tensor.shape[0]
+    for layer in range(layers) if name.startswith("stack/") else [None]:
+      values = tensor.read() if layer is None else tensor.read(layer, 1)
+      crc = zlib.crc32(values.reshape(-1).view("uint8"), crc)
+    check(crc == sums.get(name), f"{path}: {name} is damaged; restore the file")
+
+
+def _open_run(source: Path):
+  """The same of a training run's newest checkpoint."""
+  import numpy as np
+
+  from llmarch.data.tokenizers import load_tokenizer
+  from llmarch.layers.param import flatten
+  from llmarch.train.checkpoint import restore_params
+
+  config, params, tokenizer = restore_params(str(source))
+  flat = {name: np.asarray(value, config.precision.param) for name, value in flatten(params).items()}
+  read = lambda path, layer: flat[path] if layer is None else flat[path][layer]
+  entries = {name: (value.dtype, value.shape) for name, value in flat.items()}
+  return config, {}, entries, read, load_tokenizer(tokenizer)
+
+
+def _carry_tokenizer(source: Path, target: Path) -> None:
+  from llmarch.convert.hf import TOKENIZER
+
+  if (source / TOKENIZER).exists():
+    shutil.copyfile(source / TOKENIZER, target / TOKENIZER)
+
+
+def _report(target, model_type: str, config: ModelConfig, entries: dict) -> dict:
+  import math
+
+  sizes = {name: math.prod(shape) for name, (_, shape) in entries.items()}
+  num_bytes = sum(n * entries[name][0].itemsize for name, n in sizes.items())
+  return {
+    "path": str(target),
+    "model_type": model_type,
+    "dtype": config.precision.param,
+    "stack": config.stack,
+    "parameters": short(sum(sizes.values())),
+    "size": short_bytes(num_bytes),
+  }

@@ -1,0 +1,594 @@
+"""What the tables of the families are made of: holes for config fields and rows for weights, each read both ways.
+
+A template is the plain data of our config with holes for what a Hugging Face config.json says. Reading fills the
+holes; writing matches the template with a config and collects what the holes say. Whether a family can express a
+config is then a question of equality: read(write(config)) must be the config.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from llmarch.config import MAX_LAYERS, UserError, check
+
+REQUIRED = object()
+
+
+class Reader:
+  """The options of a config.json. It notes which are asked for; the others must not pass in silence."""
+
+  def __init__(self, options: dict):
+    self.options, self.used = options, set()
+
+  def get(self, key: str, default: Any = REQUIRED) -> Any:
+    self.used.add(key)
+    value = self.options.get(key, default)
+    check(value is not REQUIRED, f"the option {key} is missing")
+    return value
+
+  def size(self, key: str) -> int:
+    """A whole number that a dimension can have."""
+    value = self.get(key)
+    check(type(value) is int and 0 < value < 2**31, f"{key}={value!r} must be a whole number from 1 to 2^31 - 1")
+    return value
+
+
+class Writer:
+  """Collects the options of a config.json, and refuses two values for one."""
+
+  def __init__(self):
+    self.options: dict[str, Any] = {}
+
+  def set(self, key: str, value: Any) -> None:
+    known = self.options.setdefault(key, value)
+    check(known == value, f"{key} would have to be {known!r} and {value!r} at once")
+
+  def append(self, key: str, i: int, value: Any) -> None:
+    """The value of layer i in the list `key`; several holes may say the same."""
+    values = self.options.setdefault(key, [])
+    if i == len(values):
+      values.append(value)
+    check(values[i] == value, f"{key}[{i}] would have to be {values[i]!r} and {value!r} at once")
+
+
+def fill(template: Any, h: Reader, i: int | None = None) -> Any:
+  """The template with its holes filled; i: the layer, in templates of blocks."""
+  if isinstance(template, Mapping):
+    return {key: fill(part, h, i) for key, part in template.items()}
+  return template.read(h, i) if hasattr(template, "read") else template
+
+
+def match(template: Any, value: Any, w: Writer, i: int | None = None) -> None:
+  """The inverse of `fill`: tells w what each hole stands for in `value`."""
+  if isinstance(template, Mapping):
+    for key, part in template.items() if isinstance(value, Mapping) else ():
+      match(part, value.get(key), w, i)
+  elif hasattr(template, "write"):
+    template.write(value, w, i)
+
+
+# ------------------------------------------------------------------------------------------------- holes
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """One option under another name; `decode` and `encode` are inverse of each other."""
+
+  key: str
+  default: Any = REQUIRED
+  decode: Callable = lambda value: value
+  encode: Callable = lambda value: value
+
+  def read(self, h: Reader, i):
+    value = h.get(self.key, self.default)
+    try:
+      return None if value is None else self.decode(value)
+    except (TypeError, ValueError, ZeroDivisionError, KeyError):
+      raise UserError(f"{self.key}={value!r} is not a value that this family can have") from None
+
+  def write(self, value, w: Writer, i):
+    w.set(self.key, None if value is None else self.encode(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Size(Key):
+  """A dimension."""
+
+  def read(self, h: Reader, i):
+    return h.size(self.key) if h.options.get(self.key, self.default) is not None else h.get(self.key, self.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """Several options that stand for one value of ours: {(option, option, ...): ours}."""
+
+  keys: tuple[tuple[str, Any], ...]  # (key, default)
+  table: Mapping[tuple, Any]
+
+  def read(self, h: Reader, i):
+    values = tuple(h.get(key, default) for key, default in self.keys)
+    said = ", ".join(f"{key}={value!r}" for (key, _), value in zip(self.keys, values))
+    for options, ours in self.table.items():
+      if options == values:
+        return fill(ours, h, i)
+    raise UserError(f"{said} is not among the forms that this family is known in")
+
+  def write(self, value, w: Writer, i):
+    plain = lambda ours: not isinstance(ours, Mapping) and not hasattr(ours, "read")
+    for options, ours in sorted(self.table.items(), key=lambda item: not plain(item[1])):
+      if ours == value if plain(ours) else value is not None:
+        for (key, _), option in zip(self.keys, options):
+          w.set(key, option)
+        return match(ours, value, w, i)
+    raise UserError(f"{', '.join(key for key, _ in self.keys)} cannot say {value!r}")
+
+
+def when(key: str, default: Any, then: Any, otherwise: Any = None) -> Choice:
+  """`then` where the option is true, else `otherwise`."""
+  return Choice(((key, default),), {(True,): then, (False,): otherwise})
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+  """Follows from other options. Nothing is written; that it still holds is seen on reading back."""
+
+  of: Callable[[Reader], Any]
+
+  def read(self, h: Reader, i):
+    return self.of(h)
+
+  def write(self, value, w: Writer, i):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A function for each way: read(reader, layer) -> value; write(value, writer, layer)."""
+
+  read: Callable[[Reader, int | None], Any]
+  write: Callable[[Any, Writer, int | None], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """The sliding window of a layer: of each, or of those that layer_types calls sliding_attention.
+
+  types: the default of layer_types, (reader, layer) -> whether the layer slides; None: every layer does.
+  switch: an option that turns windows off (Qwen).
+  """
+
+  default: Any = None
+  types: Callable[[Reader, int], bool] | None = None
+  switch: str | None = None
+
+  def read(self, h: Reader, i):
+    window = h.get("sliding_window", self.default)
+    on = h.get(self.switch, False) if self.switch else True
+    if self.types and not slides(h, i, self.types):
+      return None
+    return window if on else None
+
+  def write(self, value, w: Writer, i):
+    if self.types:
+      w.append("layer_types", i, FULL if value is None else SLIDING)
+    if value is not None or not self.types:
+      w.set("sliding_window", value)
+    if self.switch and value is not None:
+      w.set(self.switch, True)
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def slides(h: Reader, i: int, default: Callable[[Reader, int], bool]) -> bool:
+  """Whether layer i is one of local attention."""
+  fallback, types = default(h, i), h.get("layer_types", None)  # either may be there beside the other
+  if types is None:
+    return fallback
+  check(isinstance(types, list) and i < len(types), f"layer_types must name each layer, layer {i} is missing")
+  check(types[i] in (FULL, SLIDING), f"layer_types[{i}]={types[i]!r} must be {FULL} or {SLIDING}")
+  return types[i] == SLIDING
+
+
+def every(n: int) -> Callable[[Reader, int], bool]:
+  """All layers slide but each n-th (sliding_window_pattern, where the config still has it)."""
+
+  def default(h: Reader, i: int) -> bool:
+    pattern = h.get("sliding_window_pattern", n)
+    check(type(pattern) is int and pattern > 0, f"sliding_window_pattern={pattern!r} must be a whole number above 0")
+    return (i + 1) % pattern != 0
+
+  return default
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxLength:
+  """The longest context. "dynamic" scaling tells of the original one only, and reaches `factor` times further."""
+
+  def read(self, h: Reader, i):
+    length = h.size("max_position_embeddings")
+    for _, options in rope_options(h):
+      if options.get("rope_type", options.get("type")) == "dynamic":
+        return int(length * options.get("factor", 1))
+    return length
+
+  def write(self, value, w: Writer, i):
+    w.options.setdefault("max_position_embeddings", value)  # a dynamic scaling knows better, and comes first
+
+
+def rope_options(h: Reader) -> list[tuple[str | None, dict]]:
+  """rope_parameters, or rope_scaling of older files: [(layer type or None, options)]."""
+  found = h.get("rope_scaling", None) or h.get("rope_parameters", None) or {}
+  check(isinstance(found, dict), f"rope_parameters={found!r} must be a dict")
+  if found.keys() & {FULL, SLIDING}:
+    for options in found.values():
+      check(isinstance(options, dict), f"rope_parameters={found!r} must hold dicts alone")
+    return list(found.items())
+  return [(None, found)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary positions: rope_parameters, or rope_theta, rope_scaling and partial_rotary_factor of older files.
+
+  theta, partial: the family's defaults. local_theta: that of sliding layers, and its older name.
+  by_type: the file has one dict for each type of layer; older files scale the full layers alone.
+  types: see Window.
+  old: the names that older files of the family have for rope_theta and partial_rotary_factor.
+  original_beside: original_max_position_embeddings is an option of its own, and decides (Phi-3).
+  """
+
+  theta: float = 10000.0
+  partial: float = 1.0
+  interleaved: bool = False
+  by_type: bool = False
+  local_theta: tuple[str, float] | None = None
+  types: Callable[[Reader, int], bool] | None = None
+  old: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+  original_beside: bool = False
+
+  def read(self, h: Reader, i):
+    theta, partial = h.get(self.old[0], self.theta), h.get(self.old[1], self.partial)
+    local = self.by_type and slides(h, i, self.types)
+    if self.local_theta:
+      local_theta = h.get(*self.local_theta)
+      theta = local_theta if local else theta
+    found = dict(rope_options(h))
+    if self.by_type and None in found:
+      options = {} if local else found[None]
+    else:
+      options = found.get(SLIDING if local else FULL, {}) if None not in found else found[None]
+    options = {k: v for k, v in options.items() if v is not None}
+    theta, partial = options.pop("rope_theta", theta), options.pop("partial_rotary_factor", partial)
+    check(isinstance(partial, (int, float)) and 0 < partial <= 1, f"partial_rotary_factor={partial!r} must lie in (0, 1]")
+    scaling = _scaling(h, options)
+    return {
+      "kind": "rope",
+      "theta": theta,
+      "dims": None if partial == 1 else int(_head_dim(h) * partial),
+      "interleaved": self.interleaved,
+      "scaling": scaling,
+    }
+
+  def write(self, value, w: Writer, i):
+    check(isinstance(value, Mapping) and value["kind"] == "rope", f"positions must be rope, not {value!r}")
+    options = {"rope_theta": value["theta"]} | _scaling_options(value["scaling"], w)
+    if self.original_beside and value["scaling"]:
+      w.set("original_max_position_embeddings", options.get("original_max_position_embeddings"))
+    if value["dims"] != value["head_dim"]:
+      partial = value["dims"] / value["head_dim"]
+      down = int(value["head_dim"] * partial) < value["dims"]  # transformers rounds towards 0
+      options["partial_rotary_factor"] = math.nextafter(partial, 1) if down else partial
+    elif self.partial != 1:
+      options["partial_rotary_factor"] = 1.0
+    if not self.by_type:
+      return w.set("rope_parameters", options)
+    kind = w.options["layer_types"][i]
+    known = w.options.setdefault("rope_parameters", {}).setdefault(kind, options)
+    check(known == options, f"rope_parameters[{kind!r}] would have to be {known!r} and {options!r} at once")
+
+
+@dataclasses.dataclass(frozen=True)
+class SomeRope:
+  """Rope in layers where `has` says so, no positions in the others; `say` writes it (None: the windows do)."""
+
+  rope: Rope
+  has: Callable[[Reader, int], bool]
+  say: Callable[[Writer, int, bool], None] | None = None
+
+  def read(self, h: Reader, i):
+    rope = self.rope.read(h, i)
+    return rope if self.has(h, i) else None
+
+  def write(self, value, w: Writer, i):
+    if self.say:
+      self.say(w, i, value is not None)
+    if value is not None:
+      self.rope.write(value, w, i)
+
+
+def _head_dim(h: Reader) -> int:
+  if h.options.get("head_dim") is not None:
+    return h.size("head_dim")
+  return h.size("hidden_size") // h.size("num_attention_heads")
+
+
+def _scaling(h: Reader, options: dict) -> dict | None:
+  """A scaling of ours from what rope_parameters says besides theta. Whatever remains unread is an error."""
+  older, kind = options.pop("type", None), options.pop("rope_type", None)
+  kind = kind or older or "default"
+  longest = h.get("max_position_embeddings")
+  # Phi-3 has it beside rope_parameters, and transformers believes that one.
+  original = options.pop("original_max_position_embeddings", longest)
+  original = h.get("original_max_position_embeddings", original) or longest
+  take = options.pop
+  try:
+    match kind:
+      case "default":
+        scaling = None
+      case "linear":
+        scaling = {"kind": "linear", "factor": take("factor")}
+      case "dynamic":
+        scaling = {"kind": "dynamic_ntk", "factor": take("factor"), "original": longest}
+      case "llama3":
+        scaling = {"kind": "llama3", "factor": take("factor"), "original": original}
+        scaling |= {"low_factor": take("low_freq_factor"), "high_factor": take("high_freq_factor")}
+      case "yarn":
+        factor = take("factor", longest / original)
+        gain, scales = take("attention_factor", None), (take("mscale", None), take("mscale_all_dim", None))
+        if gain is None and all(scales):
+          gain = (0.1 * scales[0] * math.log(factor) + 1) / (0.1 * scales[1] * math.log(factor) + 1)
+        scaling = {"kind": "yarn", "factor": factor, "original": original, "attention_factor": gain}
+        scaling |= {"beta_fast": take("beta_fast", 32.0), "beta_slow": take("beta_slow", 1.0)}
+        check(take("truncate", True) is True, "rope_parameters.truncate must be true")
+      case "longrope" | "su":
+        scaling = {"kind": "longrope", "original": original, "factor": take("factor", max(1.0, longest / original))}
+        scaling |= {"short_factors": take("short_factor"), "long_factors": take("long_factor")}
+        scaling |= {"attention_factor": take("attention_factor", None)}
+      case _:
+        known = "default, linear, dynamic, yarn, llama3, longrope"
+        raise UserError(f"rope_parameters.rope_type={kind!r} is unknown (known: {known})")
+  except KeyError as e:
+    raise UserError(f"rope_parameters.{e.args[0]} is missing, which rope_type={kind!r} needs") from None
+  except (TypeError, ValueError, ZeroDivisionError):
+    raise UserError("rope_parameters must hold numbers above 0") from None
+  for key, value in options.items():
+    raise UserError(f"rope_parameters.{key}={value!r} is not an option of rope_type={kind!r} that is known")
+  return scaling
+
+
+def _scaling_options(scaling: dict | None, w: Writer) -> dict:
+  """The inverse of `_scaling`."""
+  s = scaling or {"kind": None}
+  gain = lambda: {} if s["attention_factor"] is None else {"attention_factor": s["attention_factor"]}
+  original = lambda: {"original_max_position_embeddings": s["original"]}
+  match s["kind"]:
+    case None:
+      return {"rope_type": "default"}
+    case "linear":
+      return {"rope_type": "linear", "factor": s["factor"]}
+    case "dynamic_ntk":
+      w.set("max_position_embeddings", s["original"])
+      return {"rope_type": "dynamic", "factor": s["factor"]}
+    case "llama3":
+      factors = {"low_freq_factor": s["low_factor"], "high_freq_factor": s["high_factor"]}
+      return {"rope_type": "llama3", "factor": s["factor"]} | original() | factors
+    case "yarn":
+      betas = {"beta_fast": s["beta_fast"], "beta_slow": s["beta_slow"]}
+      return {"rope_type": "yarn", "factor": s["factor"]} | original() | betas | gain()
+    case "longrope":
+      factors = {"short_factor": list(s["short_factors"]), "long_factor": list(s["long_factors"])}
+      return {"rope_type": "longrope", "factor": s["factor"]} | original() | factors | gain()
+  raise UserError(f"rope_parameters cannot say scaling={s['kind']}")
+
+
+# --------------------------------------------------------------------------------------------------- rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Theirs to ours: `key` with {} for the layer, our path (inside the block, or of the decoder), and a pattern.
+
+  The pattern is read both ways: "(n h) d -> d n h". A fused projection names several paths; the parts lie one
+  after another along the axis `c`. Letters: d model, n query heads, k key-value heads, h head dim.
+  Where the decoder has no such parameter the row is of no effect, nor in blocks of another residual form than
+  `residual`, where that is given.
+  """
+
+  key: str
+  paths: str | tuple[str, ...]
+  pattern: str | None = None
+  residual: str | None = None
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    return (self.paths,) if isinstance(self.paths, str) else self.paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A row's pattern with all sizes known: between one array of theirs and the arrays of ours."""
+
+  theirs: tuple[tuple[str, ...], ...]  # groups of axes
+  ours: tuple[tuple[str, ...], ...]
+  sizes: tuple[dict[str, int], ...]  # of each part
+
+  @classmethod
+  def of(cls, pattern: str | None, shapes: list[tuple[int, ...]], known: dict[str, int]) -> "Layout":
+    if pattern is None:
+      axes = tuple((f"axis{j}",) for j in range(len(shapes[0])))
+      theirs = ours = axes
+    else:
+      theirs, ours = (_groups(side) for side in pattern.split("->"))
+    return cls(theirs, ours, tuple(_solve(ours, shape, known) for shape in shapes))
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Theirs."""
+    return tuple(math.prod(map(self._total, group)) for group in self.theirs)
+
+  def _total(self, axis: str) -> int:
+    return sum(sizes[axis] for sizes in self.sizes) if axis == "c" else self.sizes[0][axis]
+
+  def split(self, x: np.ndarray, part: int) -> np.ndarray:
+    """Ours of that number, from theirs."""
+    axes = [axis for group in self.theirs for axis in group]
+    x = x.reshape([self._total(axis) for axis in axes])
+    if len(self.sizes) > 1:
+      start = sum(sizes["c"] for sizes in self.sizes[:part])
+      x = x[(slice(None),) * axes.index("c") + (slice(start, start + self.sizes[part]["c"]),)]
+    x = x.transpose([axes.index(axis) for group in self.ours for axis in group])
+    return x.reshape([math.prod(self.sizes[part][axis] for axis in group) for group in self.ours])
+
+  def join(self, parts: list[np.ndarray]) -> np.ndarray:
+    """Theirs, from all of ours: the inverse of `split`."""
+    to = [axis for group in self.theirs for axis in group]
+    axes = [axis for group in self.ours for axis in group]
+    order = [axes.index(axis) for axis in to]
+    flat = [x.reshape([sizes[a] for a in axes]).transpose(order) for x, sizes in zip(parts, self.sizes)]
+    return (np.concatenate(flat, to.index("c")) if len(flat) > 1 else flat[0]).reshape(self.shape)
+
+
+def _groups(side: str) -> tuple[tuple[str, ...], ...]:
+  """"(n h) d" -> (("n", "h"), ("d",))."""
+  found, inside = [], False
+  for word in side.replace("(", " ( ").replace(")", " ) ").split():
+    if word in "()":
+      inside = word == "("
+      found += [()] if inside else []
+    elif inside:
+      found[-1] += (word,)
+    else:
+      found.append((word,))
+  return tuple(found)
+
+
+def _solve(groups, shape: tuple[int, ...], known: dict[str, int]) -> dict[str, int]:
+  """The size of each axis; a group may hold one that is not known beforehand."""
+  sizes = dict(known)
+  for group, size in zip(groups, shape, strict=True):
+    unknown = [axis for axis in group if axis not in sizes or len(group) == 1]
+    if unknown:
+      (axis,) = unknown
+      sizes[axis] = size // math.prod(sizes[a] for a in group if a != axis)
+  return sizes
+
+
+# ------------------------------------------------------------------------------------------------ families
+
+# Of no effect on the function that a decoder computes.
+METADATA = {
+  "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "chunk_size_feed_forward",
+  "classifier_dropout", "dtype", "torch_dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id",
+  "initializer_range", "init_std", "init_device", "is_decoder", "keys_to_ignore_at_inference", "model_type",
+  "output_attentions", "output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict",
+  "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+  "summary_use_proj", "task_specific_params", "tokenizer_class", "transformers_version", "unk_token_id", "use_cache",
+  "_name_or_path", "_attn_implementation", "reorder_and_upcast_attn", "cache_implementation",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A model_type of transformers.
+
+  model, block: templates of ModelConfig (without stack and blocks) and of each BlockConfig.
+  only: options that our space lacks, with the values under which they have no effect.
+  aliases: other names of options, in older files. moot: options that change nothing, as METADATA.
+  buffers: endings of keys in older files that follow from the config.
+  prefix: of all keys but lm_head's, which some files leave out.
+  """
+
+  model_type: str
+  architecture: str
+  model: dict
+  block: dict
+  rows: tuple[Row, ...]
+  num_layers: str = "num_hidden_layers"
+  only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  moot: frozenset[str] = frozenset()
+  buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
+  prefix: str = ""
+  nested: str | None = None  # an option that is a dict of options: "attn_config"
+
+  def read(self, options: dict) -> dict:
+    """The plain data of a ModelConfig (precision aside) from a config.json's. Raises UserError."""
+    h = Reader(self._flat(options))
+    check("auto_map" not in options, "auto_map asks for code from the folder, which is never run; remove it")
+    num_layers = h.size(self.num_layers)
+    check(num_layers <= MAX_LAYERS, f"{self.num_layers}={num_layers} is above {MAX_LAYERS}")
+    blocks = [fill(self.block, h, i) for i in range(num_layers)]
+    model = fill(self.model, h)
+    for key, values in self.only.items():
+      value = h.get(key, values[0])
+      check(value in values, f"{key}={value!r} is not supported; this family is known with {values[0]!r}")
+    for key in h.options.keys() - h.used:
+      value = h.options[key]
+      check(
+        key.split(".")[-1] in METADATA or key in self.moot,
+        f"the option {key}={value!r} is not in the table of {self.model_type}; it might change what the model computes",
+      )
+    return model | name_blocks(blocks)
+
+  def write(self, model: dict, blocks: list[dict]) -> dict:
+    """The options of a config.json from the plain data of a model and its layers. Raises UserError."""
+    w = Writer()
+    for i, block in enumerate(blocks):
+      match(self.block, block, w, i)
+    match(self.model, model, w)
+    w.set(self.num_layers, len(blocks))
+    return self._nest(w.options) | {"model_type": self.model_type, "architectures": [self.architecture]}
+
+  def _flat(self, options: dict) -> dict:
+    options = {self.aliases.get(k, k): v for k, v in options.items()}
+    inner = options.get(self.nested)
+    if not isinstance(inner, dict):
+      return options
+    rest = {k: v for k, v in options.items() if k != self.nested}
+    return rest | {f"{self.nested}.{k}": v for k, v in inner.items()}
+
+  def _nest(self, options: dict) -> dict:
+    top = {k: v for k, v in options.items() if "." not in k}
+    inner = {k.partition(".")[2]: v for k, v in options.items() if "." in k}
+    return top | ({self.nested: inner} if inner else {})
+
+
+def name_blocks(blocks: list[dict]) -> dict:
+  """{"stack", "blocks"} for a list over layers: equal layers share a name, the stack says what repeats."""
+  kinds: list[dict] = []
+  for block in blocks:
+    if block not in kinds:
+      kinds.append(block)
+  if len(kinds) == 1:
+    names = ["layer"]
+  else:
+    names = ["global" if kind["mixer"].get("window") is None else "local" for kind in kinds]
+    names = names if len(set(names)) == len(names) else [f"block{j}" for j in range(len(kinds))]
+  order = [names[kinds.index(block)] for block in blocks]
+  return {"stack": _stack(order), "blocks": dict(zip(names, kinds))}
+
+
+def _stack(order: list[str]) -> str:
+  """The shortest period that fits: ["a", "a", "b", "a", "a", "b", "a"] -> "2*(2*a b) a"."""
+  n = len(order)
+  period = next(p for p in range(1, n + 1) if all(order[j] == order[j % p] for j in range(n)))
+  turns, rest = divmod(n, period)
+  inner = _runs(order[:period])
+  if turns == 1:
+    return " ".join(filter(None, (inner, _runs(order[period:]))))
+  first = f"{turns}*{inner}" if period == 1 else f"{turns}*({inner})"
+  return " ".join(filter(None, (first, _runs(order[n - rest :] if rest else []))))
+
+
+def _runs(order: list[str]) -> str:
+  runs: list[list] = []
+  for name in order:
+    if runs and runs[-1][0] == name:
+      runs[-1][1] += 1
+    else:
+      runs.append([name, 1])
+  return " ".join(name if count == 1 else f"{count}*{name}" for name, count in runs)

@@ -1,0 +1,518 @@
+"""Checkpoints of Hugging Face: config.json and sharded safetensors, in and out, tensor by tensor.
+
+Nothing is trusted: names, shapes, dtypes and sizes are compared with the config before a value is read, values
+before a device sees them. Pickled weights are never opened. No more than one parameter (of all layers) is held.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmarch.config import ModelConfig, UserError, build, check, differences, nearest, to_dict
+from llmarch.convert.fields import METADATA, Family, Layout, Row
+from llmarch.convert.tables import FAMILIES
+from llmarch.layers import registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
+from llmarch.layers.param import flatten, unflatten
+from llmarch.models.decoder import abstract
+
+CONFIG, SINGLE, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
+ITEM_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64}
+MAX_HEADER = 100 << 20  # bytes, safetensors' own limit
+SHARD_BYTES = 5 << 30
+
+
+# ---------------------------------------------------------------------------------------------- safetensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """Where a tensor lies."""
+
+  file: Path
+  name: str
+  dtype: str  # in safetensors' names
+  shape: tuple[int, ...]
+  start: int  # byte in the file
+
+  def __str__(self) -> str:
+    return f"{self.file}: {self.name}"
+
+  def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
+    """All of it, or `count` of its first dimension from `first`. Raises UserError unless all values are finite."""
+    shape = self.shape if count is None else (count, *self.shape[1:])
+    values = np.empty(shape, DTYPES[self.dtype])
+    row = math.prod(self.shape[1:]) * values.itemsize
+    with open(self.file, "rb") as f:
+      f.seek(self.start + first * row)
+      got = f.readinto(values.reshape(-1).view(np.uint8))
+    check(got == values.nbytes, f"{self} is cut off; restore the file")
+    check(np.isfinite(values).all(), f"{self} holds values that are not finite; restore the file")
+    return values
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+  """The tensors of a safetensors file and its metadata. Raises UserError unless it is sound from end to end."""
+  try:
+    with open(path, "rb") as f:
+      size = os.fstat(f.fileno()).st_size
+      length = int.from_bytes(f.read(8), "little")
+      check(8 <= size and length <= min(size - 8, MAX_HEADER), f"{path} is cut off or no safetensors; restore it")
+      header = json.loads(f.read(length), object_pairs_hook=_no_twins)
+  except OSError as e:
+    raise UserError(f"cannot read {path} ({e.strerror}); restore it") from None
+  except (ValueError, RecursionError) as e:
+    reason = str(e) if isinstance(e, _Twins) else "its header is not JSON"
+    raise UserError(f"{path} is damaged: {reason}; restore it") from None
+  check(isinstance(header, dict), f"{path} is damaged: its header is no dict; restore it")
+  metadata = header.pop("__metadata__", {})
+  check(isinstance(metadata, dict), f"{path} is damaged: its metadata is no dict; restore it")
+  tensors, spans = {}, []
+  for name, entry in header.items():
+    tensors[name], span = _tensor(path, name, entry, 8 + length)
+    spans.append((*span, name))
+  end = 0
+  for start, stop, name in sorted(spans):
+    check(start == end, f"{path}: {name} does not begin where the tensor before it ends; restore the file")
+    end = stop
+  check(end == size - 8 - length, f"{path} is cut off or has bytes to spare: {end} of tensors, not"
+        f" {size - 8 - length}; restore it")  # fmt: skip
+  return tensors, metadata
+
+
+def _tensor(path: Path, name: str, entry, base: int) -> tuple[Tensor, tuple[int, int]]:
+  fault = f"{path}: {name} has a damaged entry in the header; restore the file"
+  check(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}, fault)
+  dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+  check(isinstance(shape, list) and isinstance(span, list) and len(span) == 2, fault)
+  check(all(type(n) is int and n >= 0 for n in shape + span), fault)
+  check(isinstance(dtype, str) and dtype in ITEM_BITS, f"{path}: {name} has the dtype {dtype!r}, which is unknown")
+  size = math.prod(shape) * ITEM_BITS[dtype] // 8
+  check(span[1] - span[0] == size, f"{path}: {name} of {dtype} {shape} has {span[1] - span[0]} bytes, not {size}")
+  return Tensor(path, name, dtype, tuple(shape), base + span[0]), (span[0], span[1])
+
+
+class _Twins(ValueError):
+  pass
+
+
+def _no_twins(pairs: list[tuple]) -> dict:
+  names = [name for name, _ in pairs]
+  for name in names:
+    if names.count(name) > 1 if len(names) < 64 else False:
+      raise _Twins(f"{name!r} is there twice")
+  if len(set(names)) < len(names):
+    raise _Twins(f"{next(n for i, n in enumerate(names) if n in names[:i])!r} is there twice")
+  return dict(pairs)
+
+
+def write_safetensors(
+  path: Path,
+  entries: dict[str, tuple[np.dtype, tuple[int, ...]]],
+  array: Callable[[str], np.ndarray],
+  *,
+  metadata: dict[str, str] | None = None,
+  checksums: bool = False,
+) -> None:
+  """Writes the tensors one after another; `array(name)` is asked for each in turn, and let go.
+
+  checksums: crc32 of each in the metadata, as LM.save writes them. They are known last, so that the header is
+  written twice, the same in length.
+  """
+  header, end = {}, 0
+  for name, (dtype, shape) in entries.items():
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+  sums = dict.fromkeys(entries, 2**32 - 1)  # the longest
+
+  def text() -> bytes:
+    crc = {"crc32": json.dumps(sums)} if checksums else {}
+    return json.dumps({"__metadata__": (metadata or {}) | crc} | header).encode()
+
+  length = -(-len(text()) // 8) * 8
+  with open(path, "wb") as f:
+    f.write(length.to_bytes(8, "little") + text().ljust(length))
+    for name, (dtype, shape) in entries.items():
+      values = np.ascontiguousarray(array(name))
+      assert (values.dtype, values.shape) == (dtype, shape), name
+      data = values.reshape(-1).view(np.uint8)
+      f.write(data)
+      sums[name] = zlib.crc32(data)
+    if checksums:
+      f.seek(8)
+      f.write(text().ljust(length))
+
+
+# ---------------------------------------------------------------------------------------------------- plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """One tensor of theirs, and where its parts lie with us: (path, layer in the stacked array or None)."""
+
+  key: str
+  layout: Layout
+  parts: tuple[tuple[str, int | None], ...]
+
+
+def plan(family: Family, config: ModelConfig, present: Iterable[str] | None = None) -> dict[str, Slot]:
+  """A slot for every tensor of the config in this family, each part of each parameter exactly once.
+
+  present: the names in a file, where a family has had several for one parameter; without, the first is taken.
+  """
+  shapes = {path: a.shape for path, a in flatten(nnx.state(abstract(config))).items()}
+  slots, taken = {}, set()
+  for row in family.rows:
+    for at, known, layer in _places(row, config):
+      parts = tuple((f"{at}{path}", None if layer is None else layer[0]) for path in row.parts)
+      if any(path not in shapes for path, _ in parts) or (parts[0] in taken):
+        continue
+      key = row.key.format(None if layer is None else layer[1])
+      others = [r for r in family.rows if r.paths == row.paths and r.key != row.key]
+      if present is not None and key not in present and any(r.key in present for r in others):
+        continue
+      ours = [shapes[path] if turn is None else shapes[path][1:] for path, turn in parts]
+      slots[key] = Slot(key, Layout.of(row.pattern, ours, known), parts)
+      taken |= set(parts)
+  turns = lambda path: range(shapes[path][0]) if path.startswith("stack/segments/") else [None]
+  left = [path for path in shapes if any((path, turn) not in taken for turn in turns(path))]
+  check(not left, f"a {family.model_type} checkpoint has no place for {', '.join(left)}")
+  return slots
+
+
+def _places(row: Row, config: ModelConfig):
+  """Where a row applies: (prefix of its paths, known sizes, None), or once a layer with (turn, layer)."""
+  if "{}" not in row.key:
+    yield "", {}, None
+    return
+  layer = 0
+  for s, (pattern, repeat) in enumerate(config.segments):
+    for turn in range(repeat):
+      for b, name in enumerate(pattern):
+        block, mixer = config.blocks[name], config.blocks[name].mixer
+        known = {"n": mixer.num_heads, "k": mixer.kv_heads, "h": mixer.dim(config.d_model)}
+        if row.residual in (None, block.residual):
+          yield f"stack/segments/{s}/blocks/{b}/", known, (turn, layer)
+        layer += 1
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def is_checkpoint(directory: str | os.PathLike) -> bool:
+  """Whether the folder's config.json is one of transformers."""
+  try:
+    return "model_type" in json.loads((Path(directory) / CONFIG).read_text())
+  except (OSError, ValueError, RecursionError, TypeError):
+    return False
+
+
+class Checkpoint:
+  """A folder of transformers, checked against its family's table. Only `param` and `check_finite` read values.
+
+  config: ours, in the dtype of the tensors. carried: what its config.json says besides (ids of special tokens ...),
+  for writing it back. paths: {our parameter: shape}. Raises UserError, naming file and tensor.
+  """
+
+  def __init__(self, directory: str | os.PathLike):
+    self.folder = Path(directory)
+    options = _read_json(self.folder / CONFIG)
+    self.tensors = _open(self.folder)
+    self.family = _family(self.folder / CONFIG, options.get("model_type"))
+    self.carried = {k: v for k, v in options.items() if k in METADATA and "dtype" not in k}
+    names = self.family.prefix and not any(name.startswith(self.family.prefix) for name in self.tensors)
+    if names:
+      self.tensors = {n if n.startswith("lm_head") else self.family.prefix + n: t for n, t in self.tensors.items()}
+    self.tensors = {n: t for n, t in self.tensors.items() if not n.endswith(self.family.buffers)}
+    dtype = self._dtype()
+    precision = {"param": dtype, "compute": dtype, "state": dtype}
+    try:
+      self.config = build(ModelConfig, self.family.read(options) | {"precision": precision}, "model")
+      slots = plan(self.family, self.config, self.tensors)
+    except UserError as e:
+      raise UserError(f"{self.folder / CONFIG}: {e}") from None
+    except (OverflowError, TypeError, MemoryError):  # of sizes that are no one's
+      raise UserError(f"{self.folder / CONFIG}: the sizes are beyond what arrays can have; restore the file") from None
+    self._check_names(slots)
+    self.paths = {path: a.shape for path, a in flatten(nnx.state(abstract(self.config))).items()}
+    self._sources: dict[str, list] = {path: [] for path in self.paths}
+    for key, slot in slots.items():
+      tensor = self.tensors[key]
+      wanted = slot.layout.shape
+      check(tensor.shape == wanted, f"{tensor} has the shape {list(tensor.shape)}, not {list(wanted)}")
+      for number, (path, turn) in enumerate(slot.parts):
+        self._sources[path].append((turn, tensor, slot.layout, number))
+
+  def param(self, path: str) -> np.ndarray:
+    """Our parameter of that name, of all layers."""
+    sources = self._sources[path]
+    if sources[0][0] is None:
+      _, tensor, layout, number = sources[0]
+      return layout.split(tensor.read(), number)
+    values = np.empty(self.paths[path], self.config.precision.param)
+    for turn, tensor, layout, number in sources:
+      values[turn] = layout.split(tensor.read(), number)
+    return values
+
+  def check_finite(self) -> None:
+    """Reads all tensors, one at a time."""
+    for tensor in self.tensors.values():
+      tensor.read()
+
+  def _dtype(self) -> str:
+    """The one dtype of all tensors."""
+    first = None
+    for tensor in self.tensors.values():
+      known = ", ".join(DTYPES)
+      check(tensor.dtype in DTYPES, f"{tensor} has the dtype {tensor.dtype}; parameters are one of {known}")
+      first = first or tensor
+      check(tensor.dtype == first.dtype, f"{tensor} is {tensor.dtype}, but {first.name} {first.dtype}; give one dtype")
+    check(first is not None, f"{self.folder} holds no tensors")
+    return DTYPES[first.dtype].name
+
+  def _check_names(self, slots: dict[str, Slot]) -> None:
+    for key in slots.keys() - self.tensors.keys():
+      raise UserError(f"{self.folder}: the tensor {key} is missing{nearest(key, self.tensors)}")
+    heads = {row.key for row in self.family.rows if row.paths == "head"}
+    for key in self.tensors.keys() - slots.keys():
+      tensor = self.tensors[key]
+      check(key in heads and self.config.head.tied, f"{tensor} has no place in a {self.family.model_type} of this config")
+      embed = next(self.tensors[slot.key] for slot in slots.values() if slot.parts == (("embed", None),))
+      same = tensor.shape == embed.shape and np.array_equal(tensor.read(), embed.read())
+      check(same, f"{tensor} differs from {embed.name}, but {CONFIG} ties them")
+
+
+def load(directory: str | os.PathLike, place: Callable[[str, np.ndarray], jax.Array] | None = None):
+  """(config, parameters) of a folder of transformers.
+
+  place(path, array): puts a parameter where it belongs, for example onto a mesh with jax.device_put; one at a
+  time is held on the host. Raises UserError for anything wrong before the first is placed.
+  """
+  checkpoint = Checkpoint(directory)
+  checkpoint.check_finite()
+  place = place or (lambda path, values: jnp.asarray(values))
+  flat = {path: place(path, checkpoint.param(path)) for path in checkpoint.paths}
+  return checkpoint.config, unflatten(nnx.state(abstract(checkpoint.config)), flat, same_dtypes=True)
+
+
+def _family(path: Path, model_type) -> Family:
+  check(
+    isinstance(model_type, str) and model_type in FAMILIES,
+    f"{path}: the model_type {model_type!r} is unknown{nearest(str(model_type), FAMILIES)}",
+  )
+  return FAMILIES[model_type]
+
+
+def _read_json(path: Path) -> dict:
+  def refuse(constant):
+    raise ValueError(f"{constant} is no number")
+
+  try:
+    data = json.loads(path.read_text(), object_pairs_hook=_no_twins, parse_constant=refuse)
+  except OSError as e:
+    raise UserError(f"cannot read {path} ({e.strerror}); give a folder of transformers") from None
+  except (ValueError, RecursionError) as e:
+    raise UserError(f"{path} is not JSON ({e}); restore it") from None
+  check(isinstance(data, dict), f"{path} must hold a dict")
+  return data
+
+
+def _open(folder: Path) -> dict[str, Tensor]:
+  """All tensors of a folder, from one file or from the shards of its index."""
+  files = sorted(p.name for p in folder.glob("*.safetensors"))
+  if not (folder / INDEX).exists():
+    shards = [name for name in files if name != SINGLE]
+    if SINGLE in files:
+      extra = [name for name in shards if name.startswith("model-")]
+      check(not extra, f"{folder}: {', '.join(extra)} beside {SINGLE}, without {INDEX}; remove one or the other")
+      return read_header(_inside(folder, SINGLE))[0]
+    check(not shards, f"{folder}: {', '.join(shards)} need {INDEX}, which is missing; restore it")
+    pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")] if folder.is_dir() else []
+    check(not pickled, f"{folder} holds {', '.join(sorted(pickled))}; pickled weights are never opened: save them as"
+          " safetensors")  # fmt: skip
+    raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}; give a folder of transformers")
+  index = folder / INDEX
+  where = _read_json(index).get("weight_map")
+  check(isinstance(where, dict) and bool(where), f"{index} has no weight_map; restore it")
+  check(all(isinstance(file, str) for file in where.values()), f"{index}: weight_map must name a file for each tensor")
+  shards = sorted(set(where.values()))
+  tensors: dict[str, Tensor] = {}
+  for shard in shards:
+    found, _ = read_header(_inside(folder, shard))
+    for name, tensor in found.items():
+      check(name not in tensors, f"{tensor} is also in {tensors.get(name, tensor).file.name}; remove one of them")
+      check(where.get(name) == shard, f"{tensor} is not where {INDEX} has it ({where.get(name)}); restore the index")
+      tensors[name] = tensor
+  for name in where.keys() - tensors.keys():
+    raise UserError(f"{folder / where[name]}: {name} is not there, where {INDEX} has it; restore the shard")
+  extra = [name for name in files if name.startswith("model") and name not in shards]
+  check(not extra, f"{folder}: {', '.join(extra)} is not in {INDEX}; remove it or restore the index")
+  return tensors
+
+
+def _inside(folder: Path, name: str) -> Path:
+  """A file of the folder; a link may lead to the blobs of a download cache, to nowhere else."""
+  path = folder / name
+  check(name == Path(name).name and name not in ("", ".", ".."), f"{folder / INDEX}: {name!r} points out of the folder")
+  check(path.exists(), f"{path} is missing; restore it")
+  home = folder.resolve()
+  inside = path.resolve().parent in (home, home.parent.parent / "blobs")
+  check(inside, f"{path} is a link out of its folder; copy the file")
+  return path
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def express(config: ModelConfig, model_type: str | None = None) -> tuple[Family, dict]:
+  """The family and the config.json that say what `config` computes: the named one, else the first that can.
+
+  Raises UserError, with what it lacks, where there is none.
+  """
+  check(
+    model_type is None or model_type in FAMILIES,
+    f"model_type={model_type!r} is unknown{nearest(str(model_type), FAMILIES)}",
+  )
+  lost = {}
+  for family in FAMILIES.values() if model_type is None else [FAMILIES[model_type]]:
+    try:
+      options = family.write(*canonical(config))
+      plan(family, config)
+      lost[family.model_type] = _lost(config, build(ModelConfig, family.read(options), "model"))
+    except UserError as e:
+      lost[family.model_type] = [str(e)]
+    if not lost[family.model_type]:
+      return family, options
+  nearest_type = min(lost, key=lambda name: len(lost[name]))
+  raise UserError(
+    f"a checkpoint of model_type={nearest_type} cannot say what this model computes:"
+    f" {'; '.join(lost[nearest_type][:3])}" + ("" if model_type else "; nor can one of another type that is known")
+  )
+
+
+def _lost(config: ModelConfig, back: ModelConfig) -> list[str]:
+  """In what the functions that two configs compute differ."""
+  both = [_function({"model": m, "layers": dict(enumerate(layers))}) for m, layers in map(canonical, (config, back))]
+  found = differences(*both)
+  return [d.removeprefix("config.").replace(" here, ", ", not ").removesuffix(" there") for d in found]
+
+
+def _function(data):
+  """Plain data without what concerns training alone."""
+  if isinstance(data, dict):
+    return {k: _function(v) for k, v in data.items() if k not in ("init_scale", "output_init_scale", "dropout")}
+  return data
+
+
+def canonical(config: ModelConfig) -> tuple[dict, list[dict]]:
+  """A config as plain data: (the model without its blocks, its layers), with defaults that follow from others
+  written out, without the names of blocks, initial values and precision."""
+  apart = ("init", "embed_init", "precision", "stack", "blocks")
+  model = _plain({k: v for k, v in to_dict(config).items() if k not in apart})
+  blocks = {}
+  for name, block in config.blocks.items():
+    data = blocks[name] = _plain(to_dict(block))
+    mixer, head_dim = data["mixer"], block.mixer.dim(config.d_model)
+    mixer |= {"num_kv_heads": block.mixer.kv_heads, "head_dim": head_dim}
+    mixer["query_scale"] = mixer["query_scale"] or _round(head_dim**-0.5)
+    position = mixer["position"]
+    if "dims" in (position or {}):
+      position |= {"dims": block.mixer.position.rotated(head_dim), "head_dim": head_dim}
+      if position.get("scaling") and "attention_factor" in position["scaling"]:
+        position["scaling"]["attention_factor"] = _round(block.mixer.position.scaling.gain())
+  return model, [blocks[name] for name in config.layers]
+
+
+def _plain(data):
+  """A copy, floats without their last digits."""
+  if isinstance(data, dict):
+    return {k: _plain(v) for k, v in data.items()}
+  if isinstance(data, (list, tuple)):
+    return [_plain(v) for v in data]
+  return _round(data) if isinstance(data, float) else data
+
+
+def _round(x: float) -> float:
+  return float(f"{x:.12g}")
+
+
+def write_checkpoint(
+  directory: Path,
+  config: ModelConfig,
+  read: Callable[[str, int | None], np.ndarray],
+  *,
+  model_type: str | None = None,
+  carried: dict | None = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> Family:
+  """Writes config.json and the tensors, in shards of at most `shard_bytes` (a larger tensor has its own).
+
+  read(path, layer): one of our parameters, or one layer of a stacked one. carried: see Checkpoint.
+  """
+  family, options = express(config, model_type)
+  slots, dtype = plan(family, config), np.dtype(config.precision.param)
+  options = (carried or {}) | options | {"dtype": dtype.name}
+  (directory / CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+  shards: list[list[str]] = [[]]
+  filled = 0
+  for key, slot in slots.items():
+    size = math.prod(slot.layout.shape) * dtype.itemsize
+    if shards[-1] and filled + size > shard_bytes:
+      shards.append([])
+      filled = 0
+    shards[-1].append(key)
+    filled += size
+  names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+  for name, keys in zip(names, shards):
+    entries = {key: (dtype, slots[key].layout.shape) for key in keys}
+    array = lambda key: slots[key].layout.join([read(*part) for part in slots[key].parts])
+    write_safetensors(directory / name, entries, array, metadata={"format": "pt"})
+  if len(shards) > 1:
+    total = sum(math.prod(slot.layout.shape) for slot in slots.values()) * dtype.itemsize
+    where = {key: name for name, keys in zip(names, shards) for key in keys}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+  return family
+
+
+def new_folder(directory: str | os.PathLike):
+  """A context: a temporary folder that takes the name `directory` when all went well. Nothing is replaced."""
+  return _NewFolder(Path(directory).expanduser().absolute())
+
+
+class _NewFolder:
+  def __init__(self, target: Path):
+    taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    check(not taken, f"{target} exists already; name a new folder")
+    self._target = target
+
+  def __enter__(self) -> Path:
+    try:
+      self._target.parent.mkdir(parents=True, exist_ok=True)
+      self._scratch = tempfile.TemporaryDirectory(dir=self._target.parent, prefix=f".{self._target.name}.")
+    except OSError as e:
+      raise UserError(f"cannot write {self._target} ({e.strerror}); name a folder that can be written") from None
+    new = Path(self._scratch.name) / "new"
+    new.mkdir()
+    return new
+
+  def __exit__(self, kind, error, trace):
+    with self._scratch:
+      if kind is None:
+        if self._target.exists():
+          self._target.rmdir()
+        (Path(self._scratch.name) / "new").rename(self._target)
+    if isinstance(error, OSError) and not isinstance(error, UserError):
+      raise UserError(f"cannot write {self._target} ({error.strerror}); name a folder with room") from None

@@ -1,0 +1,751 @@
+"""The families of decoders, by the model_type of transformers: config fields and weights, each read both ways.
+
+A new family is one entry of FAMILIES. Nothing else in the project knows a family's name.
+"""
+
+import math
+
+from llmarch.config import UserError, check
+from llmarch.convert.fields import (
+  Derived,
+  Family,
+  Key,
+  MaxLength,
+  Pair,
+  Rope,
+  Row,
+  Size,
+  SomeRope,
+  Window,
+  every,
+  slides,
+  when,
+)
+
+_DECODE = {
+  "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+  "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2", "sigmoid": "sigmoid",
+}  # fmt: skip
+_ENCODE = {ours: theirs for theirs, ours in reversed(_DECODE.items())}
+
+
+def activation(key: str, default: str) -> Key:
+  return Key(key, default, _DECODE.__getitem__, lambda ours: _ENCODE.get(ours, ours))
+
+
+def inverse(key: str, default: float) -> Key:
+  return Key(key, default, lambda x: 1 / x, lambda x: 1 / x)
+
+
+def whole(x: float) -> float:
+  """An integer where it is one but for rounding."""
+  return round(x) if math.isclose(x, round(x), rel_tol=1e-12) else x
+
+
+def rms(key: str = "rms_norm_eps", default: float = 1e-6, **more) -> dict:
+  return {"kind": "rmsnorm", "eps": Key(key, default), **more}
+
+
+def layer_norm(key: str = "layer_norm_eps", default: float = 1e-5, **more) -> dict:
+  return {"kind": "layernorm", "eps": Key(key, default), **more}
+
+
+def attention(**more) -> dict:
+  """The fields by their most common names; a name of more takes the place of one of these, in order."""
+  return {
+    "kind": "attention",
+    "num_heads": Size("num_attention_heads"),
+    "num_kv_heads": Size("num_key_value_heads", None),
+    "dropout": Key("attention_dropout", 0.0),
+  } | more
+
+
+def mlp(**more) -> dict:
+  return {"kind": "mlp", "d_ff": Size("intermediate_size"), "activation": activation("hidden_act", "silu")} | more
+
+
+def model(norm: dict | None, tied: bool = False, head: dict | None = None, embed: dict | None = None, **more) -> dict:
+  """The decoder around its blocks. tied: the family's default."""
+  return {
+    "d_model": Size("hidden_size"),
+    "vocab_size": Size("vocab_size"),
+    "max_seq_len": MaxLength(),
+    "embed": embed or {},
+    "head": {"tied": Key("tie_word_embeddings", tied)} | (head or {}),
+    "final_norm": norm,
+  } | more
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def linear(key: str, path: str, bias: str | None, pattern: str) -> tuple[Row, ...]:
+  """A torch Linear [out, in] and its bias [out], whose pattern is that of the outputs alone."""
+  rows = (Row(f"{key}.weight", path, pattern),)
+  if bias:
+    outputs = {"q": "(n h) -> n h", "k": "(k h) -> k h", "v": "(k h) -> k h"}.get(path[-1])
+    rows += (Row(f"{key}.bias", bias, outputs if path.startswith("mixer") else None),)
+  return rows
+
+
+def projections(attn: str, out: str = "o_proj") -> tuple[Row, ...]:
+  """q, k, v and the output, apart."""
+  return (
+    *linear(f"{attn}.q_proj", "mixer/q", "mixer/q_bias", "(n h) d -> d n h"),
+    *linear(f"{attn}.k_proj", "mixer/k", "mixer/k_bias", "(k h) d -> d k h"),
+    *linear(f"{attn}.v_proj", "mixer/v", "mixer/v_bias", "(k h) d -> d k h"),
+    *output(f"{attn}.{out}"),
+  )
+
+
+def output(key: str) -> tuple[Row, ...]:
+  return linear(key, "mixer/o", "mixer/o_bias", "d (n h) -> n h d")
+
+
+QKV = ("mixer/q", "mixer/k", "mixer/v")
+
+
+def fused(key: str, interleaved: bool = False) -> tuple[Row, ...]:
+  """q, k and v in one Linear: one after another, or (interleaved) the queries of a group, its key, its value."""
+  weight, bias = ("(k c h) d -> d (k c) h", "(k c h) -> (k c) h") if interleaved else ("(c h) d -> d c h", "(c h) -> c h")
+  return Row(f"{key}.weight", QKV, weight), Row(f"{key}.bias", tuple(f"{path}_bias" for path in QKV), bias)
+
+
+def gated(ffn: str, up: str = "up_proj", down: str = "down_proj", gate: str = "gate_proj") -> tuple[Row, ...]:
+  """A feed-forward; `gate` is of no effect where there is none."""
+  return (
+    *linear(f"{ffn}.{gate}", "ffn/gate", "ffn/gate_bias", "f d -> d f"),
+    *linear(f"{ffn}.{up}", "ffn/up", "ffn/up_bias", "f d -> d f"),
+    *linear(f"{ffn}.{down}", "ffn/down", "ffn/down_bias", "d f -> f d"),
+  )
+
+
+def fused_gate(ffn: str) -> tuple[Row, ...]:
+  return (
+    Row(f"{ffn}.gate_up_proj.weight", ("ffn/gate", "ffn/up"), "c d -> d c"),
+    *linear(f"{ffn}.down_proj", "ffn/down", None, "d f -> f d"),
+  )
+
+
+def norm(key: str, path: str, residual: str | None = None) -> tuple[Row, ...]:
+  return tuple(
+    Row(f"{key}.{name}", f"{path}/{ours}", residual=residual) for name, ours in (("weight", "scale"), ("bias", "bias"))
+  )
+
+
+def ends(embed: str, final: str, **more: str) -> tuple[Row, ...]:
+  """What lies around the blocks."""
+  rows = *(Row(key, path) for path, key in more.items()), Row(f"{embed}.weight", "embed"), *norm(final, "final_norm")
+  return *rows, Row("lm_head.weight", "head"), Row("lm_head.bias", "head_bias")
+
+
+L = "model.layers.{}"
+ENDS = ends("model.embed_tokens", "model.norm")
+PRE = (*norm(f"{L}.input_layernorm", "mixer_norm"), *norm(f"{L}.post_attention_layernorm", "ffn_norm"))
+QK_NORM = (*norm(f"{L}.self_attn.q_norm", "mixer/q_norm"), *norm(f"{L}.self_attn.k_norm", "mixer/k_norm"))
+LLAMA = (*ENDS, *PRE, *projections(f"{L}.self_attn"), *gated(f"{L}.mlp"))
+SANDWICH = (
+  *norm(f"{L}.input_layernorm", "mixer_norm"),
+  *norm(f"{L}.post_attention_layernorm", "mixer_out_norm"),
+  *norm(f"{L}.pre_feedforward_layernorm", "ffn_norm"),
+  *norm(f"{L}.post_feedforward_layernorm", "ffn_out_norm"),
+)
+GEMMA = (*ENDS, *SANDWICH, *projections(f"{L}.self_attn"), *gated(f"{L}.mlp"), *QK_NORM)
+OLMO = (
+  *ENDS,
+  *norm(f"{L}.post_attention_layernorm", "mixer_norm"),
+  *norm(f"{L}.post_feedforward_layernorm", "ffn_norm"),
+  *projections(f"{L}.self_attn"),
+  *QK_NORM,
+  *gated(f"{L}.mlp"),
+)
+H = "transformer.h.{}"
+GPT_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+GPT_ENDS = ends("transformer.wte", "transformer.ln_f", position="transformer.wpe.weight")
+GPT_NORMS = (*norm(f"{H}.ln_1", "mixer_norm"), *norm(f"{H}.ln_2", "ffn_norm"))
+
+
+# ----------------------------------------------------------------------------------------------- families
+
+ATTENTION_BIAS = {"qkv_bias": Key("attention_bias", False), "out_bias": Key("attention_bias", False)}
+HEAD_DIM = {"head_dim": Size("head_dim", None)}
+QK = {"kind": "rmsnorm", "eps": Key("rms_norm_eps", 1e-6)}
+PARALLEL = {True: "parallel", False: "pre"}
+
+
+def llama_like(model_type: str, architecture: str, mixer: dict, **more) -> Family:
+  """RMSNorm before, SwiGLU."""
+  block = {"mixer": attention(**mixer), "ffn": mlp(), "norm": rms()} | more.pop("block", {})
+  return Family(model_type, architecture, more.pop("model", model(rms())), block, more.pop("rows", LLAMA), **more)
+
+
+def _after_max_window_layers(h, i) -> bool:
+  return i >= h.get("max_window_layers", 28)
+
+
+def _qwen(model_type: str, architecture: str, rows: tuple[Row, ...], **mixer) -> Family:
+  window = Window(types=_after_max_window_layers, switch="use_sliding_window")
+  return llama_like(model_type, architecture, {"window": window, "position": Rope()} | mixer, rows=rows)
+
+
+def gemma(model_type: str, architecture: str, mixer: dict, **more) -> Family:
+  """Zero-centred RMSNorm, GEGLU (tanh), embeddings times sqrt(d)."""
+  norm = rms(zero_centered=True)
+  return Family(
+    model_type,
+    architecture,
+    model(
+      norm,
+      tied=True,
+      embed={"scale": Derived(lambda h: math.sqrt(h.size("hidden_size")))},
+      head={"softcap": Key("final_logit_softcapping", None)} if "softcap" in mixer else {},
+    ),
+    {
+      "mixer": attention(head_dim=Size("head_dim", 256), **mixer, **ATTENTION_BIAS),
+      "ffn": mlp(activation=activation(more.pop("activation", "hidden_activation"), "gelu_pytorch_tanh")),
+      "norm": norm,
+      "residual": more.pop("residual", "sandwich"),
+    },
+    only={"use_bidirectional_attention": (None, False)} | more.pop("only", {}),
+    **more,
+  )
+
+
+def olmo(model_type: str, architecture: str, **mixer) -> Family:
+  """Norms after each branch, and of all queries or keys at once."""
+  qk = {"qk_norm": {"norm": {"kind": "rmsnorm", "eps": Key("rms_norm_eps", 1e-5)}, "whole": True}}
+  norm = rms(default=1e-5)
+  block = {"mixer": attention(**mixer, **qk, **ATTENTION_BIAS), "norm": norm, "residual": "output"}
+  return llama_like(model_type, architecture, {}, block=block, model=model(norm), rows=OLMO)
+
+
+def cohere(model_type: str, architecture: str, **mixer) -> Family:
+  """Parallel under one LayerNorm without bias, SwiGLU, scaled logits."""
+  norm = layer_norm(bias=False)
+  return Family(
+    model_type,
+    architecture,
+    model(norm, tied=True, head={"scale": Key("logit_scale", 0.0625)}),
+    {"mixer": attention(**mixer, **ATTENTION_BIAS), "ffn": mlp(), "norm": norm, "residual": "parallel"},
+    LLAMA,
+    only={"use_qk_norm": (False,)},
+  )
+
+
+def _query_scale(key: str) -> Key:
+  return Key(key, 256, lambda x: x**-0.5, lambda x: whole(x**-2))
+
+
+def _gpt(d_ff, **more) -> dict:
+  return {"kind": "mlp", "d_ff": d_ff, "gated": False, "bias": True} | more
+
+
+def _inner(key: str, width: str) -> Pair:
+  """A hidden size; null is 4 d."""
+  size = Size(key, None)
+  return Pair(lambda h, i: size.read(h, i) or 4 * h.size(width), size.write)
+
+
+GPT_MODEL = {"d_model": Size("n_embd"), "max_seq_len": Size("n_positions")}
+
+
+def _has_rope(h, i) -> bool:
+  interval, layers = h.get("no_rope_layer_interval", 4), h.get("no_rope_layers", None)
+  check(layers is None or (isinstance(layers, list) and i < len(layers)), "no_rope_layers must name each layer")
+  return bool((i + 1) % interval if layers is None else layers[i])
+
+
+def _smollm_slides(h, i) -> bool:
+  return bool(h.get("use_sliding_window", False)) and not _has_rope(h, i)
+
+
+def _attention_type(h, i):
+  """gpt_neo: attention_types [[["global", "local"], 12]] and one window."""
+  types, window = h.get("attention_types", [[["global", "local"], 12]]), h.get("window_size", 256)
+  try:
+    kind = [kind for names, count in types for kind in names * count][i]
+    return {"global": None, "local": window}[kind]
+  except (TypeError, ValueError, LookupError):
+    raise UserError(f"attention_types={types!r} must name each layer global or local") from None
+
+
+def _say_attention_type(value, w, i):
+  kind = "global" if value is None else "local"
+  w.append("attention_layers", i, kind)
+  w.append("attention_types", i, [[kind], 1])
+  if value is not None:
+    w.set("window_size", value)
+
+
+def _falcon_kv_heads(h, i):
+  if h.get("new_decoder_architecture", False):
+    return h.get("num_kv_heads", None)
+  h.get("num_kv_heads", None)  # has no effect
+  return 1 if h.get("multi_query", True) else None
+
+
+def _say_falcon_kv_heads(value, w, i):
+  grouped = value not in (1, w.options["num_attention_heads"])
+  w.set("new_decoder_architecture", grouped)
+  w.set("multi_query", value == 1)
+  w.set("num_kv_heads", value)
+
+
+def _falcon_residual(h, i):
+  new, norms = h.get("new_decoder_architecture", False), h.get("num_ln_in_parallel_attn", None)
+  if not h.get("parallel_attn", True):
+    check(not new, "parallel_attn must be true where new_decoder_architecture is")
+    return "pre"
+  check(norms in (None, 1, 2) and (new or norms != 2), f"num_ln_in_parallel_attn={norms!r} has no place here")
+  return "parallel_two_norms" if new and norms != 1 else "parallel"
+
+
+def _say_falcon_residual(value, w, i):
+  check(value in ("pre", "parallel", "parallel_two_norms"), f"residual={value!r} is not one of falcon's")
+  w.set("parallel_attn", value != "pre")
+  w.set("num_ln_in_parallel_attn", {"pre": None, "parallel": 1, "parallel_two_norms": 2}[value])
+  if value == "parallel_two_norms":
+    w.set("new_decoder_architecture", True)
+
+
+_FAMILIES = (
+  llama_like(
+    "llama",
+    "LlamaForCausalLM",
+    {**HEAD_DIM, "position": Rope(), **ATTENTION_BIAS},
+    block={"ffn": mlp(bias=Key("mlp_bias", False))},
+  ),
+  llama_like("mistral", "MistralForCausalLM", {**HEAD_DIM, "window": Window(4096), "position": Rope()}),
+  _qwen("qwen2", "Qwen2ForCausalLM", LLAMA, qkv_bias=True),
+  _qwen(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    (*LLAMA, *QK_NORM),
+    head_dim=Size("head_dim", 128),
+    qk_norm={"norm": QK},
+    **ATTENTION_BIAS,
+  ),
+  gemma(
+    "gemma",
+    "GemmaForCausalLM",
+    {"position": Rope()},
+    activation="hidden_act",
+    residual="pre",
+    rows=LLAMA,
+    only={"hidden_activation": (None, "gelu_pytorch_tanh")},
+  ),
+  gemma(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    {
+      "window": Window(4096, types=every(2)),
+      "position": Rope(),
+      "query_scale": _query_scale("query_pre_attn_scalar"),
+      "softcap": Key("attn_logit_softcapping", 50.0),
+    },
+    rows=GEMMA,
+  ),
+  gemma(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    {
+      "window": Window(4096, types=every(6)),
+      "position": Rope(theta=1e6, by_type=True, local_theta=("rope_local_base_freq", 1e4), types=every(6)),
+      "query_scale": _query_scale("query_pre_attn_scalar"),
+      "softcap": Key("attn_logit_softcapping", None),
+      "qk_norm": {"norm": {"kind": "rmsnorm", "eps": Key("rms_norm_eps", 1e-6), "zero_centered": True}},
+    },
+    rows=GEMMA,
+  ),
+  Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    model(
+      layer_norm("layer_norm_epsilon"),
+      tied=True,
+      embed={
+        "position": {"kind": "learned", "length": Size("n_positions")},
+        "dropout": Key("embd_pdrop", 0.1),
+      },
+      **GPT_MODEL,
+    ),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("n_head"),
+        "qkv_bias": True,
+        "out_bias": True,
+        "query_scale": when("scale_attn_weights", True, Derived(lambda h: (h.size("n_embd") / h.size("n_head")) ** -0.5), 1.0),
+        "dropout": Key("attn_pdrop", 0.1),
+      },
+      "ffn": _gpt(_inner("n_inner", "n_embd"), activation=activation("activation_function", "gelu_new")),
+      "norm": layer_norm("layer_norm_epsilon"),
+      "dropout": Key("resid_pdrop", 0.1),
+    },
+    (
+      *GPT_ENDS,
+      *GPT_NORMS,
+      Row(f"{H}.attn.c_attn.weight", QKV, "d (c h) -> d c h"),  # Conv1D: [in, out]
+      Row(f"{H}.attn.c_attn.bias", tuple(f"{path}_bias" for path in QKV), "(c h) -> c h"),
+      Row(f"{H}.attn.c_proj.weight", "mixer/o", "(n h) d -> n h d"),
+      Row(f"{H}.attn.c_proj.bias", "mixer/o_bias"),
+      Row(f"{H}.mlp.c_fc.weight", "ffn/up"),
+      Row(f"{H}.mlp.c_fc.bias", "ffn/up_bias"),
+      Row(f"{H}.mlp.c_proj.weight", "ffn/down"),
+      Row(f"{H}.mlp.c_proj.bias", "ffn/down_bias"),
+    ),
+    num_layers="n_layer",
+    only={"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "n_ctx": (None, 1024)},
+    buffers=GPT_BUFFERS,
+    prefix="transformer.",
+  ),
+  Family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    model(layer_norm(), embed={"dropout": Key("hidden_dropout", 0.0)}),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("num_attention_heads"),
+        "position": Rope(partial=0.25, old=("rotary_emb_base", "rotary_pct")),
+        "dropout": Key("attention_dropout", 0.0),
+        **ATTENTION_BIAS,
+        "qkv_bias": Key("attention_bias", True),
+        "out_bias": Key("attention_bias", True),
+      },
+      "ffn": _gpt(Size("intermediate_size"), activation=activation("hidden_act", "gelu")),
+      "norm": layer_norm(),
+      "residual": when("use_parallel_residual", True, "parallel_two_norms", "pre"),
+      "dropout": Key("hidden_dropout", 0.0),
+    },
+    (
+      *ends("gpt_neox.embed_in", "gpt_neox.final_layer_norm", head="embed_out.weight"),
+      *norm("gpt_neox.layers.{}.input_layernorm", "mixer_norm"),
+      *norm("gpt_neox.layers.{}.post_attention_layernorm", "ffn_norm"),
+      *fused("gpt_neox.layers.{}.attention.query_key_value", interleaved=True),
+      *output("gpt_neox.layers.{}.attention.dense"),
+      *gated("gpt_neox.layers.{}.mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
+    ),
+    buffers=GPT_BUFFERS,
+  ),
+  Family(
+    "gptj",
+    "GPTJForCausalLM",
+    model(
+      layer_norm("layer_norm_epsilon"),
+      head={"bias": True},
+      embed={"dropout": Key("embd_pdrop", 0.0)},
+      **GPT_MODEL,
+    ),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("n_head"),
+        "position": {"kind": "rope", "dims": Size("rotary_dim"), "interleaved": True},
+        "dropout": Key("attn_pdrop", 0.0),
+      },
+      "ffn": _gpt(_inner("n_inner", "n_embd"), activation=activation("activation_function", "gelu_new")),
+      "norm": layer_norm("layer_norm_epsilon"),
+      "residual": "parallel",
+      "dropout": Key("resid_pdrop", 0.0),
+    },
+    (*GPT_ENDS, *GPT_NORMS, *projections(f"{H}.attn", "out_proj"), *gated(f"{H}.mlp", "fc_in", "fc_out")),
+    num_layers="n_layer",
+    moot=frozenset({"rotary", "scale_attn_weights"}),
+    buffers=(*GPT_BUFFERS, ".attn.embed_positions"),
+    prefix="transformer.",
+  ),
+  Family(
+    "gpt_neo",
+    "GPTNeoForCausalLM",
+    model(
+      layer_norm("layer_norm_epsilon"),
+      tied=True,
+      embed={
+        "position": {"kind": "learned", "length": Size("max_position_embeddings")},
+        "dropout": Key("embed_dropout", 0.0),
+      },
+    ),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("num_heads"),
+        "window": Pair(_attention_type, _say_attention_type),
+        "out_bias": True,
+        "query_scale": 1.0,
+        "dropout": Key("attention_dropout", 0.0),
+      },
+      "ffn": _gpt(
+        _inner("intermediate_size", "hidden_size"), activation=activation("activation_function", "gelu_new")
+      ),
+      "norm": layer_norm("layer_norm_epsilon"),
+      "dropout": Key("resid_dropout", 0.0),
+    },
+    (*GPT_ENDS, *GPT_NORMS, *projections(f"{H}.attn.attention", "out_proj"), *gated(f"{H}.mlp", "c_fc", "c_proj")),
+    num_layers="num_layers",
+    moot=frozenset({"attention_layers"}),
+    buffers=GPT_BUFFERS,
+    prefix="transformer.",
+  ),
+  olmo("olmo2", "Olmo2ForCausalLM", position=Rope()),
+  olmo(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    window=Window(4096, types=every(4)),
+    position=Rope(theta=5e5, by_type=True, types=every(4)),
+  ),
+  Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    model(rms(default=1e-5), embed={"dropout": Key("embd_pdrop", 0.0)}),
+    {
+      "mixer": attention(window=Window(), position=Rope(original_beside=True)),
+      "ffn": mlp(),
+      "norm": rms(default=1e-5),
+      "dropout": Key("resid_pdrop", 0.0),
+    },
+    (*ENDS, *PRE, *fused(f"{L}.self_attn.qkv_proj"), *output(f"{L}.self_attn.o_proj"), *fused_gate(f"{L}.mlp")),
+  ),
+  llama_like(
+    "granite",
+    "GraniteForCausalLM",
+    {"position": Rope(), "query_scale": Key("attention_multiplier", 1.0), **ATTENTION_BIAS},
+    model=model(
+      rms(),
+      embed={"scale": Key("embedding_multiplier", 1.0)},
+      head={"scale": inverse("logits_scaling", 1.0)},
+    ),
+    block={"ffn": mlp(bias=Key("mlp_bias", False)), "branch_scale": Key("residual_multiplier", 1.0)},
+  ),
+  Family(
+    "starcoder2",
+    "Starcoder2ForCausalLM",
+    model(layer_norm("norm_epsilon"), tied=True, embed={"dropout": Key("embedding_dropout", 0.0)}),
+    {
+      "mixer": attention(
+        window=Window(), position=Rope(), qkv_bias=Key("use_bias", True), out_bias=Key("use_bias", True)
+      ),
+      "ffn": mlp(
+        activation=activation("hidden_act", "gelu_pytorch_tanh"), gated=False, bias=Key("use_bias", True)
+      ),
+      "norm": layer_norm("norm_epsilon"),
+      "dropout": Key("residual_dropout", 0.0),
+    },
+    (*ENDS, *PRE, *projections(f"{L}.self_attn"), *gated(f"{L}.mlp", "c_fc", "c_proj")),
+  ),
+  Family(
+    "stablelm",
+    "StableLmForCausalLM",
+    model(layer_norm()),
+    {
+      "mixer": attention(position=Rope(partial=0.25), qkv_bias=Key("use_qkv_bias", False)),
+      "ffn": mlp(),
+      "norm": layer_norm(),
+      "residual": when("use_parallel_residual", False, "parallel", "pre"),
+      "dropout": Key("hidden_dropout", 0.0),
+    },
+    LLAMA,
+    only={"qk_layernorm": (False,)},
+  ),
+  Family(
+    "falcon",
+    "FalconForCausalLM",
+    model(layer_norm("layer_norm_epsilon"), tied=True),
+    {
+      "mixer": attention(
+        num_kv_heads=Pair(_falcon_kv_heads, _say_falcon_kv_heads),
+        position=Rope(),
+        qkv_bias=Key("bias", False),
+        out_bias=Key("bias", False),
+      ),
+      "ffn": _gpt(
+        _inner("ffn_hidden_size", "hidden_size"),
+        activation=activation("activation", "gelu"),
+        bias=Key("bias", False),
+      ),
+      "norm": layer_norm("layer_norm_epsilon"),
+      "residual": Pair(_falcon_residual, _say_falcon_residual),
+      "dropout": Key("hidden_dropout", 0.0),
+    },
+    (
+      *ends("transformer.word_embeddings", "transformer.ln_f"),
+      *norm(f"{H}.ln_attn", "mixer_norm", "parallel_two_norms"),
+      *norm(f"{H}.ln_mlp", "ffn_norm", "parallel_two_norms"),
+      *norm(f"{H}.input_layernorm", "mixer_norm", "parallel"),
+      *norm(f"{H}.input_layernorm", "mixer_norm", "pre"),
+      *norm(f"{H}.post_attention_layernorm", "ffn_norm", "pre"),
+      *fused(f"{H}.self_attention.query_key_value", interleaved=True),
+      *output(f"{H}.self_attention.dense"),
+      *gated(f"{H}.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    only={"alibi": (False,)},
+    aliases={"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embed": "hidden_size"}
+    | {"n_head_kv": "num_kv_heads"},
+    prefix="transformer.",
+  ),
+  Family(
+    "mpt",
+    "MptForCausalLM",
+    model(
+      layer_norm("layer_norm_epsilon", bias=False),
+      tied=True,
+      embed={"dropout": Key("emb_pdrop", 0.0)},
+      d_model=Size("d_model"),
+      max_seq_len=Size("max_seq_len"),
+    ),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("n_heads"),
+        "position": {"kind": "alibi", "max_bias": Key("attn_config.alibi_bias_max", 8, float, whole)},
+        "query_scale": Key("attn_config.softmax_scale", None),
+        "dropout": Key("attn_config.attn_pdrop", 0.0),
+      },
+      "ffn": _gpt(Derived(lambda h: 4 * h.size("d_model")), activation="gelu", bias=False),
+      "norm": layer_norm("layer_norm_epsilon", bias=False),
+      "dropout": Key("resid_pdrop", 0.0),
+    },
+    (
+      *ends("transformer.wte", "transformer.norm_f"),
+      *norm("transformer.blocks.{}.norm_1", "mixer_norm"),
+      *norm("transformer.blocks.{}.norm_2", "ffn_norm"),
+      *fused("transformer.blocks.{}.attn.Wqkv"),
+      *output("transformer.blocks.{}.attn.out_proj"),
+      *gated("transformer.blocks.{}.ffn"),
+    ),
+    num_layers="n_layers",
+    only={
+      "attn_config.alibi": (True,),
+      "attn_config.clip_qkv": (None,),
+      "attn_config.qk_ln": (False,),
+      "attn_config.prefix_lm": (False,),
+      "attn_config.attn_type": ("multihead_attention",),
+      "attn_config.attn_uses_sequence_id": (False,),
+      "expansion_ratio": (4,),
+      "logit_scale": (None,),
+      "no_bias": (True,),
+      "embedding_fraction": (1.0,),
+    },
+    moot=frozenset({"attn_config.attn_impl", "learned_pos_emb", "norm_type", "verbose", "init_config"}),
+    nested="attn_config",
+  ),
+  Family(
+    "bloom",
+    "BloomForCausalLM",
+    model(
+      layer_norm("layer_norm_epsilon"),
+      tied=True,
+      embed={"norm": layer_norm("layer_norm_epsilon")},
+      max_seq_len=Key("seq_length", 2048),
+    ),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("n_head"),
+        "position": {"kind": "alibi"},
+        "qkv_bias": True,
+        "out_bias": True,
+        "dropout": Key("attention_dropout", 0.0),
+      },
+      "ffn": _gpt(Derived(lambda h: 4 * h.size("hidden_size")), activation="gelu_tanh"),
+      "norm": layer_norm("layer_norm_epsilon"),
+      "dropout": Key("hidden_dropout", 0.0),
+    },
+    (
+      *ends("transformer.word_embeddings", "transformer.ln_f"),
+      *norm("transformer.word_embeddings_layernorm", "embed_norm"),
+      *norm(f"{H}.input_layernorm", "mixer_norm"),
+      *norm(f"{H}.post_attention_layernorm", "ffn_norm"),
+      *fused(f"{H}.self_attention.query_key_value", interleaved=True),
+      *output(f"{H}.self_attention.dense"),
+      *gated(f"{H}.mlp", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    num_layers="n_layer",
+    only={"apply_residual_connection_post_layernorm": (False,), "n_inner": (None,)},
+    aliases={"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "n_embed": "hidden_size"},
+    moot=frozenset({"attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi"})
+    | {"skip_bias_add", "skip_bias_add_qkv"},
+    prefix="transformer.",
+  ),
+  Family(
+    "phi",
+    "PhiForCausalLM",
+    model(layer_norm(), head={"bias": True}, embed={"dropout": Key("embd_pdrop", 0.0)}),
+    {
+      "mixer": attention(
+        position=Rope(partial=0.5),
+        qkv_bias=True,
+        out_bias=True,
+        qk_norm=when("qk_layernorm", False, {"norm": layer_norm()}),
+      ),
+      "ffn": mlp(activation=activation("hidden_act", "gelu_new"), gated=False, bias=True),
+      "norm": layer_norm(),
+      "residual": "parallel",
+      "dropout": Key("resid_pdrop", 0.0),
+    },
+    (
+      *ends("model.embed_tokens", "model.final_layernorm"),
+      *PRE,
+      *projections(f"{L}.self_attn", "dense"),
+      *norm(f"{L}.self_attn.q_layernorm", "mixer/q_norm"),
+      *norm(f"{L}.self_attn.k_layernorm", "mixer/k_norm"),
+      *gated(f"{L}.mlp", "fc1", "fc2"),
+    ),
+  ),
+  cohere("cohere", "CohereForCausalLM", position=Rope(theta=5e5, interleaved=True)),
+  cohere(
+    "cohere2",
+    "Cohere2ForCausalLM",
+    **HEAD_DIM,
+    window=Window(4096, types=every(4)),
+    position=SomeRope(Rope(interleaved=True), lambda h, i: slides(h, i, every(4))),
+  ),
+  Family(
+    "nemotron",
+    "NemotronForCausalLM",
+    model(layer_norm("norm_eps", zero_centered=True)),
+    {
+      "mixer": attention(**HEAD_DIM, position=Rope(partial=0.5), **ATTENTION_BIAS),
+      "ffn": mlp(activation=activation("hidden_act", "relu2"), gated=False, bias=Key("mlp_bias", False)),
+      "norm": layer_norm("norm_eps", zero_centered=True),
+    },
+    LLAMA,
+  ),
+  llama_like(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    {
+      "window": Window(types=_smollm_slides, switch="use_sliding_window"),
+      "position": SomeRope(Rope(theta=2e6), _has_rope, lambda w, i, has: w.append("no_rope_layers", i, int(has))),
+      **ATTENTION_BIAS,
+    },
+    model=model(rms(), tied=True),
+    block={"ffn": mlp(bias=Key("mlp_bias", False))},
+  ),
+  Family(
+    "glm4",
+    "Glm4ForCausalLM",
+    model(rms(default=1.5625e-7)),
+    {
+      "mixer": attention(
+        head_dim=Size("head_dim", 128),
+        position=Rope(partial=0.5, interleaved=True),
+        qkv_bias=Key("attention_bias", True),
+      ),
+      "ffn": mlp(),
+      "norm": rms(default=1.5625e-7),
+      "residual": "sandwich",
+    },
+    (
+      *ENDS,
+      *norm(f"{L}.input_layernorm", "mixer_norm"),
+      *norm(f"{L}.post_self_attn_layernorm", "mixer_out_norm"),
+      *norm(f"{L}.post_attention_layernorm", "ffn_norm"),
+      *norm(f"{L}.post_mlp_layernorm", "ffn_out_norm"),
+      *projections(f"{L}.self_attn"),
+      *fused_gate(f"{L}.mlp"),
+    ),
+  ),
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}

@@ -1,0 +1,33 @@
+"""Parameters in a quantised format, for inference."""
+
+import functools
+
+import jax
+from flax import nnx
+
+from llmarch.config import UserError
+from llmarch.ops import quant
+
+
+def quantize_params(params: nnx.State, format: str) -> nnx.State:
+  """The same parameters with every matrix and table as a QTensor; norms and biases stay as they are.
+
+  A matrix is what names the dimensions it sums over (`fan_in`); layers may be stacked or apart, arrays
+  abstract. Raises UserError, naming the parameter, where those are no whole number of the format's groups.
+  """
+  quant.check_format("weights", format)
+
+  def one(path, param: nnx.Param) -> nnx.Param:
+    if not param.fan_in or "buckets" in param.axes:  # T5's tables of biases are small, and multiply nothing
+      return param
+    summed = tuple(param.axes.index(name) - len(param.axes) for name in param.fan_in)
+    try:
+      return param.replace(_quantize(param.get_value(), summed, format))
+    except UserError as e:
+      raise UserError(f"weights={format}: {'.'.join(str(k.key) for k in path)}: {e}") from None
+
+  return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+# Compiled, so that a matrix is read once and leaves no copies in f32 behind.
+_quantize = functools.partial(jax.jit, static_argnums=(1, 2))(quant.quantize)
