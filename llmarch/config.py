@@ -356,6 +356,8 @@ def build(annotation: Any, value: Any, path: str = "config") -> Any:
     (inner,) = [a for a in args if a is not type(None)]
     return build(inner, value, path)
   if origin is Literal:
+    if value is None and "none" in args:  # a command line's `none` where it is a word like any other
+      value = "none"
     if value not in args:
       suffix = nearest(value, args) if isinstance(value, str) else f" (known: {', '.join(map(str, args))})"
       raise UserError(f"{path}: unknown value {value!r}{suffix}")

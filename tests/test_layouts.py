@@ -4,6 +4,9 @@ Eight fake devices; sizes are unequal, and each mesh axis divides what the row s
 """
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +18,12 @@ from test_invariants import assert_close
 
 from llmarch.analysis import cost
 from llmarch.config import EmbedConfig, HeadConfig, ModelConfig, UserError, build
-from llmarch.infer.decoder import make_decoder
+from llmarch.infer.decoder import decoding_params, make_decoder
 from llmarch.layers.attention import QKNorm
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
 from llmarch.layers.position import ALiBi, Learned, Sinusoidal, T5Bias, XPos
-from llmarch.models.decoder import Decoder, abstract, fuse, separate, unstack
+from llmarch.models.decoder import Decoder, abstract, fuse, separate, stacked, unstack
 from llmarch.models.padding import pad_heads, pad_params
 from llmarch.ops import cache
 from llmarch.ops.sampling import Sampling
@@ -62,7 +65,7 @@ SHARING = model(*(block(kv, form=form) for form in ("pre", "parallel") for kv in
 OPTIONS = {
   "biases_and_learned_positions": model(
     block(2, bias=True, gated=False, activation="gelu", qkv_bias=True, out_bias=True, window=3, norm=LayerNorm()),
-    block(8, bias=True, qkv_bias=True, out_bias=True, form="parallel2", norm=ScaleNorm()),
+    block(8, bias=True, qkv_bias=True, out_bias=True, form="parallel_two_norms", norm=ScaleNorm()),
     head=HeadConfig(tied=False, bias=True, softcap=5.0),
     embed=EmbedConfig(position=Learned(length=spaces.MAX_LEN), norm=LayerNorm(), scale=1.7),
   ),
@@ -92,8 +95,8 @@ def toy(config):
   return graph, params, tokens, np.maximum(np.arange(T) - (T - lengths[:, None]), -1).astype(np.int32)
 
 
-def outcomes(config, layout=None, mesh=None, manual=True, form=lambda model: model):
-  """Logits of each call and the state after the last, of a form of the model."""
+def outcomes(config, layout=None, mesh=None, manual=True, form=lambda model: model, lowered=None):
+  """Logits of each call and the state after the last, of a form of the model. `lowered` gets the program's text."""
   graph, params, tokens, positions = toy(config)
   graph, params = nnx.split(form(nnx.merge(graph, params)))
   specs = nnx.merge(graph, params).state_spec(B, T, max(CALLS))
@@ -121,7 +124,10 @@ def outcomes(config, layout=None, mesh=None, manual=True, form=lambda model: mod
       check_vma=False,
     )  # fmt: skip
   run = jax.jit(run, in_shardings=(*placed, rows), out_shardings=(logits, placed[1]))
-  return run(*jax.device_put((params, state), placed), calls)
+  arguments = *jax.device_put((params, state), placed), calls
+  if lowered is not None:
+    lowered.append(run.lower(*arguments).as_text())
+  return run(*arguments)
 
 
 expected = functools.cache(outcomes)
@@ -227,11 +233,14 @@ def test_heads_that_know_their_number_are_not_padded(mixer):
 @pytest.mark.parametrize("form", LOOPS)
 @pytest.mark.parametrize("layout", ["ws_1d+heads", "ws_2d+batch_xyz", "wg_x+batch_z"])
 def test_looped_collective_einsum_equals_one_device(layout, form, cases):
+  """And where no weight is gathered, nothing is: there are hops in place of gathers, which the plain row has."""
   mesh = mesh_of("x=2,y=4" if layout.startswith("ws_2d") else "x=2,y=2,z=2")
-  looped = find_layout(f"{layout}+{form}", mesh)
+  looped, texts = find_layout(f"{layout}+{form}", mesh), []
   for name, config in {"sharing": SHARING, "options": OPTIONS["biases_and_learned_positions"]}.items():
-    check_equal(config, outcomes(config, looped, mesh), f"{layout} {form} {name}")
+    check_equal(config, outcomes(config, looped, mesh, lowered=texts), f"{layout} {form} {name}")
     cases("7 looped collective einsum == one device")
+  assert "collective_permute" in texts[0]
+  assert ("all_gather" in texts[0]) == layout.startswith("wg")
 
 
 @pytest.mark.parametrize("layout", ["ws_1d+batch_xyz", "ws_2d+batch_yz", "wg_x+heads", "wg_xyz+heads"])
@@ -241,11 +250,17 @@ def test_automatic_mode_reads_the_same_table(layout, cases):
 
 
 @pytest.mark.parametrize(
-  "prefill, decode", [("wg_xyz", "ws_2d+batch_xyz"), ("ws_2d+heads", "ws_2d+batch_xyz"), ("wg_xy", "wg_x+batch_z")]
+  "prefill, decode, form",
+  [
+    ("wg_xyz", "ws_2d+batch_xyz", unstack),
+    ("ws_2d+heads", "ws_2d+batch_xyz", stacked),
+    ("wg_xy", "wg_x+batch_z", fuse),
+  ],
 )
-def test_a_decoder_on_a_mesh_writes_the_same_tokens(prefill, decode, cases):
+def test_a_decoder_on_a_mesh_writes_the_same_tokens(prefill, decode, form, cases):
   """Sampled, penalised and stopped; prefill in chunks in one layout, decode in another, the weights unmoved."""
-  _, params, tokens, positions = toy(SHARING)
+  *_, tokens, positions = toy(SHARING)
+  made = spaces.random_params(nnx.state(abstract(SHARING)), 3)
   sampling = Sampling(temperature=1.3, top_k=9, repetition_penalty=1.4)
   n, mesh = 9, mesh_of("x=2,y=2,z=2")
 
@@ -261,12 +276,45 @@ def test_a_decoder_on_a_mesh_writes_the_same_tokens(prefill, decode, cases):
     _, out, steps = programs.decode(params, programs.switch(carry), n)
     return first, np.asarray(out), int(steps)
 
-  alone = generate(params)
+  alone = generate(decoding_params(SHARING, made))
   assert alone[2] > 2 and (alone[1] >= 0).any(axis=0).sum() > 2  # there is something to compare
-  placed = jax.device_put(params, shardings(params, find_layout(decode, mesh), mesh))
-  for here, there in zip(generate(placed, mesh=mesh, prefill_layout=prefill, decode_layout=decode), alone, strict=True):
+  params = decoding_params(SHARING, made, form)
+  params = jax.device_put(params, shardings(params, find_layout(decode, mesh), mesh))
+  place = dict(mesh=mesh, prefill_layout=prefill, decode_layout=decode, form=form)
+  for here, there in zip(generate(params, **place), alone, strict=True):
     np.testing.assert_array_equal(here, there)
   cases("7 decoder on a mesh == one device: tokens")
+
+
+def test_64_devices_equal_one():
+  """A sample of rows on the mesh of the paper, 4 x 4 x 4; in a process of its own, for this one has 8 devices."""
+  script = "import test_layouts; test_layouts.on_64_devices()"
+  flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=64")
+  path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+  subprocess.run([sys.executable, "-c", script], env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path}, check=True)
+
+
+def on_64_devices():
+  blocks = block(1, heads=64, d_ff=128, form="parallel"), block(8, heads=64, d_ff=192)
+  config = model(*blocks, d_model=64, vocab_size=128)
+  tokens = np.random.default_rng(0).integers(0, 128, (64, 3)).astype(np.int32)
+  positions = np.broadcast_to(np.arange(3, dtype=np.int32), (64, 3))
+  graph, params = nnx.split(abstract(config))
+  params, mesh = spaces.random_params(params, 3), mesh_of("x=4,y=4,z=4")
+  run = lambda params, tokens, positions: nnx.merge(graph, params)(tokens, positions)[0]
+  alone = np.asarray(jax.jit(run)(params, tokens, positions))
+  for name in ("ws_1d", "ws_2d+batch_xyz", "wg_xy+batch_z", "wg_xyz"):
+    layout = find_layout(name, mesh)
+
+    def inside(*arguments, layout=layout):
+      with use_layout(layout, mesh, manual=True):
+        return run(*arguments)
+
+    stored = jax.tree.map(lambda s: s.spec, shardings(params, layout, mesh))
+    rows = shardings(cache.Spec((64, 3), ("batch", "length"), "int32"), layout, mesh).spec
+    out = shardings(cache.Spec((64, 3, 128), ("batch", "length", "act_vocab"), "float32"), layout, mesh).spec
+    inside = jax.shard_map(inside, mesh=mesh, in_specs=(stored, rows, rows), out_specs=out, check_vma=False)
+    assert_close(np.asarray(jax.jit(inside)(params, tokens, positions)), alone, f"{name} on 64 devices")
 
 
 REFUSED = {
@@ -274,7 +322,7 @@ REFUSED = {
   "rows": (dict(batch=4, prefill_layout="wg_xyz"), "axis 'batch' of size 4 is not divisible by"),
   "weights": (dict(prefill_layout="ws_1d"), "'ws_1d' and decode layout 'ws_2d' store weights in different places"),
   "axes": (dict(decode_layout="megatron"), "'megatron' splits over data, tensor, but the mesh has x, y, z"),
-  "name": (dict(decode_layout="ws_2d+batch_xy"), "layout: there is no 'ws_2d\\+batch_xy'; give megatron or one of ws_1d, ws_2d"),
+  "name": (dict(decode_layout="ws_2d+batch_xy"), "layout: there is no 'ws_2d\\+batch_xy'; give megatron or one of"),
 }
 
 

@@ -226,6 +226,7 @@ class Cell:
   prefill_layout: str = "ws_2d"
   decode_layout: str = "ws_2d"
   weights: str | None = None  # format of the matrices, "int8"; None: as the config says
+  unrolled: bool = False  # every layer by itself, as on one device; else scanned, so that depth costs no compile time
 
 
 def compile_cell(config: ExperimentConfig, cell: Cell) -> dict:
@@ -253,17 +254,10 @@ def longest_context(config: ExperimentConfig, cell: Cell) -> tuple[int, dict | N
 
 
 def _mesh(cell: Cell, topology: Topology):
-  from jax.experimental import mesh_utils
-  from jax.sharding import Mesh
-
   from llmarch import sharding
 
   sizes = sharding.parse_mesh(cell.mesh) if cell.mesh else _default_mesh(cell.phase, topology)
-  try:
-    return sharding.make_mesh(sizes, topology.devices)
-  except NotImplementedError:  # jax wants leave to let two mesh axes share a side of the torus
-    shape = tuple(sizes.values())
-    return Mesh(mesh_utils.create_device_mesh(shape, topology.devices, allow_split_physical_axes=True), tuple(sizes))
+  return sharding.make_mesh(sizes, topology.devices)
 
 
 def _default_mesh(phase: str, topology: Topology) -> dict[str, int]:
@@ -282,10 +276,11 @@ def _decoder(config: ModelConfig, cell: Cell, mesh):
 
   from llmarch.infer.decoder import decoding_params, make_decoder
   from llmarch.infer.quantize import quantize_params
-  from llmarch.models.decoder import Decoder
+  from llmarch.models.decoder import Decoder, stacked, unstack
   from llmarch.ops import cache
   from llmarch.ops.sampling import Sampling
 
+  form = unstack if cell.unrolled else stacked
   programs = make_decoder(
     config,
     batch=cell.batch,
@@ -296,8 +291,9 @@ def _decoder(config: ModelConfig, cell: Cell, mesh):
     prefill_layout=cell.prefill_layout,
     decode_layout=cell.decode_layout,
     weights=cell.weights,
+    form=form,
   )
-  params = jax.eval_shape(lambda: decoding_params(config, nnx.state(Decoder(config, jax.random.key(0)))))
+  params = jax.eval_shape(lambda: decoding_params(config, nnx.state(Decoder(config, jax.random.key(0))), form))
   if cell.weights:
     params = jax.eval_shape(lambda p: quantize_params(p, cell.weights), params)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), cell.batch))

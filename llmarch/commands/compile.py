@@ -34,6 +34,7 @@ def _define(values: flags.FlagValues) -> None:
   text("layout.decode", "ws_2d", "row of the layout table")
   text("suite", None, "compile the cells of this file instead; results and a table are written beside it")
   flags.DEFINE_bool("longest", False, "find the longest context that fits, by bisection", flag_values=values)
+  flags.DEFINE_bool("unrolled", False, "compile layer after layer rather than a scan over them", flag_values=values)
   flags.DEFINE_bool("fast", False, "of the suite, only the cells marked fast; the record stays", flag_values=values)
   flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
 
@@ -80,6 +81,7 @@ def _cell(args, overrides):
     prefill_layout=args["layout.prefill"].value,
     decode_layout=args["layout.decode"].value,
     weights=args.weights,
+    unrolled=args.unrolled,
   )
 
 

@@ -490,6 +490,8 @@ METADATA = {
   "_name_or_path", "_attn_implementation", "reorder_and_upcast_attn", "cache_implementation",
 }  # fmt: skip
 
+NOT_OURS = {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "quantization_config": (None,)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -508,7 +510,7 @@ class Family:
   block: dict
   rows: tuple[Row, ...]
   num_layers: str = "num_hidden_layers"
-  only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  only: dict[str, tuple] = dataclasses.field(default_factory=dict)
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   moot: frozenset[str] = frozenset()
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
@@ -523,7 +525,7 @@ class Family:
     check(num_layers <= MAX_LAYERS, f"{self.num_layers}={num_layers} is above {MAX_LAYERS}")
     blocks = [fill(self.block, h, i) for i in range(num_layers)]
     model = fill(self.model, h)
-    for key, values in self.only.items():
+    for key, values in (NOT_OURS | self.only).items():
       value = h.get(key, values[0])
       check(value in values, f"{key}={value!r} is not supported; this family is known with {values[0]!r}")
     for key in h.options.keys() - h.used:

@@ -410,42 +410,31 @@ def _lost(config: ModelConfig, back: ModelConfig) -> list[str]:
 
 
 def _function(data):
-  """Plain data without what concerns training alone."""
+  """Plain data without what concerns training alone; floats without their last digits."""
   if isinstance(data, dict):
     return {k: _function(v) for k, v in data.items() if k not in ("init_scale", "output_init_scale", "dropout")}
-  return data
+  if isinstance(data, (list, tuple)):
+    return [_function(v) for v in data]
+  return float(f"{data:.12g}") if isinstance(data, float) else data
 
 
 def canonical(config: ModelConfig) -> tuple[dict, list[dict]]:
   """A config as plain data: (the model without its blocks, its layers), with defaults that follow from others
   written out, without the names of blocks, initial values and precision."""
   apart = ("init", "embed_init", "precision", "stack", "blocks")
-  model = _plain({k: v for k, v in to_dict(config).items() if k not in apart})
+  model = {k: v for k, v in to_dict(config).items() if k not in apart}
   blocks = {}
   for name, block in config.blocks.items():
-    data = blocks[name] = _plain(to_dict(block))
+    data = blocks[name] = to_dict(block)
     mixer, head_dim = data["mixer"], block.mixer.dim(config.d_model)
     mixer |= {"num_kv_heads": block.mixer.kv_heads, "head_dim": head_dim}
-    mixer["query_scale"] = mixer["query_scale"] or _round(head_dim**-0.5)
+    mixer["query_scale"] = mixer["query_scale"] or head_dim**-0.5
     position = mixer["position"]
     if "dims" in (position or {}):
       position |= {"dims": block.mixer.position.rotated(head_dim), "head_dim": head_dim}
       if position.get("scaling") and "attention_factor" in position["scaling"]:
-        position["scaling"]["attention_factor"] = _round(block.mixer.position.scaling.gain())
+        position["scaling"]["attention_factor"] = block.mixer.position.scaling.gain()
   return model, [blocks[name] for name in config.layers]
-
-
-def _plain(data):
-  """A copy, floats without their last digits."""
-  if isinstance(data, dict):
-    return {k: _plain(v) for k, v in data.items()}
-  if isinstance(data, (list, tuple)):
-    return [_plain(v) for v in data]
-  return _round(data) if isinstance(data, float) else data
-
-
-def _round(x: float) -> float:
-  return float(f"{x:.12g}")
 
 
 def write_checkpoint(

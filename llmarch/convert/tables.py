@@ -207,6 +207,7 @@ def gemma(model_type: str, architecture: str, mixer: dict, **more) -> Family:
       "residual": more.pop("residual", "sandwich"),
     },
     only={"use_bidirectional_attention": (None, False)} | more.pop("only", {}),
+    aliases={"_sliding_window_pattern": "sliding_window_pattern"},
     **more,
   )
 
@@ -229,6 +230,7 @@ def cohere(model_type: str, architecture: str, **mixer) -> Family:
     {"mixer": attention(**mixer, **ATTENTION_BIAS), "ffn": mlp(), "norm": norm, "residual": "parallel"},
     LLAMA,
     only={"use_qk_norm": (False,)},
+    aliases={"_sliding_window_pattern": "sliding_window_pattern"},
   )
 
 
@@ -278,10 +280,8 @@ def _say_attention_type(value, w, i):
 
 
 def _falcon_kv_heads(h, i):
-  if h.get("new_decoder_architecture", False):
-    return h.get("num_kv_heads", None)
-  h.get("num_kv_heads", None)  # has no effect
-  return 1 if h.get("multi_query", True) else None
+  grouped, single = h.get("num_kv_heads", None), h.get("multi_query", True)  # one of them has no effect
+  return grouped if h.get("new_decoder_architecture", False) else 1 if single else None
 
 
 def _say_falcon_kv_heads(value, w, i):
@@ -626,7 +626,8 @@ _FAMILIES = (
       "no_bias": (True,),
       "embedding_fraction": (1.0,),
     },
-    moot=frozenset({"attn_config.attn_impl", "learned_pos_emb", "norm_type", "verbose", "init_config"}),
+    moot=frozenset({"attn_config.attn_impl", "attn_config.is_encoder_decoder", "learned_pos_emb"})
+    | {"norm_type", "verbose", "init_config"},
     nested="attn_config",
   ),
   Family(

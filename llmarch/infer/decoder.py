@@ -41,9 +41,12 @@ class Programs(NamedTuple):
   # and "keys" [B]
 
 
-def decoding_params(config: ModelConfig, params: nnx.State) -> nnx.State:
-  """Parameters with the layers apart, so that each cache is updated in place; from either form."""
-  return nnx.state(unstack(nnx.merge(nnx.graphdef(abstract(config)), params)))
+Form = Callable[[Decoder], Decoder]  # such as unstack, or models.decoder.fuse: the same function, arranged otherwise
+
+
+def decoding_params(config: ModelConfig, params: nnx.State, form: Form = unstack) -> nnx.State:
+  """Parameters in a form of the model; by default the layers are apart, so that each cache is updated in place."""
+  return nnx.state(form(nnx.merge(nnx.graphdef(abstract(config)), params)))
 
 
 @functools.lru_cache(maxsize=64)  # the same programs for the same arguments, whoever asks
@@ -59,6 +62,7 @@ def make_decoder(
   mesh: Mesh | None = None,
   prefill_layout: str = "ws_2d",  # rows of sharding.LAYOUTS, which must store the weights alike
   decode_layout: str = "ws_2d",
+  form: Form = unstack,  # of the parameters; stacked, as they are, compile time does not grow with depth
   weights: str | None = None,  # format of the parameters' matrices (see infer/quantize.py)
   manual: bool = True,  # one shard_map a program (see sharding.py); False leaves the collectives to XLA
 ) -> Programs:
@@ -71,7 +75,7 @@ def make_decoder(
   check(sampling.top_k <= config.vocab_size, f"top_k={sampling.top_k} exceeds the vocabulary of {config.vocab_size}")
   for i in stop_ids:
     check(0 <= i < config.vocab_size, f"stop: {i} is not a token id; ids are below vocab_size={config.vocab_size}")
-  model = nnx.eval_shape(lambda: unstack(Decoder(config, jax.random.key(0))))
+  model = nnx.eval_shape(lambda: form(Decoder(config, jax.random.key(0))))
   graph = nnx.graphdef(model)
   specs = _carry_specs(model, batch, max_len, chunk, sampling)
   rows = ("sample_batch", batch)  # sampling deals the rows out to all devices

@@ -109,6 +109,11 @@ def abstract(config: ModelConfig) -> Decoder:
   return nnx.eval_shape(lambda: Decoder(config, jax.random.key(0)))
 
 
+def stacked(model: Decoder) -> Decoder:
+  """The decoder as it is made: each segment's repeats in arrays of their own axis."""
+  return model
+
+
 def unstack(model: Decoder) -> Decoder:
   """The same decoder with the layers apart: for decoding, and for weights layer by layer."""
   return _with_segments(model, [stacks.unstack(segment) for segment in model.stack.segments])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llmarch import sharding
+from llmarch.config import check
 from llmarch.ops import quant
 from llmarch.ops.collective_einsum import all_gather_einsum, einsum_reduce_scatter
 from llmarch.ops.quant import QTensor
@@ -214,6 +215,7 @@ def _cut(w: jax.Array | QTensor, dim: int, start: jax.Array, size: int) -> jax.A
     unit = w.shape[dim] // a.shape[dim]  # of a scale, one for several rows, or for all
     if a.shape[dim] == 1:
       return a
+    check(size % unit == 0, f"a ring takes {size} rows at a time, no whole number of groups of {unit}; use int8")
     return jax.lax.dynamic_slice_in_dim(a, start // unit, size // unit, dim)
 
   return jax.tree.map(one, w)
