@@ -1,9 +1,14 @@
 """Checkpoints of transformers: the same function, the same gradient, the same text, the same file back."""
 
+import dataclasses
 import importlib.util
 import inspect
 import json
+import math
+import pathlib
 import re
+import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +18,14 @@ from flax import nnx
 
 import llmarch
 from llmarch.__main__ import main
-from llmarch.config import UserError
+from llmarch.analysis import cost
+from llmarch.config import ModelConfig, UserError, build, parse_stack
 from llmarch.convert import hf
+from llmarch.convert.fields import Layout, name_blocks
 from llmarch.convert.tables import FAMILIES
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract
+from llmarch.presets import PRESETS
 
 HAVE_PEER = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
 needs_peer = pytest.mark.skipif(
@@ -132,7 +140,7 @@ VARIANTS: dict[str, list[dict]] = {
   "mpt": [
     dict(d_model=24, n_heads=4, n_layers=2, max_seq_len=64),
     dict(d_model=24, n_heads=3, n_layers=2, max_seq_len=64,
-         attn_config={"alibi_bias_max": 4, "softmax_scale": 0.3}),
+         attn_config={"softmax_scale": 0.3}),  # transformers does not read alibi_bias_max
   ],
   "bloom": [
     dict(hidden_size=24, n_head=4, n_layer=2),
@@ -157,7 +165,7 @@ VARIANTS: dict[str, list[dict]] = {
   "glm4": [dict(head_dim=8), dict(head_dim=4, attention_bias=False, tie_word_embeddings=True)],
 }  # fmt: skip
 
-CASES = {f"{family}-{i}": (family, variant) for family, variants in VARIANTS.items() for i, variant in enumerate(variants)}
+CASES = {f"{family}-{i}": (family, one) for family, variants in VARIANTS.items() for i, one in enumerate(variants)}
 
 
 def test_every_family_has_variants():
@@ -270,7 +278,8 @@ def test_family_computes_what_its_peer_does_and_is_written_back(case, tmp_path, 
   # The same text from the cache.
   if not variant.get("long"):
     ids, attention = torch.tensor(tokens), torch.tensor(mask.astype(int))
-    out = model.generate(ids, attention_mask=attention, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    greedy = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    out = model.generate(ids, attention_mask=attention, **greedy)
     text = lm.generate([list(map(int, row[m])) for row, m in zip(tokens, mask)], max_new_tokens=NEW)
     assert text == out[:, tokens.shape[1] :].tolist()
 
@@ -281,10 +290,322 @@ def test_family_computes_what_its_peer_does_and_is_written_back(case, tmp_path, 
   assert before.keys() == after.keys()
   for name, value in before.items():
     assert value.dtype == after[name].dtype and np.array_equal(value, after[name]), name
-  again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager", output_loading_info=True)
+  read = lambda folder: AutoModelForCausalLM.from_pretrained(
+    tmp_path / folder, attn_implementation="eager", output_loading_info=True
+  )
+  (fresh, _), (again, info) = read("theirs"), read("back")
   assert not info["missing_keys"] and not info["unexpected_keys"]
   with torch.no_grad():
-    fresh = AutoModelForCausalLM.from_pretrained(theirs, attn_implementation="eager")
     same = [m(torch.tensor(tokens[:, -7:])).logits for m in (again, fresh)]
   assert torch.abs(same[0] - same[1]).max() <= 1e-5 * same[0].std()
   cases("family x variant equals its peer: logits, gradients, greedy tokens, files")
+
+
+# --------------------------------------------------------------------------------- without the peer: golden files
+
+FILE = pathlib.Path(__file__).parent / "golden" / "families.json"
+GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def drawn(name: str, shape) -> np.ndarray:
+  """A tensor that depends on its name alone: 1 or 0, and noise."""
+  rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+  noise = rng.standard_normal(shape, np.float32)
+  if len(shape) == 1:
+    return 0.3 * noise + (1.0 if name.endswith("weight") else 0.0)
+  return noise * np.float32(1.0 if "embed" in name or "wte" in name else shape[-1] ** -0.5)
+
+
+def write_drawn(folder: pathlib.Path, config: dict, shapes: dict) -> None:
+  """A folder of transformers with drawn tensors. tests/golden/make.py has its peer compute the logits."""
+  folder.mkdir(exist_ok=True)
+  (folder / "config.json").write_text(json.dumps(config))
+  entries = {name: (np.dtype(np.float32), tuple(shape)) for name, shape in shapes.items()}
+  array = lambda name: drawn(name, entries[name][1]).astype(np.float32)
+  hf.write_safetensors(folder / "model.safetensors", entries, array, metadata={"format": "pt"})
+
+
+def test_every_family_has_a_golden_file():
+  assert GOLDEN.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+def test_logits_equal_those_that_transformers_computed_once(family, tmp_path):
+  golden = GOLDEN[family]
+  write_drawn(tmp_path / family, golden["config"], golden["shapes"])
+  lm = llmarch.load(tmp_path / family)
+  logits = lm.logits(batch((13,))[0].tolist())[0, -1]
+  want = np.array(golden["logits"], np.float32)
+  assert np.abs(logits - want).max() <= 1e-5 * want.std()
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+TINY = dict(
+  model_type="llama", vocab_size=31, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+  num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+  """A sound llama checkpoint in several shards, written without transformers."""
+  folder = tmp_path_factory.mktemp("sound")
+  config = build(ModelConfig, FAMILIES["llama"].read(TINY), "model")
+  shapes = {path: a.shape for path, a in flatten(nnx.state(abstract(config))).items()}
+
+  def read(path, layer):
+    shape = shapes[path] if layer is None else shapes[path][1:]
+    return drawn(f"{path}{layer}", shape).astype(np.float32)
+
+  hf.write_checkpoint(folder, config, read, model_type="llama", shard_bytes=20_000)
+  return folder
+
+
+@pytest.fixture
+def folder(sound, tmp_path):
+  return pathlib.Path(shutil.copytree(sound, tmp_path / "hf"))
+
+
+def shards(folder):
+  return sorted(folder.glob("model-*.safetensors"))
+
+
+def edit_json(path, change):
+  data = json.loads(path.read_text())
+  change(data)
+  path.write_text(json.dumps(data))
+
+
+def edit_header(path, change):
+  raw = path.read_bytes()
+  n = int.from_bytes(raw[:8], "little")
+  header = json.loads(raw[8 : 8 + n])
+  text = change(header)
+  text = (json.dumps(header) if text is None else text).encode()
+  path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + n :])
+
+
+def set_value(folder, value):
+  path = shards(folder)[1]
+  raw = bytearray(path.read_bytes())
+  raw[-4:] = np.float32(value).tobytes()
+  path.write_bytes(raw)
+
+
+def retype(folder, dtype):
+  def change(header):
+    entry = next(e for name, e in header.items() if name != "__metadata__")
+    entry["dtype"] = dtype
+
+  edit_header(shards(folder)[0], change)
+
+
+def reshape(folder, shape):
+  def change(header):
+    header["model.embed_tokens.weight"]["shape"] = shape
+
+  edit_header(shards(folder)[0], change)
+
+
+def twin(folder):
+  """The same tensor in two shards."""
+  tensors, _ = hf.read_header(shards(folder)[0])
+  more, _ = hf.read_header(shards(folder)[1])
+  both = more | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"]}
+  values = {name: t.read() for name, t in both.items()}
+  hf.write_safetensors(shards(folder)[1], {n: (v.dtype, v.shape) for n, v in values.items()}, values.__getitem__)
+
+
+def doubled_key(folder):
+  def change(header):
+    text = json.dumps(header)
+    return text[:-1] + "," + json.dumps({"model.norm.weight": header["model.norm.weight"]})[1:]
+
+  edit_header(next(p for p in shards(folder) if "model.norm.weight" in hf.read_header(p)[0]), change)
+
+
+def only_pickles(folder):
+  for path in [*shards(folder), folder / hf.INDEX]:
+    path.unlink()
+  (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+
+
+def linked(folder):
+  path = shards(folder)[0]
+  path.rename(folder.parent / "elsewhere.safetensors")
+  path.symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def config(**options):
+  return lambda folder: edit_json(folder / "config.json", lambda data: data.update(options))
+
+
+def index(change):
+  return lambda folder: edit_json(folder / hf.INDEX, change)
+
+
+EMBED, LAST = "model.embed_tokens.weight", "model.norm.weight"
+DAMAGE = {  # name: (what is done, what the sentence names)
+  "a missing shard": (lambda f: shards(f)[1].unlink(), "model-00002"),
+  "a shard too many": (lambda f: shutil.copy(shards(f)[0], f / "model-00009-of-00009.safetensors"), "model-00009"),
+  "a tensor in two shards": (twin, EMBED),
+  "a key twice in a header": (doubled_key, LAST),
+  "a shard cut off": (lambda f: shards(f)[1].write_bytes(shards(f)[1].read_bytes()[:-4]), "model-00002"),
+  "an empty shard": (lambda f: shards(f)[1].write_bytes(b""), "model-00002"),
+  "a header longer than its file": (lambda f: shards(f)[0].write_bytes(b"\xff" * 64), "model-00001"),
+  "a header that is no JSON": (lambda f: edit_header(shards(f)[0], lambda h: "{["), "model-00001"),
+  "a shape of 2^40": (lambda f: reshape(f, [2**40, 2**40]), EMBED),
+  "a negative size": (lambda f: reshape(f, [-31, 24]), EMBED),
+  "a transposed table": (lambda f: reshape(f, [24, 31]), EMBED),
+  "integers": (lambda f: retype(f, "I32"), EMBED),
+  "an unknown dtype": (lambda f: retype(f, "F7"), EMBED),
+  "NaN": (lambda f: set_value(f, np.nan), "model-00002"),
+  "infinity": (lambda f: set_value(f, np.inf), "model-00002"),
+  "an index to an absolute path": (index(lambda d: d["weight_map"].update({EMBED: "/etc/passwd"})), "/etc/passwd"),
+  "an index out of the folder": (index(lambda d: d["weight_map"].update({EMBED: "../x.safetensors"})), "../x"),
+  "an index without a tensor": (index(lambda d: d["weight_map"].pop(EMBED)), EMBED),
+  "an index with a shard too many": (index(lambda d: d["weight_map"].update(x="model-9.safetensors")), "model-9"),
+  "an index with a tensor too many": (index(lambda d: d["weight_map"].update(x=d["weight_map"][EMBED])), ": x is not"),
+  "an index of numbers": (index(lambda d: d["weight_map"].update({EMBED: 3})), "weight_map"),
+  "an index without a map": (index(lambda d: d.pop("weight_map")), "weight_map"),
+  "no index": (lambda f: (f / hf.INDEX).unlink(), hf.INDEX),
+  "a link out of the folder": (linked, "link"),
+  "pickles alone": (only_pickles, "pytorch_model.bin"),
+  "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+  "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+  "a config of NaN": (lambda f: (f / "config.json").write_text('{"model_type": NaN}'), "NaN"),
+  "an unknown type": (config(model_type="llamma"), "did you mean 'llama'"),
+  "no type": (config(model_type=None), "model_type"),
+  "an unknown option": (config(new_trick=True), "new_trick"),
+  "code": (config(auto_map={"AutoModel": "evil.py"}), "auto_map"),
+  "quantised weights": (config(quantization_config={"bits": 4}), "quantization_config"),
+  "heads that do not divide": (config(num_attention_heads=7), "num_attention_heads|num_heads"),
+  "another vocabulary": (config(vocab_size=32), EMBED),
+  "a vocabulary of 1e12": (config(vocab_size=10**12), "vocab_size"),
+  "sizes of 2^31": (config(hidden_size=2**31 - 2, intermediate_size=2**31 - 2, head_dim=2**31 - 2), "config|embed"),
+  "no layers": (config(num_hidden_layers=0), "num_hidden_layers"),
+  "layers without tensors": (config(num_hidden_layers=4), "layers.3"),
+  "tensors without layers": (config(num_hidden_layers=2), "layers.2"),
+  "layers beyond count": (config(num_hidden_layers=10**9), "num_hidden_layers"),
+  "a negative width": (config(hidden_size=-24), "hidden_size"),
+  "a width in words": (config(hidden_size="24"), "hidden_size"),
+  "a missing width": (lambda f: edit_json(f / "config.json", lambda d: d.pop("hidden_size")), "hidden_size"),
+  "an unknown activation": (config(hidden_act="swoosh"), "hidden_act"),
+  "an unknown rope": (config(rope_parameters={"rope_type": "spiral"}), "spiral"),
+  "an unknown option of rope": (config(rope_parameters={"rope_type": "default", "twist": 1}), "twist"),
+  "a rope without its factor": (config(rope_parameters={"rope_type": "linear"}), "factor"),
+  "a table tied in words only": (config(tie_word_embeddings=True), "lm_head.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_bad_checkpoint_is_one_sentence_before_any_array_is_placed(damage, folder, cases):
+  spoil, named = DAMAGE[damage]
+  spoil(folder)
+  placed = []
+  with pytest.raises(UserError, match=named) as e:
+    hf.load(folder, place=lambda path, values: placed.append(path))
+  assert not placed and "\n" not in str(e.value) and str(folder) in str(e.value)
+  cases("bad checkpoints refused")
+
+
+def test_sound_checkpoint_loads_onto_a_mesh_one_parameter_at_a_time(folder):
+  mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  _, params = hf.load(folder, place=lambda path, values: jax.device_put(values, sharding))
+  assert all(value.sharding == sharding for value in flatten(params).values())
+
+
+def test_damaged_source_leaves_no_target(folder, tmp_path, capsys):
+  set_value(folder, np.nan)
+  assert main(["convert", f"--from={folder}", f"--to={tmp_path / 'out'}"]) == 2
+  assert "not finite" in capsys.readouterr().err
+  assert {p.name for p in tmp_path.iterdir()} == {"hf"}
+
+
+def test_nothing_is_overwritten(folder, tmp_path, capsys):
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "mine").write_text("x")
+  assert main(["convert", f"--from={folder}", f"--to={tmp_path / 'out'}"]) == 2
+  assert "exists" in capsys.readouterr().err and (tmp_path / "out" / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_shards_go_through_bit_for_bit_in_their_dtype(folder, tmp_path, dtype):
+  """Also what lies beside the weights: special ids and the tokenizer."""
+  old = hf.Checkpoint(folder).tensors
+  values = {name: t.read().astype(dtype) for name, t in old.items()}
+  entries = {name: (v.dtype, v.shape) for name, v in values.items()}
+  for path in [*shards(folder), folder / hf.INDEX]:
+    path.unlink()
+  hf.write_safetensors(folder / hf.SINGLE, entries, values.__getitem__)
+  config(bos_token_id=3)(folder)
+  (folder / "tokenizer.json").write_text('{"kind": "bytes"}\n')
+  ours, back = tmp_path / "ours", tmp_path / "back"
+  assert main(["convert", f"--from={folder}", f"--to={ours}"]) == 0
+  assert main(["convert", f"--from={ours}", f"--to={back}", "--format=hf", "--shard_gb=1e-5"]) == 0
+  assert len(shards(back)) > 3
+  tensors = hf.Checkpoint(back).tensors
+  assert tensors.keys() == values.keys()
+  for name, tensor in tensors.items():
+    assert tensor.read().tobytes() == values[name].tobytes()
+  assert json.loads((back / "config.json").read_text())["bos_token_id"] == 3
+  assert (back / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_damaged_model_folder_is_not_exported(folder, tmp_path, capsys):
+  ours = tmp_path / "ours"
+  assert main(["convert", f"--from={folder}", f"--to={ours}"]) == 0
+  raw = bytearray((ours / "model.safetensors").read_bytes())
+  raw[-1] ^= 1
+  (ours / "model.safetensors").write_bytes(raw)
+  assert main(["convert", f"--from={ours}", f"--to={tmp_path / 'back'}", "--format=hf"]) == 2
+  assert "damaged" in capsys.readouterr().err and not (tmp_path / "back").exists()
+
+
+def test_a_model_that_no_family_computes_is_refused(folder, tmp_path, capsys):
+  lm = llmarch.load(folder)
+  block = lm.config.blocks["layer"]
+  mixer = dataclasses.replace(block.mixer, softcap=20.0)
+  block = dataclasses.replace(block, mixer=mixer)
+  odd = llmarch.infer.lm.LM(dataclasses.replace(lm.config, blocks={"layer": block}), lm.params)
+  odd.save(tmp_path / "odd")
+  args = ["convert", f"--from={tmp_path / 'odd'}", f"--to={tmp_path / 'back'}", "--format=hf"]
+  assert main([*args, "--model_type=llama"]) == 2
+  assert "blocks" in (err := capsys.readouterr().err) or "softcap" in err
+  assert main(args) == 2 and not (tmp_path / "back").exists()
+
+
+# The presets whose model_type is among the families; the others are not in transformers.
+ELSEWHERE = {"palm", "mt_nlg", "gpt_3"}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith(tuple(ELSEWHERE))])
+def test_preset_can_be_said_in_its_family(name):
+  family, options = hf.express(PRESETS[name]())
+  again = build(ModelConfig, family.read(json.loads(json.dumps(options))), "model")
+  slots = hf.plan(family, again)
+  assert sum(math.prod(slot.layout.shape) for slot in slots.values()) == cost.params(PRESETS[name]())["total"]
+
+
+@pytest.mark.parametrize("text", ["(k c h) d -> d (k c) h", "(c h) d -> d c h", "d (c h) -> d c h"])
+def test_fused_rows_are_read_both_ways(text):
+  rng = np.random.default_rng(0)
+  parts = [rng.standard_normal((5, n, 7)) for n in (6, 2, 2)]
+  layout = Layout.of(text, [p.shape for p in parts], {"n": 6, "k": 2, "h": 7})
+  whole = layout.join(parts)
+  assert whole.shape == layout.shape and whole.size == sum(p.size for p in parts)
+  for number, part in enumerate(parts):
+    np.testing.assert_array_equal(layout.split(whole, number), part)
+
+
+@pytest.mark.parametrize(
+  "stack", ["2*layer", "2*(3*local global) 2*local", "3*(local global)", "local 4*global", "3*global local"]
+)
+def test_layers_are_named_and_the_stack_says_their_order(stack):
+  layers = [name for pattern, n in parse_stack(stack) for name in pattern * n]
+  blocks = [{"mixer": {"window": 3 if name == "local" else None}} for name in layers]
+  named = name_blocks(blocks)
+  again = [named["blocks"][name] for pattern, n in parse_stack(named["stack"]) for name in pattern * n]
+  assert again == blocks

@@ -41,9 +41,8 @@ def _define(options: flags.FlagValues) -> None:
   flags.DEFINE_string("from", "", "the folder to read", flag_values=options)
   flags.DEFINE_string("to", "", "the folder to write; must not exist", flag_values=options)
   flags.DEFINE_enum("format", "llmarch", ["llmarch", "hf"], "what to write", flag_values=options)
-  flags.DEFINE_string(
-    "model_type", None, "with --format=hf: the family to write (else the one it came from, or that suits)", flag_values=options
-  )
+  which = "with --format=hf: the family to write (else the one it came from, or that suits)"
+  flags.DEFINE_string("model_type", None, which, flag_values=options)
   flags.DEFINE_float("shard_gb", 5.0, "with --format=hf: the most bytes in a file, in 1e9", flag_values=options)
   flags.DEFINE_boolean("json", False, "print JSON", flag_values=options)
 
@@ -72,7 +71,8 @@ def export(source: Path, target: str, model_type: str | None, shard_bytes: int) 
   from llmarch.convert import hf
 
   with hf.new_folder(target) as new:
-    config, carried, entries, read, tokenizer = _open_run(source) if (source / "checkpoints").is_dir() else _open(source)
+    opened = _open_run(source) if (source / "checkpoints").is_dir() else _open(source)
+    config, carried, entries, read, tokenizer = opened
     carried = dict(carried)
     origin = carried.pop("model_type", None)
     if model_type is None and origin is not None:
@@ -125,19 +125,18 @@ def _check_fit(path: Path, config: ModelConfig, tensors: dict, metadata: dict) -
   """Raises UserError unless the tensors are those of the config, undamaged."""
   from flax import nnx
 
+  from llmarch.convert import hf
   from llmarch.layers.param import flatten
   from llmarch.models.decoder import abstract
 
+  wanted = {name: (hf.NAMES[a.dtype], a.shape) for name, a in flatten(nnx.state(abstract(config))).items()}
+  found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+  for name in sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+    raise UserError(f"{path} does not fit its config.json: {name} is {found.get(name)}, not {wanted.get(name)}")
   sums = json.loads(metadata.get("crc32", "{}"))
-  wanted = {name: (a.dtype.name, a.shape) for name, a in flatten(nnx.state(abstract(config))).items()}
-  from llmarch.convert.hf import DTYPES
-
-  found = {name: (DTYPES[t.dtype].name if t.dtype in DTYPES else t.dtype, t.shape) for name, t in tensors.items()}
-  for name in sorted(wanted.items() ^ found.items(), key=str):
-    raise UserError(f"{path} does not fit its config.json: {name[0]} is {found.get(name[0])}, not {wanted.get(name[0])}")
   for name, tensor in tensors.items():
-    crc, layers = 0, tensor.shape[0]
-    for layer in range(layers) if name.startswith("stack/") else [None]:
+    crc = 0
+    for layer in range(tensor.shape[0]) if name.startswith("stack/segments/") else [None]:
       values = tensor.read() if layer is None else tensor.read(layer, 1)
       crc = zlib.crc32(values.reshape(-1).view("uint8"), crc)
     check(crc == sums.get(name), f"{path}: {name} is damaged; restore the file")

@@ -263,7 +263,8 @@ class Rope:
       options = found.get(SLIDING if local else FULL, {}) if None not in found else found[None]
     options = {k: v for k, v in options.items() if v is not None}
     theta, partial = options.pop("rope_theta", theta), options.pop("partial_rotary_factor", partial)
-    check(isinstance(partial, (int, float)) and 0 < partial <= 1, f"partial_rotary_factor={partial!r} must lie in (0, 1]")
+    number = isinstance(partial, (int, float))
+    check(number and 0 < partial <= 1, f"partial_rotary_factor={partial!r} must lie in (0, 1]")
     scaling = _scaling(h, options)
     return {
       "kind": "rope",
@@ -351,6 +352,8 @@ def _scaling(h: Reader, options: dict) -> dict | None:
       case _:
         known = "default, linear, dynamic, yarn, llama3, longrope"
         raise UserError(f"rope_parameters.rope_type={kind!r} is unknown (known: {known})")
+  except UserError:
+    raise
   except KeyError as e:
     raise UserError(f"rope_parameters.{e.args[0]} is missing, which rope_type={kind!r} needs") from None
   except (TypeError, ValueError, ZeroDivisionError):

@@ -109,13 +109,12 @@ class _Twins(ValueError):
 
 
 def _no_twins(pairs: list[tuple]) -> dict:
-  names = [name for name, _ in pairs]
-  for name in names:
-    if names.count(name) > 1 if len(names) < 64 else False:
+  found = {}
+  for name, value in pairs:
+    if name in found:
       raise _Twins(f"{name!r} is there twice")
-  if len(set(names)) < len(names):
-    raise _Twins(f"{next(n for i, n in enumerate(names) if n in names[:i])!r} is there twice")
-  return dict(pairs)
+    found[name] = value
+  return found
 
 
 def write_safetensors(
@@ -288,7 +287,8 @@ class Checkpoint:
     heads = {row.key for row in self.family.rows if row.paths == "head"}
     for key in self.tensors.keys() - slots.keys():
       tensor = self.tensors[key]
-      check(key in heads and self.config.head.tied, f"{tensor} has no place in a {self.family.model_type} of this config")
+      a_copy = key in heads and self.config.head.tied
+      check(a_copy, f"{tensor} has no place in a {self.family.model_type} of this config")
       embed = next(self.tensors[slot.key] for slot in slots.values() if slot.parts == (("embed", None),))
       same = tensor.shape == embed.shape and np.array_equal(tensor.read(), embed.read())
       check(same, f"{tensor} differs from {embed.name}, but {CONFIG} ties them")
@@ -339,9 +339,11 @@ def _open(folder: Path) -> dict[str, Tensor]:
       check(not extra, f"{folder}: {', '.join(extra)} beside {SINGLE}, without {INDEX}; remove one or the other")
       return read_header(_inside(folder, SINGLE))[0]
     check(not shards, f"{folder}: {', '.join(shards)} need {INDEX}, which is missing; restore it")
-    pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")] if folder.is_dir() else []
-    check(not pickled, f"{folder} holds {', '.join(sorted(pickled))}; pickled weights are never opened: save them as"
-          " safetensors")  # fmt: skip
+    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    check(
+      not pickled,
+      f"{folder} holds {', '.join(pickled)}; pickled weights are never opened: save them as safetensors",
+    )
     raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}; give a folder of transformers")
   index = folder / INDEX
   where = _read_json(index).get("weight_map")
@@ -463,7 +465,8 @@ def write_checkpoint(
       filled = 0
     shards[-1].append(key)
     filled += size
-  names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+  names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+  names = names if len(shards) > 1 else [SINGLE]
   for name, keys in zip(names, shards):
     entries = {key: (dtype, slots[key].layout.shape) for key in keys}
     array = lambda key: slots[key].layout.join([read(*part) for part in slots[key].parts])

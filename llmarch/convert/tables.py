@@ -107,7 +107,8 @@ QKV = ("mixer/q", "mixer/k", "mixer/v")
 
 def fused(key: str, interleaved: bool = False) -> tuple[Row, ...]:
   """q, k and v in one Linear: one after another, or (interleaved) the queries of a group, its key, its value."""
-  weight, bias = ("(k c h) d -> d (k c) h", "(k c h) -> (k c) h") if interleaved else ("(c h) d -> d c h", "(c h) -> c h")
+  apart, among = ("(c h) d -> d c h", "(c h) -> c h"), ("(k c h) d -> d (k c) h", "(k c h) -> (k c) h")
+  weight, bias = among if interleaved else apart
   return Row(f"{key}.weight", QKV, weight), Row(f"{key}.bias", tuple(f"{path}_bias" for path in QKV), bias)
 
 
@@ -248,6 +249,10 @@ def _inner(key: str, width: str) -> Pair:
   return Pair(lambda h, i: size.read(h, i) or 4 * h.size(width), size.write)
 
 
+def _gpt2_scale(h) -> float:
+  return (h.size("n_embd") / h.size("n_head")) ** -0.5
+
+
 GPT_MODEL = {"d_model": Size("n_embd"), "max_seq_len": Size("n_positions")}
 
 
@@ -375,7 +380,7 @@ _FAMILIES = (
         "num_heads": Size("n_head"),
         "qkv_bias": True,
         "out_bias": True,
-        "query_scale": when("scale_attn_weights", True, Derived(lambda h: (h.size("n_embd") / h.size("n_head")) ** -0.5), 1.0),
+        "query_scale": when("scale_attn_weights", True, Derived(_gpt2_scale), 1.0),
         "dropout": Key("attn_pdrop", 0.1),
       },
       "ffn": _gpt(_inner("n_inner", "n_embd"), activation=activation("activation_function", "gelu_new")),
@@ -599,7 +604,7 @@ _FAMILIES = (
         "num_heads": Size("n_heads"),
         "position": {"kind": "alibi", "max_bias": Key("attn_config.alibi_bias_max", 8, float, whole)},
         "query_scale": Key("attn_config.softmax_scale", None),
-        "dropout": Key("attn_config.attn_pdrop", 0.0),
+        "dropout": Key("attn_config.attn_pdrop", 0.0, float, whole),
       },
       "ffn": _gpt(Derived(lambda h: 4 * h.size("d_model")), activation="gelu", bias=False),
       "norm": layer_norm("layer_norm_epsilon", bias=False),
