@@ -105,8 +105,9 @@ MESH_AXES = (("data", "tensor"), ("x", "y", "z"))  # training; the inference lay
 def find_layout(name: str, mesh: Mesh) -> Layout:
   """The row of a name such as "ws_2d+batch_xyz+throughput"; without an attention it is over heads.
 
-  The last part loops the gathers and scatters of activations into the matmuls that need them
-  (ops/collective_einsum.py); norms then work on the fully split residual stream.
+  The last part loops a gather or a scatter of activations into each matmul that needs one
+  (ops/collective_einsum.py), over the first of its mesh axes; norms then work on the fully split residual
+  stream.
   Raises UserError for an unknown name, and for a row that does not speak of the mesh's axes.
   """
   base, plus, form = name.rpartition("+")
@@ -122,7 +123,10 @@ def find_layout(name: str, mesh: Mesh) -> Layout:
     axes == sorted(mesh.shape),
     f"layout {name!r} splits over {', '.join(axes)}, but the mesh has {', '.join(sorted(mesh.shape))}; change either",
   )
-  return {**row, "post_norm_embed": row["act_embed"], LOOP: (form,)} if form else row
+  if form is None:
+    return row
+  check("act_embed" in row, f"layout: {base!r} has no gathers of activations to loop; leave +{form} out of {name!r}")
+  return {**row, "post_norm_embed": row["act_embed"], LOOP: (form,)}
 
 
 # --------------------------------------------------------------------------------------------------- meshes
@@ -137,7 +141,7 @@ def parse_mesh(text: str) -> dict[str, int]:
   for part in filter(None, text.split(",")):
     name, _, size = (s.strip() for s in part.partition("="))
     known = any(name in family for family in MESH_AXES)
-    if not known or name in given or not size.isdigit() or int(size) < 1:
+    if not known or name in given or not size.isdecimal() or int(size) < 1:
       raise UserError(f"mesh: cannot read {part!r}; write it as 'data=2,tensor=4' or 'x=2,y=2,z=2', each axis once")
     given[name] = int(size)
   for family in MESH_AXES:
@@ -334,6 +338,8 @@ def relay(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array
       to = home.get(leave[-1])
       together = tuple(a for a in leave if home.get(a) == to)
       leave = leave[: -len(together)]
+      if to is not None and to > d and have[to] and x.shape[to] % parts(together):
+        new[to], to = new[to] + together, None  # it has axes that are yet to leave: gathered, and cut at the end
       if to is None:
         for a in reversed(together):
           x = jax.lax.all_gather(x, a, axis=d, tiled=True)

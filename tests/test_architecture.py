@@ -28,7 +28,7 @@ ARROWS = {
   "commands": BELOW_MODELS
   | {"presets", "data", "train", "infer", "convert", "analysis", "report", "__main__", "__init__"},
   "__main__": {"config", "commands"},
-  "__init__": {"data", "train", "infer"},
+  "__init__": {"data", "train", "infer", "convert"},
 }
 LIBRARIES = {  # outside the standard library
   "config": set(),

@@ -151,6 +151,17 @@ def test_a_mesh_axis_that_does_not_divide_is_named_with_its_dimension(capsys):
   assert "1023" in said and "not divisible" in said
 
 
+@needs_tpu
+def test_a_train_step_on_the_axes_of_inference_is_refused(capsys):
+  said = refused(capsys, "--topology=v4:2x2x2", "--phase=train", "--mesh=x=2,y=2,z=2")
+  assert "'megatron' splits over data, tensor, but the mesh has x, y, z" in said
+
+
+def test_what_a_train_step_does_not_read_is_refused(capsys):
+  said = refused(capsys, "--topology=v4:2x2x2", "--phase=train", "--weights=int8", "--layout.decode=wg_x")
+  assert "--phase=train does not read --weights, --layout.decode;" in said
+
+
 def test_a_missing_compiler_is_named_with_the_extra_that_has_it(capsys, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   assert "pip install 'llmarch[tpu]'" in refused(capsys, "--topology=v4:2x2x2")

@@ -285,6 +285,8 @@ def test_family_computes_what_its_peer_does_and_is_written_back(case, tmp_path, 
 
   # The same files.
   assert main(["convert", f"--from={theirs}", f"--to={tmp_path / 'ours'}"]) == 0
+  ours = flatten(llmarch.load(tmp_path / "ours").params)
+  assert all(np.array_equal(value, ours[name]) for name, value in flatten(lm.params).items())
   assert main(["convert", f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}", "--format=hf"]) == 0
   before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
   assert before.keys() == after.keys()

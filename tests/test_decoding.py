@@ -344,7 +344,8 @@ def test_the_command_prints_what_generate_gives(tmp_path, capsys):
     assert main(["generate", *options, "--prompt=one", *more]) == 0
     shown = capsys.readouterr()
     assert shown.out == f"one{want[0]}\n" and "tokens in" in shown.err
-  for bad in (["--prompt="], ["--prompt=a", "--top_p=7"], ["--prompt_file=/none"], [], ["--prompt=a", "--seed=x"]):
+  wrong = ("--top_p=7", "--seed=x", "--layout.decode=wg_x")  # the last for want of a mesh
+  for bad in (["--prompt="], ["--prompt_file=/none"], [], *(["--prompt=a", flag] for flag in wrong)):
     assert main(["generate", *options, *bad]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and len(shown.err.splitlines()) == 1

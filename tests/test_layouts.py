@@ -19,6 +19,7 @@ from test_invariants import assert_close
 from llmarch.analysis import cost
 from llmarch.config import EmbedConfig, HeadConfig, ModelConfig, UserError, build
 from llmarch.infer.decoder import decoding_params, make_decoder
+from llmarch.infer.lm import LM
 from llmarch.layers.attention import QKNorm
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
@@ -233,14 +234,14 @@ def test_heads_that_know_their_number_are_not_padded(mixer):
 @pytest.mark.parametrize("form", LOOPS)
 @pytest.mark.parametrize("layout", ["ws_1d+heads", "ws_2d+batch_xyz", "wg_x+batch_z"])
 def test_looped_collective_einsum_equals_one_device(layout, form, cases):
-  """And where no weight is gathered, nothing is: there are hops in place of gathers, which the plain row has."""
+  """And there are hops in place of gathers: of all, where one axis gathers each x; of one axis in three in ws_1d."""
   mesh = mesh_of("x=2,y=4" if layout.startswith("ws_2d") else "x=2,y=2,z=2")
   looped, texts = find_layout(f"{layout}+{form}", mesh), []
   for name, config in {"sharing": SHARING, "options": OPTIONS["biases_and_learned_positions"]}.items():
     check_equal(config, outcomes(config, looped, mesh, lowered=texts), f"{layout} {form} {name}")
     cases("7 looped collective einsum == one device")
   assert "collective_permute" in texts[0]
-  assert ("all_gather" in texts[0]) == layout.startswith("wg")
+  assert ("all_gather" in texts[0]) == (layout != "ws_2d+batch_xyz")
 
 
 @pytest.mark.parametrize("layout", ["ws_1d+batch_xyz", "ws_2d+batch_yz", "wg_x+heads", "wg_xyz+heads"])
@@ -286,6 +287,35 @@ def test_a_decoder_on_a_mesh_writes_the_same_tokens(prefill, decode, form, cases
   cases("7 decoder on a mesh == one device: tokens")
 
 
+def test_a_quantised_model_on_a_mesh_writes_the_same_tokens():
+  config = model(block(2), block(8, form="parallel"))
+  params = spaces.random_params(nnx.state(abstract(config)), 3)
+  place = dict(mesh=mesh_of("x=2,y=2,z=2"), prefill_layout="wg_xyz", decode_layout="ws_2d+batch_xyz+latency")
+  one, many = (
+    LM(config, params, weights="int8", kv="int8", **place).generate([[1, 2, 3], [4]], max_new_tokens=6)
+    for place in ({}, place)
+  )
+  assert many == one and len(set(one[0])) > 1
+
+
+@pytest.mark.parametrize(
+  "prefill, decode, gathers",
+  [
+    ("ws_2d+batch_z", "ws_2d+batch_xyz", False),
+    ("wg_x", "ws_2d+batch_z", True),  # x goes to heads that it does not divide before z has left them
+  ],
+)
+def test_a_state_goes_to_another_layout_unchanged_and_is_not_replicated(prefill, decode, gathers):
+  place = dict(mesh=mesh_of("x=2,y=2,z=2"), prefill_layout=prefill, decode_layout=decode)
+  programs = make_decoder(model(block(4)), batch=B, max_len=T, chunk=4, sampling=Sampling(), **place)
+  carry = programs.start(jax.random.split(jax.random.key(1), B), jnp.full(B, T))
+  numbered = lambda a: jax.device_put(jnp.arange(a.size).reshape(a.shape).astype(a.dtype), a.sharding)
+  carry = {**carry, "state": jax.tree.map(numbered, carry["state"])}
+  jax.tree.map(np.testing.assert_array_equal, programs.switch(carry)["state"], carry["state"])
+  text = programs.switch.lower(carry).compile().as_text()
+  assert " all-to-all(" in text and (" all-gather(" in text) == gathers
+
+
 def test_64_devices_equal_one():
   """A sample of rows on the mesh of the paper, 4 x 4 x 4; in a process of its own, for this one has 8 devices."""
   script = "import test_layouts; test_layouts.on_64_devices()"
@@ -322,6 +352,14 @@ REFUSED = {
   "rows": (dict(batch=4, prefill_layout="wg_xyz"), "axis 'batch' of size 4 is not divisible by"),
   "weights": (dict(prefill_layout="ws_1d"), "'ws_1d' and decode layout 'ws_2d' store weights in different places"),
   "axes": (dict(decode_layout="megatron"), "'megatron' splits over data, tensor, but the mesh has x, y, z"),
+  "heads": (
+    dict(config=model(block(4, heads=4)), decode_layout="ws_2d+batch_xyz"),
+    "axis 'act_heads' of size 4 is not divisible by mesh axis z\\*y\\*x=8",
+  ),
+  "loop": (
+    dict(mesh="data=2,tensor=4", prefill_layout="megatron+latency", decode_layout="megatron"),
+    "'megatron' has no gathers of activations to loop",
+  ),
   "name": (dict(decode_layout="ws_2d+batch_xy"), "layout: there is no 'ws_2d\\+batch_xy'; give megatron or one of"),
 }
 
@@ -329,6 +367,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_impossible_layout_is_refused_before_anything_is_compiled(name):
   changes, message = REFUSED[name]
-  place = {"batch": B, "mesh": mesh_of("x=2,y=2,z=2")} | changes
+  place = {"config": SHARING, "batch": B, "mesh": "x=2,y=2,z=2"} | changes
+  place["mesh"] = mesh_of(place["mesh"])
   with pytest.raises(UserError, match=message):
-    make_decoder(SHARING, max_len=T, chunk=4, sampling=Sampling(), **place)
+    make_decoder(max_len=T, chunk=4, sampling=Sampling(), **place)

@@ -31,6 +31,7 @@ USABLE = 0.95  # of a chip's memory: XLA keeps the rest (a v4 chip of 32 GiB let
 BITS = {"int8": 8, "float8_e4m3fn": 8, "int4": 4, "uint4": 4}
 # Of an element. The scale of a group takes 16 bits; those of channels and tokens are few and not counted.
 BYTES = {"bf16": 2.0} | {name: BITS[f.dtype] / 8 + (2 / f.group if f.group else 0) for name, f in FORMATS.items()}
+KV = ("bf16", "int8", "fp8")  # in which a decoding state holds keys and values
 PHASES = ("prefill", "decode")
 
 
@@ -51,9 +52,9 @@ class Request:
     for name in ("chips", "batch", "prompt"):
       check(getattr(self, name) >= 1, f"--{name} must be at least 1, got {getattr(self, name)}")
     check(self.generate >= 0, f"--generate must be at least 0, got {self.generate}")
-    for name in ("weights", "kv"):
+    for name, known in (("weights", BYTES), ("kv", KV)):
       value = getattr(self, name)
-      check(value in BYTES, f"--{name}: unknown {value!r}{nearest(value, BYTES)}")
+      check(value in known, f"--{name}: unknown {value!r}{nearest(value, known)}")
     for name, block in self.model.blocks.items():
       known = isinstance(block.mixer, AttentionConfig) and isinstance(block.ffn, MLPConfig | None)
       kinds = block.mixer.kind + (f" and {block.ffn.kind}" if block.ffn else "")
@@ -382,7 +383,7 @@ def options(
   """Every layout on every mesh (of `among`; by default of the chip's torus), for each phase.
 
   `layouts` {"prefill": "wg_xyz", "decode": "ws_2d+batch_yz"} keeps some. Raises UserError for an unknown layout,
-  and for a batch that cannot be split as it says.
+  for a batch that cannot be split as it says, and for two that no mesh has over the same weights.
   """
   found = []
   for phase in r.phases:
@@ -398,15 +399,33 @@ def options(
       for a in attention_rows(f, mesh)
       if not attention or a == attention
     ]
+    check(
+      rows,
+      f"--layout.{phase}={wanted} is no row of its own on {r.chips} chips: an axis of size 1 splits nothing, and wg_xyz"
+      f" is attention over the batch in any case; give another row, or more chips",
+    )
     degree = lambda row: comm.batch_split(*row)
     splittable = [row for row in rows if r.batch % degree(row) == 0]
     check(
       splittable,
       f"--batch={r.batch} is too small for --layout.{phase}={wanted}: on {r.chips} chips it splits the batch"
-      f" {min(map(degree, rows), default=0)} ways at least; give a multiple of that, or attention over heads",
+      f" {min(map(degree, rows))} ways at least; give a multiple of that, or a row that does not",
     )
     found += [evaluate(r, phase, *row, calibration) for row in splittable]
+  given = " and ".join(f"--layout.{phase}={layouts[phase]}" for phase in r.phases if layouts.get(phase))
+  check(
+    _pairs(found, r.phases),
+    f"{given}: no mesh of {r.chips} chips has both over the same weights, and ws_1d goes with ws_1d alone; give one",
+  )
   return found
+
+
+def _pairs(found: Iterable[Option], phases: Sequence[str]) -> list[tuple[Option, ...]]:
+  """For each mesh and place of the weights that has all phases, the first option of each."""
+  groups: dict[tuple, dict[str, Option]] = {}
+  for o in found:
+    groups.setdefault((*o.mesh.values(), comm.FEED_FORWARD[o.ffn][3:]), {}).setdefault(o.phase, o)
+  return [tuple(group[p] for p in phases) for group in groups.values() if set(phases) <= set(group)]
 
 
 def order(o: Option) -> tuple:
@@ -418,12 +437,8 @@ def order(o: Option) -> tuple:
 
 def best_plan(found: Sequence[Option]) -> Plan | None:
   """The fastest pair of prefill and decode over the same weights, of one request's options. None: none fits."""
-  groups: dict[tuple, dict[str, Option]] = {}
-  for o in sorted((o for o in found if o.fits), key=order):
-    key = (*o.mesh.values(), comm.FEED_FORWARD[o.ffn][3:])
-    groups.setdefault(key, {}).setdefault(o.phase, o)
-  phases = {o.phase for o in found}
-  whole = [tuple(g[p] for p in PHASES if p in phases) for g in groups.values() if set(g) == phases]
+  phases = [phase for phase in PHASES if any(o.phase == phase for o in found)]
+  whole = _pairs(sorted((o for o in found if o.fits), key=order), phases)
   if not whole:
     return None
   chosen = min(whole, key=lambda pair: (round(math.log(sum(o.latency_s for o in pair)), 9), *map(order, pair)))
@@ -493,8 +508,8 @@ def best(plans: Iterable[Plan]) -> dict[str, Plan]:
 
 def why_it_does_not_fit(r: Request, found: Sequence[Option], layouts: Mapping[str, str] = FrozenDict()) -> str:
   """By how much the smallest of the options is too large, and how many chips would do."""
-  worst = max((min((o for o in found if o.phase == phase), key=lambda o: o.bytes_over) for phase in r.phases),
-              key=lambda o: o.bytes_over)  # fmt: skip
+  over = lambda o: o.bytes_over
+  worst = min((max(pair, key=over) for pair in _pairs(sorted(found, key=over), r.phases)), key=over)
   gib = lambda n: f"{n / 2**30:.2f} GiB"
   text = (
     f"--chips={r.chips}: {worst.phase} needs at least {gib(worst.bytes_per_chip)} a chip, {gib(worst.bytes_over)} more"

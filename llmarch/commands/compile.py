@@ -67,6 +67,9 @@ def _cell(args, overrides):
   check(args.topology is not None, "--topology is missing; give one such as v4:4x4x4")
   chosen = {"model.precision.compute": args.dtype}
   if args.phase == "train":
+    unread = ("weights", "kv", "chunk", "layout.prefill", "layout.decode", "unrolled")
+    given = [f"--{name}" for name in unread if args[name].present]
+    check(not given, f"--phase=train does not read {', '.join(given)}; leave them out, or take another phase")
     chosen["train.remat"] = "full"
   else:
     chosen |= {"model.precision.param": args.dtype, "model.precision.state": args.kv or args.dtype}

@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
   if args.mesh:
     place = {"mesh": device_mesh(args.mesh)}
     place |= {"prefill_layout": args["layout.prefill"].value, "decode_layout": args["layout.decode"].value}
+  elif args["layout.prefill"].present or args["layout.decode"].present:
+    raise UserError("--layout.prefill and --layout.decode are of a mesh; give --mesh=x=2,y=2,z=2, or leave them out")
   model = llmarch.load(folder, weights=args.weights, kv=args.kv, **place)
   if model.tokenizer is None:
     raise UserError(f"{folder} has no tokenizer, so it cannot read a text; put its tokenizer.json there")

@@ -186,7 +186,8 @@ def _after_max_window_layers(h, i) -> bool:
 
 def _qwen(model_type: str, architecture: str, rows: tuple[Row, ...], **mixer) -> Family:
   window = Window(types=_after_max_window_layers, switch="use_sliding_window")
-  return llama_like(model_type, architecture, {"window": window, "position": Rope()} | mixer, rows=rows)
+  mixer = {"window": window, "position": Rope()} | mixer
+  return llama_like(model_type, architecture, mixer, rows=rows, only={"use_mrope": (False,)})
 
 
 def gemma(model_type: str, architecture: str, mixer: dict, **more) -> Family:
@@ -230,7 +231,10 @@ def cohere(model_type: str, architecture: str, **mixer) -> Family:
     model(norm, tied=True, head={"scale": Key("logit_scale", 0.0625)}),
     {"mixer": attention(**mixer, **ATTENTION_BIAS), "ffn": mlp(), "norm": norm, "residual": "parallel"},
     LLAMA,
-    only={"use_qk_norm": (False,)},
+    only={"use_qk_norm": (False,), "use_gated_activation": (True,), "use_parallel_block": (True,)}
+    | {"rotary_pct": (1.0,)},
+    moot=frozenset({"order_of_interleaved_layers", "position_embedding_type", "use_embedding_sharing"})
+    | {"use_parallel_embedding"},
     aliases={"_sliding_window_pattern": "sliding_window_pattern"},
   )
 
@@ -349,6 +353,8 @@ _FAMILIES = (
       "softcap": Key("attn_logit_softcapping", 50.0),
     },
     rows=GEMMA,
+    only={"hidden_act": (None, "gelu_pytorch_tanh")},
+    moot=frozenset({"sliding_window_size"}),
   ),
   gemma(
     "gemma3_text",
@@ -431,6 +437,7 @@ _FAMILIES = (
       *output("gpt_neox.layers.{}.attention.dense"),
       *gated("gpt_neox.layers.{}.mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
     ),
+    moot=frozenset({"attention_probs_dropout_prob", "hidden_dropout_prob"}),
     buffers=GPT_BUFFERS,
   ),
   Family(
@@ -510,6 +517,7 @@ _FAMILIES = (
       "dropout": Key("resid_pdrop", 0.0),
     },
     (*ENDS, *PRE, *fused(f"{L}.self_attn.qkv_proj"), *output(f"{L}.self_attn.o_proj"), *fused_gate(f"{L}.mlp")),
+    only={"attention_bias": (False,)},
   ),
   llama_like(
     "granite",
@@ -537,6 +545,9 @@ _FAMILIES = (
       "dropout": Key("residual_dropout", 0.0),
     },
     (*ENDS, *PRE, *projections(f"{L}.self_attn"), *gated(f"{L}.mlp", "c_fc", "c_proj")),
+    only={"mlp_type": ("default",), "norm_type": ("layer_norm",), "scale_attn_weights": (True,)},
+    moot=frozenset({"activation_function", "attention_softmax_in_fp32", "layer_norm_epsilon"})
+    | {"scale_attention_softmax_in_fp32"},
   ),
   Family(
     "stablelm",
@@ -583,7 +594,7 @@ _FAMILIES = (
       *output(f"{H}.self_attention.dense"),
       *gated(f"{H}.mlp", "dense_h_to_4h", "dense_4h_to_h"),
     ),
-    only={"alibi": (False,)},
+    only={"alibi": (False,), "apply_residual_connection_post_layernorm": (False,)},
     aliases={"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embed": "hidden_size"}
     | {"n_head_kv": "num_kv_heads"},
     prefix="transformer.",
@@ -630,9 +641,10 @@ _FAMILIES = (
       "logit_scale": (None,),
       "no_bias": (True,),
       "embedding_fraction": (1.0,),
+      "norm_type": ("low_precision_layernorm", "layernorm"),
     },
     moot=frozenset({"attn_config.attn_impl", "attn_config.is_encoder_decoder", "learned_pos_emb"})
-    | {"norm_type", "verbose", "init_config"},
+    | {"verbose", "init_config", "tokenizer_name"},
     nested="attn_config",
   ),
   Family(
@@ -727,6 +739,7 @@ _FAMILIES = (
     },
     model=model(rms(), tied=True),
     block={"ffn": mlp(bias=Key("mlp_bias", False))},
+    moot=frozenset({"max_window_layers"}),
   ),
   Family(
     "glm4",

@@ -131,6 +131,8 @@ def make_decoder(
     return Programs(jax.jit(start), jitted(advance), lambda carry: carry, jitted(decode), specs)
 
   prefills, decodes = (sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout))
+  for layout in (prefills, decodes):
+    _check_sizes(config, layout, mesh)
   params = nnx.state(model)
   if weights:
     params = jax.eval_shape(lambda p: quantize_params(p, weights), params)
@@ -160,13 +162,39 @@ def make_decoder(
     return jax.jit(run, in_shardings=get(inputs), out_shardings=get(outputs), donate_argnums=1)
 
   carry_placed = lambda layout: sharding.shardings(specs, layout, mesh)
+
+  def switch(carry):
+    """By our own collectives: XLA replicates a cache to take it from heads to rows."""
+    numbers = lambda tree: {name: value for name, value in tree.items() if name != "keys"}
+    before, after = (
+      jax.tree.map(lambda s: s.spec, numbers(carry_placed(layout))) for layout in (prefills, decodes)
+    )
+    axes = lambda spec: [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+
+    def run(arrays):
+      with sharding.use_layout(decodes, mesh, manual=True):
+        return jax.tree.map(lambda x, have, want: sharding.relay(x, axes(have), axes(want)), arrays, before, after)
+
+    moved = jax.shard_map(run, mesh=mesh, in_specs=(before,), out_specs=after, check_vma=False)(numbers(carry))
+    return {**moved, "keys": carry["keys"]}
+
   return Programs(
     jax.jit(start, out_shardings=carry_placed(prefills)),
     placed(advance, prefills, ("params", "carry", "rows", "rows"), ("carry",)),
-    jax.jit(lambda carry: carry, out_shardings=carry_placed(decodes)),
+    jax.jit(switch if manual else lambda carry: carry, out_shardings=carry_placed(decodes)),
     placed(decode, decodes, ("params", "carry", "one"), ("carry", "rows", "one")),
     specs,
   )
+
+
+def _check_sizes(config: ModelConfig, layout: sharding.Layout, mesh: Mesh) -> None:
+  """Raises UserError, before anything is compiled, for activations that the mesh does not divide."""
+  sizes = {("act_embed", config.d_model)}
+  for block in config.blocks.values():
+    sizes |= {("act_heads", getattr(block.mixer, "num_heads", None)), ("act_mlp", getattr(block.ffn, "d_ff", None))}
+  for name, size in sizes:
+    if size is not None:
+      sharding.spec((name,), (size,), layout, mesh)
 
 
 def _carry_specs(model, batch: int, max_len: int, chunk: int, sampling: Sampling) -> dict:

@@ -57,6 +57,10 @@ class LM:
       f"the tokenizer has {tokenizer and tokenizer.vocab_size} ids but model.vocab_size is {config.vocab_size};"
       " give the tokenizer that the model was trained with",
     )
+    check(
+      mesh is None or isinstance(mesh, jax.sharding.Mesh),
+      f"mesh must be a jax.sharding.Mesh, such as sharding.make_mesh(sharding.parse_mesh('x=2,y=2,z=2')), not {mesh!r}",
+    )
     if kv is not None:
       config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, state=_state(kv)))
     self.config = config
@@ -155,6 +159,7 @@ class LM:
       sampling=build(Sampling, {name: _plain(value) for name, value in sampling.items()}, "generate"),
       stop_ids=self._stop_ids(stop),
       prefix=prefix,
+      weights=self.weights,
       **self._place,
     )
     for first in range(0, len(rows), batch):

@@ -121,6 +121,7 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed, batch_sharding = jax.tree.map(lambda _: device, shapes), None
   else:
+    sharding.find_layout("megatron", mesh)  # refuses a mesh of other axes
     placed = _state_shardings(shapes, named, mesh)
     batch_sharding = NamedSharding(
       mesh, sharding.spec(("batch", "length"), (c.batch_size // c.grad_accum, c.seq_len), LAYOUT, mesh)
