@@ -54,7 +54,7 @@ def test_a_decode_step_on_v4_costs_the_formulas_flops_and_its_arguments(capsys, 
   # The one key-value head is split over x alone.
   assert found["flops"] == pytest.approx(2 * BATCH * ((LAYERS * SPLIT + D * V) / 8 + LAYERS * KEYS / 2), rel=0.02)
   weights = 2 * (LAYERS * (2 * D * N * H + 3 * D * F) + D * V) / 8 + 2 * LAYERS * KEYS / 2
-  assert weights < found["bytes_per_chip"] < 4 * weights
+  assert weights < found["bytes_per_chip"] < 8 * weights  # a model this small is mostly temporaries
   assert found["fits"] and found["memory_per_chip"] == int(30.75 * GiB)
   assert found["full_rematerialisations"] == 0 and found["opaque"] == {}
   assert found["open_loops"] == 1  # decoding ends when the rows have ended

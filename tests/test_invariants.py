@@ -597,12 +597,9 @@ def test_tensor_parallel_ends_each_branch_in_one_all_reduce():
   assert reduces == 3, text  # and one for the embedding table, which is split by vocabulary
 
 
-@pytest.mark.parametrize(
-  "changes, axis", [({"vocab_size": 42}, "vocab"), ({"blocks": {"a": spaces.block()}}, "heads|mlp")]
-)
-def test_an_axis_that_does_not_divide_is_refused_by_name(changes, axis):
-  config = dataclasses.replace(WIDE["mqa_parallel"], **changes)
-  with pytest.raises(UserError, match=rf"axis '({axis})' of size \d+ is not divisible by mesh axis tensor=8"):
+def test_an_axis_that_does_not_divide_is_refused_by_name():
+  config = dataclasses.replace(WIDE["mqa_parallel"], blocks={"a": spaces.block()})
+  with pytest.raises(UserError, match=r"axis '(heads|mlp)' of size \d+ is not divisible by mesh axis tensor=8"):
     shardings(nnx.state(abstract(config)), LAYOUTS["megatron"], make_mesh({"data": 1, "tensor": 8}))
 
 

@@ -24,6 +24,7 @@ from llmarch.analysis.hardware import Chip, find_chip
 from llmarch.config import BlockConfig, FrozenDict, ModelConfig, UserError, check, nearest
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
+from llmarch.models.padding import pad_heads
 from llmarch.ops.quant import FORMATS
 from llmarch.presets import PRESETS
 
@@ -152,26 +153,6 @@ def slice_shape(chips: int, torus: int) -> tuple[int, ...]:
     return (chips,)
   shapes = [(d, *slice_shape(chips // d, torus - 1)) for d in range(1, chips + 1) if chips % d == 0]
   return min((tuple(sorted(shape)) for shape in shapes), key=lambda shape: (max(shape), sum(shape)))
-
-
-def pad_heads(config: ModelConfig, parts: int) -> ModelConfig:
-  """The model with query heads (key-value heads too, where there are as many) padded to a multiple of `parts`.
-
-  Padding heads have zero output rows, so that the function is the same: PaLM-540B's 48 to 64 on 64 chips.
-  """
-
-  def padded(block: BlockConfig) -> BlockConfig:
-    a, d = block.mixer, config.d_model
-    multihead = a.kv_heads == a.num_heads
-    step = parts if multihead else math.lcm(parts, a.kv_heads)
-    heads = -(-a.num_heads // step) * step
-    kv_heads = a.num_kv_heads and (heads if multihead else a.kv_heads)
-    return dataclasses.replace(
-      block, mixer=dataclasses.replace(a, num_heads=heads, num_kv_heads=kv_heads, head_dim=a.dim(d))
-    )
-
-  blocks = FrozenDict({name: padded(block) for name, block in config.blocks.items()})
-  return dataclasses.replace(config, blocks=blocks)
 
 
 def attention_rows(ffn: str, mesh: dict[str, int]) -> list[str]:

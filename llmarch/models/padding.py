@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import ModelConfig, check
+from llmarch.config import FrozenDict, ModelConfig, check
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.layers.position import ALiBi
@@ -37,7 +37,7 @@ def pad_heads(config: ModelConfig, multiple: int) -> ModelConfig:
     )
 
   blocks = {n: dataclasses.replace(b, mixer=padded(n, b.mixer)) for n, b in config.blocks.items()}
-  return dataclasses.replace(config, blocks=blocks)
+  return dataclasses.replace(config, blocks=FrozenDict(blocks))
 
 
 def pad_params(params: nnx.State, config: ModelConfig, padded: ModelConfig) -> nnx.State:
