@@ -450,6 +450,6 @@ def test_override_values_can_be_as_deep_as_a_shell_lets_them():
 
 
 def test_none_on_a_command_line_is_a_word_where_the_field_has_it_as_one():
-  data = to_dict(build(ExperimentConfig, {"model": PRESETS["gpt2_124m"]()}))
+  data = to_dict(build(ExperimentConfig, {"model": PRESETS["gpt_2_small"]()}))
   config = build(ExperimentConfig, override(data, [("train.remat", "full"), ("train.remat", "none")]))
   assert config.train.remat == "none"
