@@ -180,6 +180,8 @@ def _page(cells: list[dict], known: dict) -> str:
     "compiled for the machine, never run. Numbers are of one chip and one run of the program (one decode step).",
     "`8 all-reduce x*y 2.5 (was reduce-scatter)`: eight arrays, 2.5 MiB together, over the mesh axes x and y; the",
     "compiler wrote as all-reduces, which move their bytes twice, what the layout asks for as reduce-scatters.",
+    "`receipts.md` sets one layer's collectives beside their prediction, `contexts.md` the longest contexts beside",
+    "the paper's; the scripts of those names make them.",
     "",
     f"| {' | '.join(head)} |",
     f"|{'---|' * len(head)}",

@@ -126,9 +126,10 @@ def make_decoder(
     steps, carry, out = jax.lax.while_loop(running, body, (jnp.int32(0), carry, out))
     return carry, out, steps
 
+  stay = lambda carry: carry
   if mesh is None:
     jitted = functools.partial(jax.jit, donate_argnums=1)
-    return Programs(jax.jit(start), jitted(advance), lambda carry: carry, jitted(decode), specs)
+    return Programs(jax.jit(start), jitted(advance), stay, jitted(decode), specs)
 
   prefills, decodes = (sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout))
   for layout in (prefills, decodes):
@@ -181,7 +182,7 @@ def make_decoder(
   return Programs(
     jax.jit(start, out_shardings=carry_placed(prefills)),
     placed(advance, prefills, ("params", "carry", "rows", "rows"), ("carry",)),
-    jax.jit(switch if manual else lambda carry: carry, out_shardings=carry_placed(decodes)),
+    stay if prefills == decodes else jax.jit(switch if manual else stay, out_shardings=carry_placed(decodes)),
     placed(decode, decodes, ("params", "carry", "one"), ("carry", "rows", "one")),
     specs,
   )
