@@ -1,5 +1,6 @@
 """Tokenizers: bytes, or a Hugging Face `tokenizer.json`. Text in, ids out; one id ends a document."""
 
+import abc
 import functools
 import hashlib
 import json
@@ -17,20 +18,20 @@ END = "<|endoftext|>"
 END_TOKENS = (END, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]")
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
   """Text <-> ids in [0, vocab_size). `definition` is the JSON text that `save` writes."""
 
   vocab_size: int
   end_id: int  # ends every document; no text encodes to it
   definition: str
 
+  @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Ids of each text, nothing added. Special tokens spelt out are plain text; a lone surrogate is `?`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
     """Text of the ids. Invalid UTF-8 becomes U+FFFD; the end and ids outside the vocabulary, nothing."""
-    raise NotImplementedError
 
   def encode(self, text: str) -> list[int]:
     return self.encode_batch([text])[0].tolist()

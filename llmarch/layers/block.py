@@ -1,7 +1,6 @@
 """A block: norms and residuals around a mixer and a feed-forward, whatever they are."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from llmarch.config import BlockConfig
@@ -10,6 +9,7 @@ from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.layers.registry import FFNS, MIXERS
 from llmarch.ops.einsum import RESIDUAL, finish
+from llmarch.ops.norm import rms
 from llmarch.sharding import move, shard
 
 NORMED = "post_norm_embed"
@@ -60,7 +60,7 @@ class Block(nnx.Module):
       if self.config.ffn:
         x = self._branch("ffn", ffn, x, keys_out[1])
     if context.telemetry:
-      aux["residual_rms"] = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+      aux["residual_rms"] = rms(x)
     return x, state, aux
 
   def _branch(self, name: str, f, x: jax.Array, key) -> jax.Array:

@@ -237,13 +237,8 @@ class XPos(Rotary, PositionConfig, kind="xpos"):
   def turn(self, q, k, positions: jax.Array, length: jax.Array):
     dims = self.rotated(q.shape[-1])
     phase = rope.phases(positions, rope.frequencies(dims, self.theta))
-    # Centred at half the context: only differences of positions count, and either power stays small.
-    power = (positions - length // 2).astype(jnp.float32)[..., None, None] / self.scale_base
-    log_zeta = jnp.asarray(np.log(rope.xpos_decay(dims)), jnp.float32)
-    rotate = lambda x, sign: rope.rotate(
-      x, phase, interleaved=self.interleaved, gain=jnp.exp(sign * power * log_zeta)
-    )
-    return rotate(q, 1.0), rotate(k, -1.0)
+    gains = rope.xpos_gains(positions, length, dims, self.scale_base)
+    return tuple(rope.rotate(x, phase, interleaved=self.interleaved, gain=gain) for x, gain in zip((q, k), gains))
 
 
 # -------------------------------------------------------------------------------- biases on attention logits

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from llmarch.sharding import Axis, full_size, mean
 
 
+def rms(x: jax.Array) -> jax.Array:
+  """The root mean square of all of x, an f32 scalar."""
+  return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, axis: Axis = None) -> jax.Array:
   """x / sqrt(mean(x^2) + eps) * scale  (1910.07467, eq. 4).  x [..., D], scale [D] or [1]."""
   y = x.astype(jnp.float32)

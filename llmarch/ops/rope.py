@@ -62,6 +62,17 @@ def xpos_decay(dims: int) -> np.ndarray:
   return (np.arange(0, dims, 2) / dims + 0.4) / 1.4
 
 
+def xpos_gains(positions: jax.Array, length: jax.Array, dims: int, scale_base: float) -> tuple[jax.Array, jax.Array]:
+  """zeta_i^(m / scale_base), by which a query at m is multiplied, and its inverse for keys (2212.10554).
+
+  int32 [B, T], [B, T or 1] -> f32 [B, T, 1, R/2] each.
+  """
+  # Centred at half the context: only differences of positions count, and either power stays small.
+  power = (positions - length // 2).astype(jnp.float32)[..., None, None] / scale_base
+  log_gain = power * jnp.asarray(np.log(xpos_decay(dims)), jnp.float32)
+  return jnp.exp(log_gain), jnp.exp(-log_gain)
+
+
 def phases(positions: jax.Array, freqs: np.ndarray | jax.Array) -> jax.Array:
   """The angle positions * freqs reduced to [-pi, pi).  int32 [B, T], [R/2] or [B, T or 1, R/2] -> f32 [B, T, R/2].
 
