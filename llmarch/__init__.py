@@ -20,12 +20,13 @@ def load(directory: str | os.PathLike, **options):
   if os.path.isdir(os.path.join(directory, "checkpoints")):
     from llmarch.train.checkpoint import restore_params
 
-    config, params, tokenizer = restore_params(os.fspath(directory))
+    config, params, tokenizer = restore_params(os.fspath(directory), base=lambda folder: load(folder).arrays())
     return lm.LM(config, params, load_tokenizer(tokenizer), **options)
   has_tokenizer = os.path.exists(os.path.join(directory, lm.TOKENIZER))
   tokenizer = load_tokenizer(os.fspath(directory)) if has_tokenizer else None
   from llmarch.convert import hf
 
   if hf.is_checkpoint(directory):
-    return lm.LM(*hf.load(directory), tokenizer, **options)
+    mesh, layout = options.get("mesh"), options.get("prefill_layout", "ws_2d")
+    return lm.LM(*hf.load(directory, mesh, layout), tokenizer, **options)
   return lm.load(directory, tokenizer, **options)

@@ -5,11 +5,14 @@ import sys
 
 COMMANDS = {
   "train": "train a decoder from a config, checkpoint it, sample from it",
+  "launch": "start several processes of train: on this machine, over ssh, under Slurm",
   "generate": "continue prompts with a trained decoder",
   "presets": "list the published architectures that ship as presets",
   "describe": "print the stack, parameters, FLOPs and memory of a config",
   "plan": "choose layouts, meshes and chips for serving a decoder, by formula",
   "convert": "read a checkpoint of transformers, or write one",
+  "regroup": "give a model fewer key-value heads (MHA to GQA or MQA), to train on from",
+  "evaluate": "perplexity on a text, or tasks of lm-eval",
   "tokenizer": "train a BPE tokenizer, or encode a source to a token file",
   "bench": "measure train step, prefill and decode on given shapes",
   "compile": "compile for TPUs or GPUs that are not here: memory, FLOPs, collectives",
@@ -17,7 +20,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command. Returns its exit code: 0, or 2 for bad input (one sentence on stderr)."""
+  """Runs a command. Returns its exit code: 0, 2 for bad input, or train/faults.py's (one sentence on stderr)."""
   argv = sys.argv[1:] if argv is None else argv
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(_help())
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     return importlib.import_module(f"llmarch.commands.{name}").main(rest)
   except UserError as e:
     print(f"llmarch: {e}", file=sys.stderr)
-    return 2
+    return e.exit_code
   except KeyboardInterrupt:
     print("llmarch: interrupted", file=sys.stderr)
     return 130

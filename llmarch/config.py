@@ -23,6 +23,8 @@ config_dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
 class UserError(ValueError):
   """Bad input. The message is one sentence that names the field or file and the mend."""
 
+  exit_code = 2  # of the command
+
 
 class FrozenDict(dict):
   """A dict that can sit in a frozen config: hashable, never mutated after construction."""
@@ -188,15 +190,20 @@ class BlockConfig:
 
 @config_dataclass
 class EmbedConfig:
-  """tokens -> residual stream: dropout(norm(scale * table[tokens] + position))."""
+  """tokens -> residual stream: dropout(norm(scale * table[tokens] + position)).
+
+  With `dim`, the table has that width, a matrix leads from it to d_model, and one back before the head (OPT-350M).
+  """
 
   scale: float = 1.0  # Gemma and the original Transformer: sqrt(d_model)
   norm: NormConfig | None = None  # BLOOM
   position: PositionConfig | None = None  # Sinusoidal or Learned: added here, once
   dropout: float = 0.0
+  dim: int | None = None  # None: d_model
 
   def __post_init__(self):
     check_rate(self, "dropout")
+    check_at_least(self, 1, "dim")
 
 
 @config_dataclass
@@ -398,9 +405,10 @@ def _dataclass(annotation, value, path):
     if not isinstance(kind, str) or kind not in annotation.variants:
       raise UserError(f"{path}.kind: unknown kind {kind!r}{nearest(str(kind), annotation.variants)}")
     annotation = annotation.variants[kind]
-    value = {k: v for k, v in value.items() if k != "kind"}
   if not isinstance(value, Mapping):
     raise UserError(f"{path} must be a dict of {annotation.__name__}, got {value!r}")
+  if issubclass(annotation, Variant) and value.get("kind") == annotation.kind:  # told, or the only one there can be
+    value = {k: v for k, v in value.items() if k != "kind"}
   fields = {f.name: f for f in dataclasses.fields(annotation)}
   hints = typing.get_type_hints(annotation)
   for key in value:

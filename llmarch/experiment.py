@@ -11,6 +11,7 @@ from llmarch.config import (
   check_rate,
   config_dataclass,
 )
+from llmarch.mesh import check_training
 
 # ------------------------------------------------------------------------------------------------ data
 
@@ -261,24 +262,70 @@ class OptimizerConfig:
 
 
 @config_dataclass
+class SpikeConfig:
+  """A loss `sigma` deviations above the mean of the last `window` takes the run back to a checkpoint at least `back`
+  steps before it, and past the next `skip` batches, those up to the spike at least (PaLM, 2204.02311, section 5.1:
+  100 steps, 200 to 500 batches)."""
+
+  window: int = 128
+  sigma: float = 6.0
+  back: int = 100
+  skip: int = 200
+
+  def __post_init__(self):
+    check_at_least(self, 2, "window")
+    check_above(self, 0, "sigma")
+    check_at_least(self, 1, "back", "skip")
+
+
+@config_dataclass
+class LoRAConfig:
+  """Low-rank adapters on frozen weights (2106.09685); see models/lora.py."""
+
+  rank: int = 8
+  alpha: float = 16.0  # the adapter is times alpha / rank
+  targets: tuple[str, ...] = ("mixer/*", "ffn/*")  # patterns of the ends of names: "mixer/q", "blocks/0/ffn/*"
+  weights: Literal["int8", "fp8", "int4", "int4_32", "int4_128", "nf4"] | None = None  # of frozen matrices; QLoRA: nf4
+
+  def __post_init__(self):
+    check_at_least(self, 1, "rank")
+    check_above(self, 0, "alpha")
+    check(bool(self.targets), "targets is empty; name at least one matrix, such as 'mixer/q'")
+
+
+@config_dataclass
 class TrainConfig:
   steps: int = 1000
   batch_size: int = 16  # sequences a step, over all devices and micro-batches
   seq_len: int = 256
   log_every: int = 10
   grad_accum: int = 1  # micro-batches a step; gradients are summed in f32
-  remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+  microbatches: int | None = None  # of those, in a pipeline over `stage`; None: up to four times the stages
+  circuits: int = 1  # that they make round the stages: more have a smaller bubble, and more to send
+  remat: Literal["none", "full", "dots", "dots_no_batch", "offload"] = "none"  # layers/stack.py
   loss: Literal["causal", "prefix"] = "causal"
   loss_chunk: int = 128  # tokens a row whose logits exist at a time
   z_loss: float = 0.0  # PaLM: 1e-4
   label_smoothing: float = 0.0
+  init_from: str = ""  # a saved model, a run or a checkpoint of transformers to start from; "" draws the parameters
+  lora: LoRAConfig | None = None  # train adapters of init_from's weights, and nothing else
   ema: float | None = None  # decay of an exponential moving average of the parameters
   telemetry_every: int = 0  # steps between rows of per-layer statistics; 0 is never
+  on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite; 3 in a row always stop
+  spike: SpikeConfig | None = None
+  replay_every: int = 0  # steps between checks that a step, done again, gives the same bits; 0 is never
+  watchdog: float | None = None  # seconds that a step may take; None: 20 times the median, at least 60
 
   def __post_init__(self):
     check_at_least(self, 1, "steps", "batch_size", "seq_len", "log_every", "grad_accum", "loss_chunk")
-    check_at_least(self, 0, "z_loss", "telemetry_every")
+    check_at_least(self, 1, "microbatches", "circuits")
+    check_at_least(self, 0, "z_loss", "telemetry_every", "replay_every")
+    check_above(self, 0, "watchdog")
     check(self.steps < 2**31, f"steps must be below 2^31, got {self.steps}")
+    check(
+      self.lora is None or self.init_from,
+      "lora adapts given weights; set init_from to the folder of a model",
+    )
     tokens = self.batch_size * self.seq_len
     check(tokens < 2**31, f"batch_size and seq_len make {tokens} tokens a step; they must be below 2^31")
     check_rate(self, "label_smoothing")
@@ -324,7 +371,7 @@ class ExperimentConfig:
   train: TrainConfig = TrainConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
-  mesh: str = ""  # "data=2,tensor=4"; "" is one device
+  mesh: str = ""  # sizes of the axes of mesh.TRAINING, such as "fsdp=2,tensor=4"; "" is one device
 
   def __post_init__(self):
     check_at_least(self, 0, "seed")
@@ -334,3 +381,4 @@ class ExperimentConfig:
       f"train.seq_len={self.train.seq_len} is longer than model.max_seq_len={self.model.max_seq_len};"
       " lower the one or raise the other",
     )
+    check_training(self.mesh, self.model, self.train)

@@ -24,8 +24,10 @@ from llmarch.config import (
 )
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.mla import MLAConfig
+from llmarch.layers.moe import Groups, MoEConfig, TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm
-from llmarch.layers.position import ALiBi, Interpolation, Learned, Llama3Scaling, RoPE
+from llmarch.layers.position import ALiBi, Interpolation, Learned, Llama3Scaling, RoPE, T5Bias, YaRN
 
 
 def gpt(
@@ -123,8 +125,17 @@ def llama(
   qkv_bias: bool = False,
   head_dim: int | None = None,
   qk_norm: bool = False,
+  num_experts: int | None = None,
+  router: TopK | None = None,
+  shared: int | None = None,
+  shared_gate: bool = False,
+  dense_first: int | None = None,
 ) -> ModelConfig:
-  """LLaMA and what follows its diagram (Mistral, Qwen): RMSNorm before, RoPE, SwiGLU, no biases but Qwen's."""
+  """LLaMA and what follows its diagram (Mistral, Qwen): RMSNorm before, RoPE, SwiGLU, no biases but Qwen's.
+
+  With experts (Mixtral, Qwen MoE, DeepSeekMoE), d_ff is of one, `shared` of the shared one, and `dense_first` of the
+  feed-forward of the first layer, if that has no experts.
+  """
   norm = RMSNorm(eps=eps)
   attention = AttentionConfig(
     num_heads=num_heads,
@@ -135,12 +146,24 @@ def llama(
     qkv_bias=qkv_bias,
     qk_norm=QKNorm(norm=norm) if qk_norm else None,
   )
+  block = lambda ffn: BlockConfig(mixer=attention, ffn=ffn, norm=norm)
+  blocks = {"layer": block(MLPConfig(d_ff=d_ff))}
+  if num_experts is not None:
+    moe = MoEConfig(
+      num_experts=num_experts,
+      expert=MLPConfig(d_ff=d_ff),
+      router=router,
+      shared=MLPConfig(d_ff=shared) if shared else None,
+      shared_gate=shared_gate,
+    )
+    blocks = {"dense": block(MLPConfig(d_ff=dense_first)), "moe": block(moe)} if dense_first else {"moe": block(moe)}
+  *first, last = blocks
   return ModelConfig(
     d_model=d_model,
     vocab_size=vocab_size,
     max_seq_len=context,
-    stack=f"{num_layers}*layer",
-    blocks={"layer": BlockConfig(mixer=attention, ffn=MLPConfig(d_ff=d_ff), norm=norm)},
+    stack=f"{first[0]} {num_layers - 1}*{last}" if first else f"{num_layers}*{last}",
+    blocks=blocks,
     head=HeadConfig(tied=tied),
     final_norm=norm,
   )
@@ -152,6 +175,8 @@ llama_3 = partial(llama, context=8192, vocab_size=128256, theta=5e5)
 llama_3_2 = partial(llama_3, context=131072, scaling=Llama3Scaling(factor=32.0), tied=True)
 qwen_1_5 = partial(llama, context=32768, theta=1e6, eps=1e-6, qkv_bias=True)
 qwen_2_5 = qwen_1_5  # the diagram is the same; its base models of 14B and above have eps 1e-5
+mixtral = partial(llama, theta=1e6, num_experts=8, router=TopK(k=2))
+qwen_moe = partial(qwen_1_5, vocab_size=151936, shared_gate=True)
 qwen_3 = partial(llama, context=40960, vocab_size=151936, theta=1e6, eps=1e-6, head_dim=128, qk_norm=True)
 
 
@@ -336,6 +361,156 @@ def nemotron_4(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
   )
 
 
+def deepseek(
+  num_layers: int,
+  d_model: int,
+  num_heads: int,
+  dense_layers: int,
+  d_ff: int,
+  num_experts: int,
+  expert_d_ff: int,
+  shared_experts: int,
+  *,
+  router: TopK,
+  mscale: float,
+  context: int = 131072,
+  vocab_size: int = 102400,
+  q_lora_rank: int | None = 1536,
+) -> ModelConfig:
+  """DeepSeek-V2 and V3 (2405.04434, 2412.19437): latent attention, fine-grained and shared experts above one or
+  three dense layers, YaRN by 40 from 4096 tokens. Without V3's module that predicts a second token."""
+  norm = RMSNorm()
+  mixer = MLAConfig(
+    num_heads=num_heads,
+    q_lora_rank=q_lora_rank,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    position=RoPE(interleaved=True, scaling=YaRN(factor=40.0, original=4096, attention_factor=1.0)),
+    mscale_all_dim=mscale,
+  )
+  moe = MoEConfig(
+    num_experts=num_experts,
+    expert=MLPConfig(d_ff=expert_d_ff),
+    router=router,
+    shared=MLPConfig(d_ff=shared_experts * expert_d_ff),
+  )
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=vocab_size,
+    max_seq_len=context,
+    stack=f"{dense_layers}*dense {num_layers - dense_layers}*moe",
+    blocks={
+      "dense": BlockConfig(mixer=mixer, ffn=MLPConfig(d_ff=d_ff), norm=norm),
+      "moe": BlockConfig(mixer=mixer, ffn=moe, norm=norm),
+    },
+    head=HeadConfig(tied=False),
+    final_norm=norm,
+    init=Normal(stddev=0.006),
+    embed_init=Normal(stddev=0.006),
+  )
+
+
+def olmoe() -> ModelConfig:
+  """OLMoE-1B-7B (2409.02060): 64 small experts, QK-norm over all heads, an auxiliary and a z loss."""
+  router = TopK(k=8, renormalize=False, aux_loss=0.01, z_loss=0.001)
+  config = llama(16, 2048, 1024, 16, 16, context=4096, vocab_size=50304, num_experts=64, router=router)
+  block = config.blocks["moe"]
+  mixer = dataclasses.replace(block.mixer, qk_norm=QKNorm(norm=block.norm, whole=True))
+  return dataclasses.replace(config, blocks={"moe": dataclasses.replace(block, mixer=mixer)})
+
+
+def dbrx() -> ModelConfig:
+  """DBRX: 4 of 16 experts, LayerNorm without bias, queries, keys and values clipped at 8."""
+  norm = LayerNorm(bias=False)
+  attention = AttentionConfig(num_heads=48, num_kv_heads=8, position=RoPE(theta=5e5), qkv_clip=8.0)
+  moe = MoEConfig(num_experts=16, expert=MLPConfig(d_ff=10752), router=TopK(k=4))
+  return ModelConfig(
+    d_model=6144,
+    vocab_size=100352,
+    max_seq_len=32768,
+    stack="40*moe",
+    blocks={"moe": BlockConfig(mixer=attention, ffn=moe, norm=norm)},
+    head=HeadConfig(tied=False),
+    final_norm=norm,
+  )
+
+
+def grok_1() -> ModelConfig:
+  """Grok-1, after its public code: 2 of 8 experts with raw gates, norms on both sides of a branch, attention logits
+  capped at 30, embeddings times sqrt(d), logits divided by sqrt(3)."""
+  norm = RMSNorm(eps=1e-5)
+  attention = AttentionConfig(num_heads=48, num_kv_heads=8, head_dim=128, position=RoPE(), softcap=30.0)
+  expert = MLPConfig(d_ff=32768, activation="gelu_tanh")
+  moe = MoEConfig(num_experts=8, expert=expert, router=TopK(k=2, renormalize=False))
+  return ModelConfig(
+    d_model=6144,
+    vocab_size=131072,
+    max_seq_len=8192,
+    stack="64*moe",
+    blocks={"moe": BlockConfig(mixer=attention, ffn=moe, norm=norm, residual="sandwich")},
+    embed=EmbedConfig(scale=math.sqrt(6144)),
+    head=HeadConfig(scale=3**-0.5),
+    final_norm=norm,
+  )
+
+
+def gpt_oss(num_layers: int, num_experts: int) -> ModelConfig:
+  """gpt-oss (2508.10925): 4 experts a token, clamped SwiGLU, biases everywhere, sinks, every other layer a window."""
+  norm = RMSNorm(eps=1e-5)
+  expert = MLPConfig(d_ff=2880, activation="swiglu_oss", bias=True)
+  moe = MoEConfig(num_experts=num_experts, expert=expert, router=TopK(k=4, bias=True))
+  position = RoPE(theta=150000.0, scaling=YaRN(factor=32.0, original=4096, truncate=False))
+
+  def block(window):
+    attention = AttentionConfig(
+      num_heads=64,
+      num_kv_heads=8,
+      head_dim=64,
+      position=position,
+      window=window,
+      qkv_bias=True,
+      out_bias=True,
+      sinks=True,
+    )
+    return BlockConfig(mixer=attention, ffn=moe, norm=norm)
+
+  return ModelConfig(
+    d_model=2880,
+    vocab_size=201088,
+    max_seq_len=131072,
+    stack=f"{num_layers // 2}*(local global)",
+    blocks={"local": block(128), "global": block(None)},
+    head=HeadConfig(tied=False),
+    final_norm=norm,
+  )
+
+
+def glam(num_layers: int, d_model: int, d_ff: int, num_heads: int, num_experts: int) -> ModelConfig:
+  """GLaM (2112.06905): every second layer has experts without gates (GELU), the others GEGLU. The paper's relative
+  positions are Transformer-XL's; here they are T5's. Its capacity factor of 2 is a choice of a run."""
+  attention = AttentionConfig(num_heads=num_heads, head_dim=128, position=T5Bias(num_buckets=32, max_distance=128))
+  expert = MLPConfig(d_ff=d_ff, activation="gelu", gated=False)
+  moe = MoEConfig(num_experts=num_experts, expert=expert, router=TopK(k=2, aux_loss=0.01))
+  block = lambda ffn: BlockConfig(mixer=attention, ffn=ffn, norm=RMSNorm())
+  return ModelConfig(
+    d_model=d_model,
+    vocab_size=256000,
+    max_seq_len=1024,
+    stack=f"{num_layers // 2}*(dense moe)",
+    blocks={"dense": block(MLPConfig(d_ff=d_ff, activation="gelu")), "moe": block(moe)},
+    final_norm=RMSNorm(),
+  )
+
+
+# Losses that balance the load of whole devices are not here: they belong to a placement of the experts.
+deepseek_v2_router = partial(TopK, k=6, renormalize=False, sequence_loss=0.003)
+deepseek_v3_router = partial(
+  TopK, k=8, scores="sigmoid", scale=2.5, groups=Groups(num=8, top=4), balance_rate=0.001, sequence_loss=1e-4
+)
+
+
 # fmt: off
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
   # layers, d_model, heads
@@ -403,6 +578,42 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
   "gemma_3_12b": partial(gemma_3, 48, 3840, 15360, 16, 8),
   "gemma_3_27b": partial(gemma_3, 62, 5376, 21504, 32, 16, 128, query_scale=168**-0.5),  # (d_model / heads)^-0.5
 
+  # layers, d_model, d_ff of an expert, heads, kv heads
+  "mixtral_8x7b": partial(mixtral, 32, 4096, 14336, 32, 8, context=32768),
+  "mixtral_8x22b": partial(mixtral, 56, 6144, 16384, 48, 8, context=65536, vocab_size=32768),  # v0.3's vocabulary
+  "qwen_1_5_moe_a2_7b": partial(
+    qwen_moe, 24, 2048, 1408, 16, 16, context=8192, num_experts=60, shared=5632,
+    router=TopK(k=4, renormalize=False),
+  ),
+  "qwen_2_57b_a14b": partial(
+    qwen_moe, 28, 3584, 2560, 28, 4, num_experts=64, shared=20480, router=TopK(k=8, renormalize=False)
+  ),
+  "qwen_3_30b_a3b": partial(qwen_3, 48, 2048, 768, 32, 4, num_experts=128, router=TopK(k=8)),
+  "qwen_3_235b_a22b": partial(qwen_3, 94, 4096, 1536, 64, 4, num_experts=128, router=TopK(k=8)),
+  "deepseek_moe_16b": partial(
+    llama, 28, 2048, 1408, 16, 16, context=4096, vocab_size=102400, eps=1e-6, num_experts=64, shared=2816,
+    dense_first=10944, router=TopK(k=6, renormalize=False, aux_loss=0.001),
+  ),
+  "olmoe_1b_7b": olmoe,
+  "dbrx": dbrx,
+  "grok_1": grok_1,
+  "gpt_oss_20b": partial(gpt_oss, 24, 32),
+  "gpt_oss_120b": partial(gpt_oss, 36, 128),
+  "glam_64b_64e": partial(glam, 64, 8192, 32768, 128, 64),
+
+  # layers, d_model, heads, dense layers, their d_ff, experts, their d_ff, shared experts
+  "deepseek_v2_lite": partial(
+    deepseek, 27, 2048, 16, 1, 10944, 64, 1408, 2, q_lora_rank=None, context=32768, mscale=0.707,
+    router=deepseek_v2_router(),
+  ),
+  "deepseek_v2": partial(
+    deepseek, 60, 5120, 128, 1, 12288, 160, 1536, 2, mscale=0.707,
+    router=deepseek_v2_router(groups=Groups(num=8, top=3, score="max"), scale=16.0),
+  ),
+  "deepseek_v3": partial(
+    deepseek, 61, 7168, 128, 3, 18432, 256, 2048, 1, mscale=1.0, vocab_size=129280, router=deepseek_v3_router()
+  ),
+
   # layers, d_model, heads (, kv heads)
   "falcon_7b": partial(falcon, 32, 4544, 71, 1),
   "falcon_40b": partial(falcon, 60, 8192, 128, 8),
@@ -457,7 +668,18 @@ def shrink(
     AttentionConfig: attention,
     EmbedConfig: scale,
     HeadConfig: scale,
-    MLPConfig: lambda c: {"d_ff": 8 * round(c.d_ff * d_model / config.d_model / 8)},
+    MLAConfig: lambda c: {
+      "num_heads": 4,
+      "q_lora_rank": None if c.q_lora_rank is None else 14,
+      "kv_lora_rank": 18,
+      "qk_nope_head_dim": 6,
+      "qk_rope_head_dim": 4,
+      "v_head_dim": 9,
+    },
+    MoEConfig: lambda c: {"num_experts": 6},
+    TopK: lambda c: {"k": min(c.k, 3)},
+    Groups: lambda c: {"num": 3, "top": 2},
+    MLPConfig: lambda c: {"d_ff": 8 * round(c.d_ff * d_model / config.d_model / 8) + 8 * (c.d_ff == config.d_model)},
     Learned: lambda c: {"length": max_seq_len},
     ModelConfig: lambda c: {
       "d_model": d_model,

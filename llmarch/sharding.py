@@ -4,15 +4,17 @@ Parameters carry names (`axes` of an `nnx.Param`), states carry them in their sp
 activation wherever its place changes (`move`). Nothing else in the code knows a mesh.
 
 The same tables are read in two modes. Automatic: `move` is a sharding constraint and XLA places the
-collectives (training). Manual: the whole step is one `jax.shard_map`, arrays are what one device holds, and
-`move`, `reduce` and `ops.einsum` place the collectives that the table implies, in the order of "Efficiently
-Scaling Transformer Inference" (2211.05102), because XLA does not find them from constraints.
+collectives. Manual: inside a `jax.shard_map`, arrays are what one device holds, and `move`, `reduce` and
+`ops.einsum` place the collectives that the table implies, in the order of "Efficiently Scaling Transformer
+Inference" (2211.05102), because XLA does not find them from constraints. For inference a whole step is manual;
+training is automatic, but for its products and its attention, each of which is manual by itself (`local`).
 """
 
 import contextlib
 import contextvars
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,19 +24,22 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmarch.config import UserError, check
+from llmarch.mesh import BATCH, HEADS, LENGTH
+from llmarch.mesh import parse_mesh as parse_mesh
 
 Layout = Mapping[str, tuple[str, ...]]
 # What a dimension is called: a name, (name, size over all devices) where the size decides how far the
 # dimension can be split (see CUT_SHORT), or None for a dimension that is never split.
 Axis = str | tuple[str, int] | None
+ANY = PartitionSpec.UNCONSTRAINED  # to `shard`: this dimension may lie anywhere
 
 # ------------------------------------------------------------------------------------------------ the table
 
-# Names:  parameters   vocab embed heads kv_heads head_dim mlp layers
+# Names:  parameters   vocab embed heads kv_heads head_dim mlp rank latent experts expert_mlp layers
 #         residual     batch length act_embed
-#         after norms  post_norm_embed                      (what a branch starts from)
-#         inside       act_heads act_kv_heads act_mlp act_vocab
-#         attention    attn_batch attn_heads attn_kv_heads
+#         after norms  act_length post_norm_embed           (what a branch starts from)
+#         inside       act_length act_heads act_kv_heads act_mlp act_vocab
+#         attention    attn_batch attn_length attn_heads attn_kv_heads
 #         state        cache_batch cache_heads cache_length
 #         output       sample_batch
 # A name that a row does not list is not split. The order of mesh axes counts: the first is the major one.
@@ -51,7 +56,8 @@ def _inference(embed: str, hidden: str, batch: str, act_embed: str, act_hidden: 
   left = "".join(a for a in act_hidden if a not in moved)
   taken = batch + "".join(a for a in act_hidden if a in moved)
   row = {
-    "embed": embed, "vocab": hidden, "heads": hidden, "kv_heads": hidden, "mlp": hidden,
+    "embed": embed, "vocab": hidden, "heads": hidden, "kv_heads": hidden, "mlp": hidden, "rank": hidden,
+    "experts": hidden, "expert_mlp": hidden,
     "batch": batch, "act_embed": act_embed, "post_norm_embed": kept,
     "act_heads": act_hidden, "act_kv_heads": act_hidden, "act_mlp": act_hidden, "act_vocab": act_hidden,
     "attn_batch": taken, "attn_heads": left, "attn_kv_heads": left,
@@ -74,10 +80,29 @@ FEED_FORWARD = {
 ATTENTION = {"heads": "", "batch_z": "z", "batch_yz": "zy", "batch_xyz": "zyx"}
 
 LAYOUTS: dict[str, Layout] = {
+  # Training, over any product of the axes. The batch is split over data, fsdp and expert; weights at rest over
+  # fsdp too, and gathered where they are used (ZeRO-3, 1910.02054). Over tensor, heads, mlp and vocab are split
+  # inside a branch and the length outside, so that a branch begins with a gather and ends in a reduce-scatter
+  # (2205.05198). The length is split over context throughout, and attention is a ring (2310.01889); over
+  # sequence, all but attention splits the length, and attention the heads (Ulysses, 2309.14509).
+  "train": {
+    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",)),
+    **dict.fromkeys(("act_heads", "act_kv_heads", "act_mlp", "act_vocab"), ("tensor",)),
+    **dict.fromkeys(("attn_heads", "attn_kv_heads"), HEADS),
+    "batch": (*BATCH, "stage"),  # a stage is one part more of the batch, but for the layers (train/pipeline.py)
+    "attn_batch": BATCH,
+    **dict.fromkeys(("embed", "latent"), ("fsdp",)),
+    "experts": ("expert",),
+    "expert_mlp": ("tensor",),
+    "layers": ("stage",),
+    "length": LENGTH,
+    "act_length": ("context", "sequence"),
+    "attn_length": ("context",),
+  },
   # Batch over `data`; Megatron tensor parallelism over `tensor`: heads, mlp and vocab are split, the
   # residual stream is replicated over `tensor`, and each branch ends in one all-reduce (1909.08053).
   "megatron": {
-    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",)),
+    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "expert_mlp"), ("tensor",)),
     **dict.fromkeys(("act_heads", "act_kv_heads", "act_mlp", "act_vocab"), ("tensor",)),
     **dict.fromkeys(("attn_heads", "attn_kv_heads", "cache_heads"), ("tensor",)),
     **dict.fromkeys(("batch", "attn_batch", "cache_batch"), ("data",)),
@@ -97,61 +122,55 @@ LOOPS = ("one_way", "throughput", "latency")
 # Split over as many of their mesh axes, from the first, as divide them: key-value heads are fewer than a
 # large mesh has devices (MQA has one), few vocabularies are round, and few rows may be sampled. Every other
 # indivisible dimension is an error.
-CUT_SHORT = {"kv_heads", "act_kv_heads", "attn_kv_heads", "cache_heads", "vocab", "act_vocab", "sample_batch"}
-
-MESH_AXES = (("data", "tensor"), ("x", "y", "z"))  # training; the inference layouts
+CUT_SHORT = {
+  "kv_heads", "act_kv_heads", "attn_kv_heads", "cache_heads", "vocab", "act_vocab", "rank", "experts", "sample_batch",
+}  # fmt: skip
+# Split over those of their mesh axes that the dimensions before them have left: a device has whole experts as far as
+# their number goes, and parts of experts beyond.
+REST = {"expert_mlp"}
 
 
 def find_layout(name: str, mesh: Mesh) -> Layout:
-  """The row of a name such as "ws_2d+batch_xyz+throughput"; without an attention it is over heads.
+  """The row of a name for inference, such as "ws_2d+batch_xyz+throughput"; without an attention it is over heads.
 
   The last part loops a gather or a scatter of activations into each matmul that needs one
   (ops/collective_einsum.py), over the first of its mesh axes; norms then work on the fully split residual
   stream.
-  Raises UserError for an unknown name, and for a row that does not speak of the mesh's axes.
+  Raises UserError for an unknown name, and for a mesh with axes of which the row does not speak.
   """
   base, plus, form = name.rpartition("+")
   base, form = (base, form) if plus and form in LOOPS else (name, None)
-  row = LAYOUTS.get(base) or LAYOUTS.get(f"{base}+heads")
+  row = None if base == "train" else LAYOUTS.get(base) or LAYOUTS.get(f"{base}+heads")
   check(
     row is not None,
     f"layout: there is no {name!r}; give megatron or one of {', '.join(FEED_FORWARD)}, alone or with"
     f" +{', +'.join(ATTENTION)}, and then with +{', +'.join(LOOPS)} or not",
   )
-  axes = sorted({a for target in row.values() for a in target})
-  check(
-    axes == sorted(mesh.shape),
-    f"layout {name!r} splits over {', '.join(axes)}, but the mesh has {', '.join(sorted(mesh.shape))}; change either",
-  )
+  check_axes(name, row, mesh)
   if form is None:
     return row
   check("act_embed" in row, f"layout: {base!r} has no gathers of activations to loop; leave +{form} out of {name!r}")
   return {**row, "post_norm_embed": row["act_embed"], LOOP: (form,)}
 
 
+def check_axes(name: str, row: Layout, mesh: Mesh) -> None:
+  """Raises UserError for a mesh with axes (of more than one device) of which the row of this name does not speak."""
+  axes = sorted({a for target in row.values() for a in target})
+  unread = [a for a in mesh.shape if a not in axes and (mesh.shape[a] > 1 or not set(axes) & set(mesh.shape))]
+  check(
+    not unread,
+    f"layout {name!r} splits over {', '.join(axes)}, but the mesh has {', '.join(unread)}; change either",
+  )
+
+
 # --------------------------------------------------------------------------------------------------- meshes
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-  """'data=2,tensor=4' -> {'data': 2, 'tensor': 4}; 'x=2' -> {'x': 2, 'y': 1, 'z': 1}; '' is one device.
-
-  Raises UserError.
-  """
-  given = {}
-  for part in filter(None, text.split(",")):
-    name, _, size = (s.strip() for s in part.partition("="))
-    known = any(name in family for family in MESH_AXES)
-    if not known or name in given or not size.isdecimal() or int(size) < 1:
-      raise UserError(f"mesh: cannot read {part!r}; write it as 'data=2,tensor=4' or 'x=2,y=2,z=2', each axis once")
-    given[name] = int(size)
-  for family in MESH_AXES:
-    if set(given) <= set(family):
-      return dict.fromkeys(family, 1) | given
-  raise UserError(f"mesh: {text!r} mixes axes; give either {' and '.join(','.join(f) for f in MESH_AXES)}")
-
-
 def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
-  """A mesh of exactly these devices (None: all there are). Raises UserError unless the sizes multiply to them."""
+  """A mesh of exactly these devices (None: all there are), the first axis over the slowest network.
+
+  Raises UserError unless the sizes multiply to them.
+  """
   need = math.prod(sizes.values())
   devices = jax.devices() if devices is None else devices
   # jax.make_mesh would leave the rest idle without a word.
@@ -159,6 +178,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> Mesh
   check(need == count, f"mesh {dict(sizes)} covers {need} devices of {count}; make the sizes multiply to {count}")
   # Auto: GSPMD places the collectives (jax.make_mesh would make the axes Explicit).
   shape, auto = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+  if (outer := across_granules(sizes, devices)) is not None:
+    inner = [n // o for n, o in zip(shape, outer, strict=True)]
+    by_slice = len(_slices(devices)) > 1
+    arranged = mesh_utils.create_hybrid_device_mesh(
+      inner, outer, devices, process_is_granule=not by_slice, allow_split_physical_axes=True
+    )
+    return Mesh(arranged, tuple(sizes), axis_types=auto)
   try:
     return jax.make_mesh(shape, tuple(sizes), axis_types=auto, devices=devices)
   except NotImplementedError:  # jax wants leave to let two mesh axes share a side of a torus
@@ -166,9 +192,44 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> Mesh
     return Mesh(arranged, tuple(sizes), axis_types=auto)
 
 
-def _split(name: str | None, size: int | None, layout: Layout, mesh: Mesh) -> tuple[str, ...]:
-  """The mesh axes over which a dimension lies; those of size 1 are left out. Raises UserError."""
-  names = tuple(a for a in layout.get(name, ()) if mesh.shape[a] > 1) if name else ()
+def _slices(devices: Sequence) -> set:
+  return {getattr(d, "slice_index", 0) for d in devices}
+
+
+def across_granules(sizes: Mapping[str, int], devices: Sequence) -> list[int] | None:
+  """How much of each mesh axis goes between granules, the outermost axis first; None where there is one granule.
+
+  A granule has a fast network of its own: a TPU slice, and elsewhere the devices of one process.
+  Raises UserError where the granules do not fit into the leading axes.
+  """
+  granules, what = len(_slices(devices)), "slices"
+  if granules == 1 and devices[0].platform != "tpu":
+    granules, what = len({d.process_index for d in devices}), "processes"
+  if granules == 1:
+    return None
+  left, outer = granules, []
+  for n in sizes.values():
+    outer.append(math.gcd(n, left))
+    left //= outer[-1]
+    if outer[-1] < n:  # a part of this axis lies inside, and so must all that follow
+      break
+  outer += [1] * (len(sizes) - len(outer))
+  given = ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+  check(
+    left == 1,
+    f"mesh: {given} cannot be cut into {granules} {what}; give its leading axes sizes that multiply to {granules}",
+  )
+  return outer
+
+
+def _split(name: str | None, size: int | None, layout: Layout, mesh: Mesh, taken=()) -> tuple[str, ...]:
+  """The mesh axes over which a dimension lies; those of size 1 are left out. Raises UserError.
+
+  taken: those of the array's dimensions before.
+  """
+  names = tuple(a for a in layout.get(name, ()) if mesh.shape.get(a, 1) > 1) if name else ()
+  if name in REST:
+    names = tuple(a for a in names if a not in taken)
   if name in CUT_SHORT:
     check(size is not None, f"the split of {name!r} depends on its size")
     while size % math.prod(mesh.shape[n] for n in names):
@@ -184,7 +245,7 @@ def _split(name: str | None, size: int | None, layout: Layout, mesh: Mesh) -> tu
 
 def ways(name: str, layout: Layout, mesh: Mesh) -> int:
   """Into how many parts a layout splits the dimension of this name."""
-  return math.prod(mesh.shape[a] for a in layout.get(name, ()))
+  return math.prod(mesh.shape.get(a, 1) for a in layout.get(name, ()))
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], layout: Layout, mesh: Mesh) -> PartitionSpec:
@@ -196,7 +257,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], layout: Layout, mesh:
   axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
   entries, used = [], {}
   for name, size in zip(axes, shape, strict=True):
-    names = _split(name, size, layout, mesh)
+    names = _split(name, size, layout, mesh, used)
     for n in names:
       if n in used:
         raise UserError(f"mesh axis {n!r} would shard both {used[n]!r} and {name!r} of one array")
@@ -258,6 +319,26 @@ def manual() -> bool:
   return active is not None and active.manual
 
 
+def automatic() -> bool:
+  """Whether arrays lie over a mesh, and XLA places the collectives."""
+  active = _active.get()
+  return active is not None and not active.manual
+
+
+def bound(f: Callable) -> Callable:
+  """f under the layout of now, whenever it is called: a rule for gradients runs when its layout has been left."""
+  active = _active.get()
+
+  def run(*args):
+    token = _active.set(active)
+    try:
+      return f(*args)
+    finally:
+      _active.reset(token)
+
+  return run
+
+
 def loop() -> str | None:
   """The form in which the active layout loops its collective einsums."""
   return _active.get().layout.get(LOOP, (None,))[0]
@@ -271,15 +352,70 @@ def mesh_axes(axis: Axis) -> tuple[str, ...]:
   return _split(name, size, *_active.get()[:2])
 
 
+def weight_axes(axes: Sequence[Axis]) -> list[tuple[str, ...]]:
+  """`mesh_axes` of all dimensions of one array."""
+  found = []
+  for axis in axes:
+    taken = [a for names in found for a in names]
+    rest = isinstance(axis, tuple) and axis[0] in REST and manual()
+    found.append(_split(*axis, *_active.get()[:2], taken) if rest else mesh_axes(axis))
+  return found
+
+
+def active() -> tuple[Layout, Mesh]:
+  """The layout and mesh in use."""
+  return _active.get()[:2]
+
+
 def shard(x: jax.Array, *axes: Axis) -> jax.Array:
   """Constrains an activation to the active layout; the identity where there is none, and in manual mode."""
   active = _active.get()
   if active is None or active.manual:
     return x
-  names = [axis[0] if isinstance(axis, tuple) else axis for axis in axes]
-  return jax.lax.with_sharding_constraint(
-    x, NamedSharding(active.mesh, spec(names, x.shape, active.layout, active.mesh))
-  )
+  axes = ("layers",) * (x.ndim - len(axes)) + axes
+  names = [axis[0] if isinstance(axis, tuple) else None if axis is ANY else axis for axis in axes]
+  entries = spec(names, x.shape, active.layout, active.mesh)
+  place = PartitionSpec(*(ANY if axis is ANY else entry for axis, entry in zip(axes, entries, strict=True)))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(active.mesh, place))
+
+
+def at_use(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+  """A parameter where it meets activations: gathered over the mesh axes that split these (ZeRO-3).
+
+  Its gradient is scattered back at once, so that no device ever holds a sum of which it keeps a part. The
+  identity without a layout, and in manual mode, where `ops.einsum` does the same.
+  """
+  active = _active.get()
+  if active is None or active.manual:
+    return x
+  busy = {a for name in ("batch", "act_length") for a in active.layout.get(name, ())}
+  stored = spec(axes, x.shape, *active[:2])
+  free = [(e,) if isinstance(e, str) else e or () for e in stored]
+  use = PartitionSpec(*(tuple(a for a in e if a not in busy) for e in free))
+  if use == PartitionSpec(*free):
+    return x
+  return _placed(x, NamedSharding(active.mesh, use), NamedSharding(active.mesh, stored))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _placed(x: jax.Array, use: NamedSharding, stored: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(x, use)
+
+
+_placed.defvjp(
+  lambda x, use, stored: (_placed(x, use, stored), None),
+  lambda use, stored, _, g: (jax.lax.with_sharding_constraint(g, stored),),
+)
+
+
+def training() -> bool:
+  """Whether the row of training is active: the one that places the tokens inside a branch by themselves."""
+  return automatic() and "act_length" in _active.get().layout
+
+
+def is_split(name: str) -> bool:
+  """Whether the active layout splits the dimension of this name, in automatic mode."""
+  return automatic() and ways(name, *_active.get()[:2]) > 1
 
 
 def move(x: jax.Array, have: Sequence[Axis], want: Sequence[Axis]) -> jax.Array:
@@ -287,6 +423,32 @@ def move(x: jax.Array, have: Sequence[Axis], want: Sequence[Axis]) -> jax.Array:
   if not manual():
     return shard(x, *want)
   return relay(x, [mesh_axes(a) for a in have], [mesh_axes(a) for a in want])
+
+
+def local(f: Callable, have: Sequence[Sequence[Axis]], want: Sequence[Sequence[Axis]]) -> Callable:
+  """f in manual mode: each device runs it on its parts of the arguments, which lie as `have` names them, and holds
+  its parts of the results, a tuple, which lie as `want` does. f itself where there is no automatic layout.
+
+  Names of an argument that is a tree are those of all its leaves.
+  """
+  if not automatic():
+    return f
+  layout, mesh, _ = _active.get()
+
+  def place(axes: Sequence[Axis]) -> PartitionSpec:
+    split = lambda axis: _split(*(axis if isinstance(axis, tuple) else (axis, None)), layout, mesh)
+    return PartitionSpec(*map(split, axes))
+
+  def run(*args):
+    with use_layout(layout, mesh, manual=True):
+      return f(*args)
+
+  # Around this may be the manual mode of another axis (train/pipeline.py).
+  free = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+  return jax.shard_map(
+    run, mesh=mesh, axis_names=free, check_vma=False,
+    in_specs=tuple(map(place, have)), out_specs=tuple(map(place, want)),
+  )  # fmt: skip
 
 
 def whole(param) -> jax.Array:

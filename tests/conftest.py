@@ -1,7 +1,10 @@
 """Eight fake CPU devices, quick compilation, and a count of the cases behind each equation."""
 
 import collections
+import gc
 import os
+import pathlib
+import sys
 
 # Before the first import of jax. Most of the suite's time is LLVM's, so it optimises nothing here.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,6 +22,23 @@ import pytest
 
 def pytest_addoption(parser):
   parser.addoption("--cases", type=int, default=200, help="configs that hypothesis draws for the invariants")
+  parser.addoption("--nightly", action="store_true", help="also what takes many minutes or gigabytes")
+
+
+MAPS = pathlib.Path("/proc/self/maps")  # of Linux
+most_maps = 25_000
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+  """Drops compiled programs before there are too many: Linux gives a process 65,530 memory maps, each program takes
+  some, and XLA's compiler dies of a segmentation fault where it gets none."""
+  global most_maps
+  count = lambda: MAPS.read_bytes().count(b"\n")
+  if "jax" in sys.modules and MAPS.exists() and count() > most_maps:
+    sys.modules["jax"].clear_caches()
+    gc.collect()
+    most_maps = count() + 20_000  # what somebody holds on to is not dropped
 
 
 @pytest.fixture

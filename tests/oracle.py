@@ -46,7 +46,7 @@ def softcap(x: float, cap: float | None) -> float:
 
 def normalise(norm, params: dict, x: np.ndarray) -> np.ndarray:
   """One vector [D] through RMSNorm (1910.07467), LayerNorm (1607.06450) or ScaleNorm (1910.05895)."""
-  scale = params["scale"]
+  scale = params.get("scale", 1.0)
   if norm.kind == "scalenorm":
     return scale[0] * x / math.sqrt(sum(v * v for v in x) + norm.eps)
   if norm.zero_centered:
@@ -80,10 +80,11 @@ def rope_table(position, dims: int, length: int) -> tuple[list[float], float]:
     gain = scaling.attention_factor
     if gain is None:
       gain = 0.1 * math.log(scaling.factor) + 1
-    # Pair i turns original theta^(-2i/R) / 2 pi times; solved for i, and rounded outwards.
+    # Pair i turns original theta^(-2i/R) / 2 pi times; solved for i.
     turning = lambda turns: dims / 2 * math.log(scaling.original / (2 * math.pi * turns)) / math.log(theta)
-    low = max(math.floor(turning(scaling.beta_fast)), 0)
-    high = min(math.ceil(turning(scaling.beta_slow)), dims - 1)
+    outwards = (math.floor, math.ceil) if scaling.truncate else (float, float)
+    low = max(outwards[0](turning(scaling.beta_fast)), 0)
+    high = min(outwards[1](turning(scaling.beta_slow)), dims - 1)
     table = []
     for i, t in enumerate(plain):
       ramp = (i - low) / (high - low) if high > low else float(i > low)
@@ -182,12 +183,14 @@ def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
     if c.qk_norm is None:
       return y
     if c.qk_norm.whole:
-      return normalise(c.qk_norm.norm, p[name], y.reshape(-1)).reshape(y.shape)
-    return np.array([normalise(c.qk_norm.norm, p[name], head) for head in y])
+      return normalise(c.qk_norm.norm, p.get(name, {}), y.reshape(-1)).reshape(y.shape)
+    own = lambda n: {k: v[n] for k, v in p.get(name, {}).items()} if c.qk_norm.per_head else p.get(name, {})
+    return np.array([normalise(c.qk_norm.norm, own(n), head) for n, head in enumerate(y)])
 
-  qs = [norm("q_norm", project("q", x)) for x in xs]
-  ks = [norm("k_norm", project("k", x)) for x in xs]
-  vs = [project("v", x) for x in xs]
+  cut = lambda y: y if c.qkv_clip is None else np.array([[min(max(e, -c.qkv_clip), c.qkv_clip) for e in h] for h in y])
+  qs = [cut(norm("q_norm", project("q", x))) for x in xs]
+  ks = [cut(norm("k_norm", project("k", x))) for x in xs]
+  vs = [cut(project("v", x)) for x in xs]
   scale = 1 / math.sqrt(H) if c.query_scale is None else c.query_scale
   kind = c.position.kind if c.position else None
   slopes = alibi_slopes(N, c.position.max_bias) if kind == "alibi" else None
@@ -222,12 +225,118 @@ def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
   return ys
 
 
+def mla(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
+  """Multi-head latent attention of one row (2405.04434, equations 9 to 19), every head's keys and values made."""
+  N, P = c.num_heads, c.qk_nope_head_dim
+  norm = lambda name, y: normalise(c.latent_norm, p.get(name, {}), y)
+  heads = lambda name, y: [y @ p[name][:, n] for n in range(N)]
+  latents = [norm("kv_norm", x @ p["kv_down"]) for x in xs]
+  turning = [x @ p["k_rope"] for x in xs]
+  ks, vs = [heads("k", latent) for latent in latents], [heads("v", latent) for latent in latents]
+  if c.q_lora_rank is None:
+    qs = [heads("q", x) for x in xs]
+  else:
+    qs = [heads("q_up", norm("q_norm", x @ p["q_down"])) for x in xs]
+  scale = 1 / math.sqrt(P + c.qk_rope_head_dim) if c.query_scale is None else c.query_scale
+  if c.mscale_all_dim is not None:
+    scale *= (0.1 * c.mscale_all_dim * math.log(c.position.scaling.factor) + 1) ** 2
+
+  ys = []
+  for t, m in enumerate(row.positions):
+    y = np.zeros(p["o"].shape[-1])
+    seen = [s for s, n in enumerate(row.positions) if sees(c, m, n, row.segments[s] == row.segments[t], False)]
+    for n in range(N) if seen else ():
+      logits = []
+      for s in seen:
+        turned = rotary_score(c.position, qs[t][n][P:], turning[s], m - row.positions[s], row.length(t))
+        logits.append(scale * (qs[t][n][:P] @ ks[s][n] + turned))
+      weights = [math.exp(logit - max(logits)) for logit in logits]
+      y += sum(w * vs[s][n] for w, s in zip(weights, seen, strict=True)) / sum(weights) @ p["o"][n]
+    ys.append(y)
+  return ys
+
+
+MIXERS = {"attention": attention, "mla": mla}
+
+
 def mlp(c, p: dict, x: np.ndarray) -> np.ndarray:
   """2002.05202."""
-  act = lambda v: np.array([ACTIVATIONS[c.activation](e) for e in v])
   linear = lambda name, v: v @ p[name] + (p[f"{name}_bias"] if c.bias else 0.0)
+  if c.activation == "swiglu_oss":
+    pairs = zip(linear("gate", x), linear("up", x), strict=True)
+    gates, ups = zip(*((min(g, 7.0), max(min(u, 7.0), -7.0)) for g, u in pairs), strict=True)
+    h = np.array([(u + 1) * g / (1 + math.exp(-1.702 * g)) for g, u in zip(gates, ups, strict=True)])
+    return linear("down", h)
+  act = lambda v: np.array([ACTIVATIONS[c.activation](e) for e in v])
   h = act(linear("gate", x)) * linear("up", x) if c.gated else act(linear("up", x))
   return linear("down", h)
+
+
+def largest(values, n: int) -> list[int]:
+  """Where the n largest are, the first of equals first."""
+  return sorted(range(len(values)), key=lambda i: (-values[i], i))[:n]
+
+
+def tokens_choose(r, p: dict, xs: list[np.ndarray], row) -> list[dict[int, float]]:
+  """{expert: gate} of each token: top-k of scores (2101.03961, 2401.04088, 2405.04434, 2412.19437)."""
+  chosen = []
+  for x in xs:
+    logits = x @ p["router"] + (p["router_bias"] if r.bias else 0.0)
+    scores = [1 / (1 + math.exp(-v)) for v in logits]
+    if r.scores == "softmax":
+      total = sum(math.exp(v - max(logits)) for v in logits)
+      scores = [math.exp(v - max(logits)) / total for v in logits]
+    choice = list(scores + (p["selection_bias"] if r.balance_rate is not None else np.zeros(len(scores))))
+    if r.groups:
+      size, counted = len(choice) // r.groups.num, 1 if r.groups.score == "max" else 2
+      best = [sorted(choice[g * size : (g + 1) * size])[-counted:] for g in range(r.groups.num)]
+      kept = largest([sum(values) for values in best], r.groups.top)
+      choice = [v if i // size in kept else -math.inf for i, v in enumerate(choice)]
+    experts = largest(choice, r.k)
+    total = sum(scores[e] for e in experts) if r.renormalize else 1.0
+    chosen.append({e: r.scale * scores[e] / total for e in experts})
+  if r.capacity_factor is None:
+    return chosen
+  real = [t for t, m in enumerate(row.positions) if m >= 0]
+  room = [math.ceil(r.capacity_factor * len(real) / len(p["router"].T))] * len(p["router"].T)
+  kept = [{} for _ in xs]
+  for nth in range(r.k):  # all first choices, then all second ones
+    for t in real:
+      e = list(chosen[t])[nth]
+      if room[e] > 0:
+        kept[t][e] = chosen[t][e]
+        room[e] -= 1
+  return kept
+
+
+def experts_choose(r, p: dict, xs: list[np.ndarray], row) -> list[dict[int, float]]:
+  """2202.09368, of each document alone."""
+  chosen, E = [{} for _ in xs], p["router"].shape[1]
+  for segment in set(row.segments):
+    at = [t for t, m in enumerate(row.positions) if m >= 0 and row.segments[t] == segment]
+    scores = [np.exp(xs[t] @ p["router"]) / sum(np.exp(xs[t] @ p["router"])) for t in at]
+    for e in range(E):
+      for i in largest([s[e] for s in scores], math.floor(r.capacity_factor * len(at) / E)):
+        chosen[at[i]][e] = scores[i][e]
+  return chosen
+
+
+def moe(c, p: dict, xs: list[np.ndarray], row) -> list[np.ndarray]:
+  """The gated sum of each token's experts, and the shared one."""
+  route = tokens_choose if c.router.kind == "top_k" else experts_choose
+  names = [n for n in ("up", "gate", "down", "up_bias", "gate_bias", "down_bias") if n in p]
+  expert = lambda e, x: mlp(c.expert, {n: p[n][e] for n in names}, x)
+  ys = []
+  for x, gates in zip(xs, route(c.router, p, xs, row), strict=True):
+    y = sum((gate * expert(e, x) for e, gate in gates.items()), np.zeros_like(x))
+    if c.shared:
+      gate = 1 / (1 + math.exp(-(x @ p["shared_gate"])[0])) if c.shared_gate else 1.0
+      y = y + gate * mlp(c.shared, p["shared"], x)
+    ys.append(y)
+  return ys
+
+
+FFNS = {"mlp": lambda c, p, xs, row: [mlp(c, p, x) for x in xs], "moe": moe}
 
 
 # ---------------------------------------------------------------------------------------- blocks and model
@@ -235,9 +344,9 @@ def mlp(c, p: dict, x: np.ndarray) -> np.ndarray:
 
 def block(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
   """The residual forms of BlockConfig."""
-  norms = lambda name, vs: [normalise(c.norm, p[name], v) for v in vs]
-  mixer = lambda vs: attention(c.mixer, p["mixer"], vs, row, table)
-  ffn = lambda vs: [mlp(c.ffn, p["ffn"], v) for v in vs]
+  norms = lambda name, vs: [normalise(c.norm, p.get(name, {}), v) for v in vs]
+  mixer = lambda vs: MIXERS[c.mixer.kind](c.mixer, p["mixer"], vs, row, table)
+  ffn = lambda vs: FFNS[c.ffn.kind](c.ffn, p["ffn"], vs, row)
   add = lambda xs, *ys: [c.skip_scale * x + c.branch_scale * sum(y) for x, *y in zip(xs, *ys, strict=True)]
 
   if c.residual == "parallel":
@@ -293,12 +402,12 @@ def logits(config, params: dict, tokens, positions=None, segments=None, prefix=N
 
   xs = []
   for token, position in zip(tokens, positions, strict=True):
-    x = c.embed.scale * p["embed"][token]
+    x = c.embed.scale * (p["embed"][token] if c.embed.dim is None else p["embed"][token] @ p["embed_in"])
     if c.embed.position and c.embed.position.kind == "sinusoidal":
       x = x + sinusoid(position, c.d_model)
     if c.embed.position and c.embed.position.kind == "learned":
-      x = x + p["position"][max(position, 0)]
-    xs.append(normalise(c.embed.norm, p["embed_norm"], x) if c.embed.norm else x)
+      x = x + p["position"][max(position, 0) + c.embed.position.offset]
+    xs.append(normalise(c.embed.norm, p.get("embed_norm", {}), x) if c.embed.norm else x)
 
   segment_params = p["stack"]["segments"]
   layers = [segment_params[s]["blocks"][b] for s in sorted(segment_params, key=int)
@@ -307,7 +416,9 @@ def logits(config, params: dict, tokens, positions=None, segments=None, prefix=N
     xs = block(c.blocks[name], layer, xs, row, p["stack"].get("shared", {}).get(name))
 
   if c.final_norm:
-    xs = [normalise(c.final_norm, p["final_norm"], x) for x in xs]
+    xs = [normalise(c.final_norm, p.get("final_norm", {}), x) for x in xs]
+  if c.embed.dim is not None:
+    xs = [x @ p["embed_out"] for x in xs]
   table = p["embed"] if c.head.tied else p["head"]
   raw = [c.head.scale * (table @ x + (p["head_bias"] if c.head.bias else 0.0)) for x in xs]
   return np.array([[softcap(v, c.head.softcap) for v in row] for row in raw])

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelConfig, Normal, Xavier, to_dict
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.ffn import Activation, MLPConfig
+from llmarch.layers.mla import MLAConfig
+from llmarch.layers.moe import ExpertChoice, Groups, MoEConfig, TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
 from llmarch.layers.position import (
   NTK,
@@ -41,6 +43,16 @@ MAX_LEN = 24  # of every config here
 
 def attention(**changes) -> AttentionConfig:
   return AttentionConfig(**{"num_heads": 6, "num_kv_heads": 2, "head_dim": 10, "position": RoPE()} | changes)
+
+
+def mla(**changes) -> MLAConfig:
+  sizes = dict(num_heads=3, q_lora_rank=14, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8)
+  return MLAConfig(**sizes | changes)
+
+
+def moe(num_experts: int = 5, router=None, expert: dict | None = None, **changes) -> MoEConfig:
+  expert = MLPConfig(**{"d_ff": 14} | (expert or {}))
+  return MoEConfig(num_experts=num_experts, expert=expert, router=router or TopK(), **changes)
 
 
 def block(mixer=None, **changes) -> BlockConfig:
@@ -101,6 +113,25 @@ HAND: dict[str, ModelConfig] = {
     embed=EmbedConfig(scale=18**0.5),
     head=HeadConfig(softcap=3.0),
   ),
+  "olmo": model(
+    block(attention(qkv_clip=0.4), norm=LayerNorm(scale=False, bias=False)), final_norm=LayerNorm(bias=False)
+  ),
+  "opt_350m": model(
+    block(
+      AttentionConfig(num_heads=3, qkv_bias=True, out_bias=True),
+      norm=LayerNorm(scale=False),
+      ffn=MLPConfig(d_ff=20, activation="relu", gated=False, bias=True),
+      residual="post",
+    ),
+    embed=EmbedConfig(dim=10, scale=1.3, position=Learned(length=MAX_LEN, offset=2)),
+    head=HeadConfig(tied=False),
+    final_norm=None,
+  ),
+  "cohere": model(
+    block(attention(qk_norm=QKNorm(norm=LayerNorm(bias=False), per_head=True)), residual="parallel"),
+    block(attention(qk_norm=QKNorm(norm=ScaleNorm(), per_head=True), qkv_clip=0.6)),
+    embed=EmbedConfig(dim=22),
+  ),
   "olmo2": model(block(attention(qk_norm=QKNorm(norm=RMSNorm(), whole=True)), residual="output")),
   "qwen3": model(block(attention(qk_norm=QKNorm(norm=RMSNorm()))), head=HeadConfig(tied=False)),
   "gptj": model(
@@ -156,7 +187,7 @@ HAND: dict[str, ModelConfig] = {
   "dynamic_ntk": model(_rope(scaling=DynamicNTK(factor=4.0, original=4))),
   "yarn": model(
     _rope(scaling=YaRN(factor=4.0, original=64, beta_fast=8.0), theta=100.0),
-    _rope(scaling=YaRN(factor=8.0, original=200, beta_slow=2.0, attention_factor=0.9)),
+    _rope(scaling=YaRN(factor=8.0, original=200, beta_slow=2.0, attention_factor=0.9, truncate=False)),
   ),
   "llama3": model(
     _rope(scaling=Llama3Scaling(factor=8.0), theta=5e5),
@@ -176,6 +207,66 @@ HAND: dict[str, ModelConfig] = {
       ),
     ),
   ),
+  "mla": model(
+    block(
+      mla(
+        position=RoPE(interleaved=True, scaling=YaRN(factor=8.0, original=16, attention_factor=1.0)),
+        mscale_all_dim=0.7,
+        dropout=0.1,
+      )
+    ),
+    block(mla(q_lora_rank=None, query_scale=0.5, position=RoPE(), latent_norm=LayerNorm()), ffn=None),
+    block(attention(window=3), residual="parallel"),
+    stack="2*(a b) c",
+  ),
+  "mixtral": model(block(ffn=moe()), stack="3*a"),
+  # No expert runs out of places: that a state drops nothing makes no difference. tests/test_moe.py has what is dropped.
+  "switch": model(
+    block(ffn=MLPConfig(d_ff=22, activation="relu", gated=False)),
+    block(
+      ffn=moe(
+        4,
+        TopK(k=1, renormalize=False, capacity_factor=4.0, jitter=0.1, aux_loss=0.01, z_loss=0.001),
+        {"activation": "relu", "gated": False},
+      )
+    ),
+    stack="2*(a b)",
+  ),
+  "qwen2_moe": model(
+    block(
+      ffn=moe(6, TopK(k=3, renormalize=False), {"d_ff": 10}, shared=MLPConfig(d_ff=26), shared_gate=True),
+      residual="parallel",
+    )
+  ),
+  "deepseek": model(
+    block(),
+    block(
+      ffn=moe(
+        8,
+        TopK(
+          k=3, scores="sigmoid", scale=2.5, groups=Groups(num=4, top=2), balance_rate=0.001, sequence_loss=0.1
+        ),
+        {"d_ff": 10},
+        shared=MLPConfig(d_ff=12),
+      )
+    ),
+    block(
+      ffn=moe(
+        12, TopK(k=3, renormalize=False, scale=1.5, groups=Groups(num=3, top=2, score="max")), shared=MLPConfig(d_ff=12)
+      ),
+      init_scale=0.8,
+      output_init_scale=0.6,
+    ),
+    stack="a 2*b c",
+    init=Xavier(),
+  ),
+  "gpt_oss": model(
+    block(
+      attention(sinks=True, window=4), ffn=moe(7, TopK(k=4, bias=True), {"activation": "swiglu_oss", "bias": True})
+    ),
+    block(ffn=MLPConfig(d_ff=22, activation="swiglu_oss")),
+  ),
+  "expert_choice": model(block(ffn=moe(4, ExpertChoice(capacity_factor=1.7))), block()),
   "hybrid": model(
     block(attention(window=3, position=RoPE(theta=100.0))),
     block(AttentionConfig(num_heads=2, position=ALiBi()), residual="parallel", norm=LayerNorm()),
@@ -197,11 +288,55 @@ _init = st.one_of(
 _norm = st.one_of(
   st.builds(RMSNorm, eps=st.sampled_from([1e-6, 1e-3]), zero_centered=st.booleans()),
   st.builds(LayerNorm, eps=st.sampled_from([1e-5, 1e-3]), bias=st.booleans(), zero_centered=st.booleans()),
+  st.builds(LayerNorm, scale=st.just(False), bias=st.booleans()),
   st.builds(ScaleNorm, eps=st.sampled_from([1e-6, 1e-3])),
 )
-_mlp = st.builds(
-  MLPConfig, d_ff=st.integers(8, 40), activation=_activation, gated=st.booleans(), bias=st.booleans()
+_qk_norm = st.one_of(
+  st.builds(QKNorm, norm=_norm, whole=st.booleans()), st.builds(QKNorm, norm=_norm, per_head=st.just(True))
 )
+
+
+@st.composite
+def _mlp(draw):
+  activation, gated = draw(_activation), draw(st.booleans())
+  return MLPConfig(
+    d_ff=draw(st.integers(8, 40)),
+    activation=activation,
+    gated=gated or activation == "swiglu_oss",
+    bias=draw(st.booleans()),
+  )
+
+
+@st.composite
+def _moe(draw):
+  """No expert runs out of places (see `HAND`)."""
+  num = draw(st.integers(1, 4))
+  experts = num * draw(st.integers(1, 3))
+  top = draw(st.integers(1, num))
+  of_groups = st.just("max") if experts == num else st.sampled_from(["max", "top2"])
+  groups = draw(_maybe(st.builds(Groups, num=st.just(num), top=st.just(top), score=of_groups)))
+  token_choice = st.builds(
+    TopK,
+    k=st.integers(1, experts // num * top if groups else experts),
+    scores=st.sampled_from(["softmax", "sigmoid"]),
+    renormalize=st.booleans(),
+    scale=_scale,
+    bias=st.booleans(),
+    groups=st.just(groups),
+    balance_rate=_maybe(st.just(0.01)),
+    capacity_factor=_maybe(st.just(float(experts))),
+  )
+  expert_choice = st.builds(ExpertChoice, capacity_factor=st.sampled_from([0.5, 1.0]))
+  shared = draw(_maybe(_mlp()))
+  return MoEConfig(
+    num_experts=experts,
+    expert=draw(_mlp()),
+    router=draw(st.one_of(*[token_choice] * 5, expert_choice)),
+    shared=shared,
+    shared_gate=shared is not None and draw(st.booleans()),
+  )
+
+
 _theta = st.sampled_from([10.0, 100.0, 10000.0, 5e5])
 
 
@@ -213,7 +348,12 @@ def _scaling(draw, dims: int):
   kinds = [
     st.builds(Interpolation, factor=factor),
     st.builds(
-      YaRN, factor=factor, original=st.integers(16, 200), beta_fast=st.sampled_from([4.0, 32.0]), attention_factor=gain
+      YaRN,
+      factor=factor,
+      original=st.integers(16, 200),
+      beta_fast=st.sampled_from([4.0, 32.0]),
+      attention_factor=gain,
+      truncate=st.booleans(),
     ),
     st.builds(Llama3Scaling, factor=factor, original=st.integers(8, 100), high_factor=st.sampled_from([2.0, 4.0])),
     st.builds(
@@ -273,7 +413,8 @@ def _attention(draw, d_model: int):
     window=draw(_maybe(st.integers(1, 8))),
     qkv_bias=draw(st.booleans()),
     out_bias=draw(st.booleans()),
-    qk_norm=draw(_maybe(st.builds(QKNorm, norm=_norm, whole=st.booleans()))),
+    qk_norm=draw(_maybe(_qk_norm)),
+    qkv_clip=draw(_maybe(st.sampled_from([0.3, 1.0]))),
     query_scale=draw(_maybe(st.sampled_from([0.1, 0.5]))),
     softcap=draw(_maybe(st.sampled_from([1.0, 10.0]))),
     sinks=draw(st.booleans()),
@@ -282,11 +423,32 @@ def _attention(draw, d_model: int):
 
 
 @st.composite
+def _mla(draw):
+  dims = 2 * draw(st.integers(1, 4))
+  kinds = [RoPE(theta=draw(_theta), interleaved=draw(st.booleans()), scaling=draw(_maybe(_scaling(dims))))] * 4
+  position = draw(st.sampled_from([*kinds, XPos(theta=draw(_theta), scale_base=draw(st.sampled_from([4.0, 512.0])))]))
+  has_yarn = isinstance(getattr(position, "scaling", None), YaRN)
+  return MLAConfig(
+    num_heads=draw(st.integers(1, 5)),
+    q_lora_rank=draw(_maybe(st.integers(4, 16))),
+    kv_lora_rank=draw(st.integers(3, 16)),
+    qk_nope_head_dim=draw(st.integers(1, 8)),
+    qk_rope_head_dim=dims,
+    v_head_dim=draw(st.integers(2, 9)),
+    latent_norm=draw(_norm),
+    position=position,
+    query_scale=draw(_maybe(st.sampled_from([0.1, 0.5]))),
+    mscale_all_dim=draw(_maybe(st.sampled_from([0.7, 1.0]))) if has_yarn else None,
+    dropout=draw(st.sampled_from([0.0, 0.1])),
+  )
+
+
+@st.composite
 def _block(draw, d_model: int):
-  ffn = draw(_maybe(_mlp))
+  ffn = draw(_maybe(st.one_of(_mlp(), _mlp(), _moe())))
   forms = ["pre", "post", "sandwich", "output"] + (["parallel", "parallel_two_norms"] if ffn else [])
   return BlockConfig(
-    mixer=draw(_attention(d_model)),
+    mixer=draw(st.one_of(*[_attention(d_model)] * 4, _mla())),
     ffn=ffn,
     norm=draw(_norm),
     residual=draw(st.sampled_from(forms)),
@@ -309,7 +471,7 @@ STACKS = {
 def model_configs(draw) -> ModelConfig:
   d_model = draw(st.integers(12, 32))
   names = draw(st.sampled_from(sorted(STACKS)))
-  positions = [st.none(), st.builds(Learned, length=st.integers(MAX_LEN, MAX_LEN + 3))]
+  positions = [st.none(), st.builds(Learned, length=st.integers(MAX_LEN, MAX_LEN + 3), offset=st.sampled_from([0, 2]))]
   if d_model % 2 == 0:
     positions.append(st.builds(Sinusoidal))
   return ModelConfig(
@@ -319,7 +481,11 @@ def model_configs(draw) -> ModelConfig:
     stack=draw(st.sampled_from(STACKS[names])),
     blocks={name: draw(_block(d_model)) for name in names},
     embed=EmbedConfig(
-      scale=draw(_scale), norm=draw(_maybe(_norm)), position=draw(st.one_of(positions)), dropout=0.1
+      scale=draw(_scale),
+      norm=draw(_maybe(_norm)),
+      position=draw(st.one_of(positions)),
+      dropout=0.1,
+      dim=draw(_maybe(st.integers(8, 20))),
     ),
     head=HeadConfig(
       tied=draw(st.booleans()),

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted((ROOT / "llmarch").rglob("*.py"))
 
-# A room may import itself and these rooms. experiment.py is a part of config.
+# A room may import itself and these rooms. experiment.py and mesh.py are parts of config.
 BELOW_MODELS = {"config", "sharding", "ops", "layers", "models"}
 ARROWS = {
   "config": set(),
@@ -46,7 +46,7 @@ def room(module: str) -> str:
   """llmarch.layers.attention -> layers; llmarch.experiment -> config."""
   parts = module.split(".")
   name = parts[1] if len(parts) > 1 else "__init__"
-  return {"experiment": "config"}.get(name, name)
+  return {"experiment": "config", "mesh": "config"}.get(name, name)
 
 
 def imports(path: pathlib.Path) -> set[str]:

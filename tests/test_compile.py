@@ -154,7 +154,7 @@ def test_a_mesh_axis_that_does_not_divide_is_named_with_its_dimension(capsys):
 @needs_tpu
 def test_a_train_step_on_the_axes_of_inference_is_refused(capsys):
   said = refused(capsys, "--topology=v4:2x2x2", "--phase=train", "--mesh=x=2,y=2,z=2")
-  assert "'megatron' splits over data, tensor, but the mesh has x, y, z" in said
+  assert "has the axes x, y, z of inference; training has data, stage" in said
 
 
 def test_what_a_train_step_does_not_read_is_refused(capsys):

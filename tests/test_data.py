@@ -137,14 +137,12 @@ def test_closing_the_iterator_ends_its_thread(make):
 
 
 @each_kind
-def test_shards_together_are_the_global_batch(make, kind):
-  whole = make(**kind)
-  for num_shards in (1, 2, 4):
-    shards = [make(**kind, shard=i, num_shards=num_shards) for i in range(num_shards)]
-    assert {s.hash for s in shards} == {whole.hash}
-    for step in (0, 5):
-      parts = [s.batch(step) for s in shards]
-      assert_same({k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, whole.batch(step))
+def test_rows_made_alone_are_those_of_the_global_batch(make, kind):
+  data = make(**kind)
+  for step in (0, 5):
+    whole = data.batch(step)
+    for rows in ([0, 1, 2, 3], [2, 3], [1], [3, 0]):
+      assert_same(data.batch(step, rows), {name: array[rows] for name, array in whole.items()})
 
 
 # sha256 of batches 0 and 20 of each of KINDS.
@@ -359,7 +357,6 @@ def test_the_hash_does_not_name_where_files_lie_or_who_reads(make, corpus, tmp_p
     dict(source=moved),
     dict(source=moved, cache_dir=str(tmp_path / "other")),
     dict(source=moved, prefetch=0),
-    dict(source=moved, shard=1, num_shards=2),
     dict(source=moved, vocab_size=300),
     dict(source=moved, tokenizer=str(tmp_path / "saved")),
     dict(source=TokenFile(path=str(tokens))),
@@ -831,7 +828,6 @@ def test_bad_input_is_refused_in_a_sentence_that_names_it(make, corpus, tmp_path
     (text("one") | dict(validation_fraction=0.0), "fewer than train.batch_size=4"),
     (dict(validation_fraction=0.0, split="validation"), "data.validation_fraction=0 leaves nothing"),
     (dict(batch_size=1000), "rows of 24 tokens, fewer than train.batch_size=1000"),
-    (dict(num_shards=3), "train.batch_size=4 cannot be dealt evenly to 3 hosts"),
     (dict(cache_dir=str(tmp_path / "one.txt")), "cannot be written"),
     (jsonl("broken"), "broken.jsonl, line 3, is not JSON"),
     (jsonl("deep"), "deep.jsonl, line 3, is not JSON"),

@@ -22,6 +22,7 @@ from llmarch.infer.decoder import decoding_params, make_decoder
 from llmarch.infer.lm import LM
 from llmarch.layers.attention import QKNorm
 from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
 from llmarch.layers.position import ALiBi, Learned, Sinusoidal, T5Bias, XPos
 from llmarch.models.decoder import Decoder, abstract, fuse, separate, stacked, unstack
@@ -77,10 +78,37 @@ OPTIONS = {
     embed=EmbedConfig(position=Sinusoidal()),
     vocab_size=42,  # which no more than two devices divide
   ),
+  "parameters_by_head_and_a_narrow_table": model(
+    block(4, qk_norm=QKNorm(norm=LayerNorm(), per_head=True), norm=LayerNorm(scale=False, bias=False), qkv_clip=0.5),
+    block(1, qk_norm=QKNorm(norm=ScaleNorm(), per_head=True), form="parallel"),
+    embed=EmbedConfig(dim=10, position=Learned(length=spaces.MAX_LEN, offset=2)),
+  ),
+  # Whole experts to a device, and parts of experts where they are too few.
+  "experts": model(
+    spaces.block(
+      spaces.attention(num_heads=8),
+      ffn=spaces.moe(
+        4, TopK(bias=True, scores="sigmoid", balance_rate=0.1), {"d_ff": 16, "bias": True},
+        shared=MLPConfig(d_ff=24, bias=True), shared_gate=True,
+      ),
+    ),
+    spaces.block(
+      spaces.attention(num_heads=8), ffn=spaces.moe(2, TopK(k=1, renormalize=False), {"d_ff": 24}), residual="parallel"
+    ),
+  ),
   "biases_by_distance": model(
     block(8, position=ALiBi(), sinks=True),
     block(2, heads=16, position=T5Bias(num_buckets=6, max_distance=7), softcap=4.0),
     block(4, position=XPos(), window=2),
+  ),
+  # Of the first, a prefill of 4 absorbs; of the second, not; a decode step does of both.
+  "latent_attention": model(
+    spaces.block(spaces.mla(num_heads=8), ffn=MLPConfig(d_ff=40)),
+    spaces.block(
+      spaces.mla(num_heads=16, q_lora_rank=None, kv_lora_rank=40, qk_nope_head_dim=5, v_head_dim=6),
+      ffn=MLPConfig(d_ff=40),
+      residual="parallel",
+    ),
   ),
 }
 
@@ -167,6 +195,15 @@ def test_every_option_that_asks_where_it_is_equals_one_device(layout, name, case
 def test_meshes_of_other_shapes_equal_one_device(layout, mesh, cases):
   check_equal(SHARING, outcomes(SHARING, find_layout(layout, mesh_of(mesh)), mesh_of(mesh)), f"{layout} on {mesh}")
   cases("7 manual layout == one device: other meshes")
+
+
+@pytest.mark.parametrize(
+  "layout, manual", [("wg_xyz+heads", True), ("wg_x+batch_z+latency", True), ("ws_2d+batch_yz", False)]
+)
+def test_experts_in_other_rows_and_modes_equal_one_device(layout, manual, cases):
+  mesh, config = mesh_of("x=2,y=2,z=2"), OPTIONS["experts"]
+  check_equal(config, outcomes(config, find_layout(layout, mesh), mesh, manual), layout)
+  cases("7 experts in an inference layout == one device")
 
 
 PARALLEL = model(
@@ -288,7 +325,8 @@ def test_a_decoder_on_a_mesh_writes_the_same_tokens(prefill, decode, form, cases
 
 
 def test_a_quantised_model_on_a_mesh_writes_the_same_tokens():
-  config = model(block(2), block(8, form="parallel"))
+  experts = spaces.moe(4, TopK(), {"d_ff": 16}, shared=MLPConfig(d_ff=24))
+  config = model(block(2), block(8, form="parallel"), spaces.block(spaces.attention(num_heads=8), ffn=experts))
   params = spaces.random_params(nnx.state(abstract(config)), 3)
   place = dict(mesh=mesh_of("x=2,y=2,z=2"), prefill_layout="wg_xyz", decode_layout="ws_2d+batch_xyz+latency")
   one, many = (

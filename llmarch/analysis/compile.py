@@ -261,11 +261,11 @@ def _mesh(cell: Cell, topology: Topology):
 
 
 def _default_mesh(phase: str, topology: Topology) -> dict[str, int]:
-  """The sides of the torus; for training its first side is data, and the rest is tensor."""
+  """The sides of the torus; for training its first side is tensor, and the rest is fsdp."""
   count, sides = len(topology.devices), topology.sides
   first, second = sides[:2] if len(sides) > 1 else (1, sides[0])
   if phase == "train":
-    return {"data": first, "tensor": count // first}
+    return {"fsdp": count // first, "tensor": first}
   return {"x": first, "y": second, "z": count // (first * second)}
 
 
@@ -322,7 +322,8 @@ def _train(config: ExperimentConfig, cell: Cell, mesh) -> Callable:
   from llmarch.train.step import make_train_step
 
   train = dataclasses.replace(config.train, batch_size=cell.batch, seq_len=cell.context)
-  functions = make_train_step(dataclasses.replace(config, train=train), mesh)
+  sizes = ",".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+  functions = make_train_step(dataclasses.replace(config, train=train, mesh=sizes), mesh)
   rows = lambda dtype: jax.ShapeDtypeStruct((cell.batch, cell.context), dtype, sharding=functions.batch_sharding)
   batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), rows("int32"))
   return lambda: functions.step.lower(functions.abstract_state, {**batch, "loss_weights": rows("float32")})

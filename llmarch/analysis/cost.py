@@ -13,6 +13,8 @@ from llmarch.config import BlockConfig, ModelConfig, NormConfig
 from llmarch.experiment import SGD, Adafactor, AdamW, ExperimentConfig, Lion, Muon
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.mla import MLAConfig
+from llmarch.layers.moe import MoEConfig, TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
 from llmarch.layers.position import Learned, Sinusoidal, T5Bias
 
@@ -28,7 +30,8 @@ class Cost(NamedTuple):
   mixing: Callable[[int, bool], float] = lambda length, dense: 0.0  # multiply-adds a token spends between tokens
   state: Callable[[int, int, str], int] = lambda max_len, chunk, dtype: 0  # bytes of decoding state a row
   growth: int = 0  # elements by which one more token lengthens the state
-  idle: int = 0  # parameters that a token does not use
+  idle: int = 0  # of the matrices, those that a token does not use
+  idle_vectors: int = 0
 
 
 # ------------------------------------------------------------------------------------- one row a component
@@ -41,13 +44,34 @@ def attention(c: AttentionConfig, d_model: int) -> Cost:
   vectors = c.qkv_bias * (N + 2 * K) * H + c.out_bias * D + c.sinks * N
   if c.qk_norm:
     dims = (N * H, K * H) if c.qk_norm.whole else (H, H)
-    vectors += sum(norm(c.qk_norm.norm, dim) for dim in dims)
+    times = (N, K) if c.qk_norm.per_head else (1, 1)
+    vectors += sum(n * norm(c.qk_norm.norm, dim) for n, dim in zip(times, dims))
   return Cost(
     matrices=2 * D * N * H + 2 * D * K * H,
     vectors=vectors,
     mixing=lambda length, dense: 2 * N * H * (length if dense else mean_keys(length, c.mask, c.window)),
     state=lambda *sizes: K * kv_state(H, c.window, *sizes),
     growth=2 * K * H,
+  )
+
+
+def mla(c: MLAConfig, d_model: int) -> Cost:
+  """Queries D N (P + R), or D Q + Q N (P + R) with a latent; D (C + R) + C N (P + V) for keys and values, N V D;
+  N (P + R + V) multiply-adds for each key a query sees; C + R elements of state a token (2405.04434, table 1)."""
+  D, N, C, Q = d_model, c.num_heads, c.kv_lora_rank, c.q_lora_rank
+  P, R, V = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+  queries = D * N * (P + R) if Q is None else D * Q + Q * N * (P + R)
+
+  def state(max_len: int, chunk: int, dtype: str) -> int:
+    scale = 4 if BYTES[dtype] == 1 else 0  # of a format: an f32 a token for either vector
+    return max_len * ((C + R) * BYTES[dtype] + 2 * scale)
+
+  return Cost(
+    matrices=queries + D * (C + R) + C * N * (P + V) + N * V * D,
+    vectors=norm(c.latent_norm, C) + (0 if Q is None else norm(c.latent_norm, Q)),
+    mixing=lambda length, dense: N * (P + R + V) * (length if dense else mean_keys(length, c.mask, c.window)),
+    state=state,
+    growth=C + R,
   )
 
 
@@ -83,15 +107,31 @@ def mlp(c: MLPConfig, d_model: int) -> Cost:
   return Cost(matrices=(into + 1) * d_model * c.d_ff, vectors=c.bias * (into * c.d_ff + d_model))
 
 
-COMPONENTS = {AttentionConfig: attention, MLPConfig: mlp}
+def moe(c: MoEConfig, d_model: int) -> Cost:
+  """E experts, of which a token uses K (on average, where experts choose), and the shared one; D E of the router,
+  with E for each of its biases, and D for the gate of the shared one."""
+  D, E, router = d_model, c.num_experts, c.router
+  expert, shared = mlp(c.expert, D), mlp(c.shared, D) if c.shared else Cost(0, 0)
+  tokens_choose = isinstance(router, TopK)
+  biases = router.bias + (router.balance_rate is not None) if tokens_choose else 0
+  idle = E - (router.k if tokens_choose else router.capacity_factor)
+  return Cost(
+    matrices=E * expert.matrices + shared.matrices + D * E + c.shared_gate * D,
+    vectors=E * expert.vectors + shared.vectors + biases * E,
+    idle=int(idle * expert.matrices),
+    idle_vectors=int(idle * expert.vectors),
+  )
+
+
+COMPONENTS = {AttentionConfig: attention, MLAConfig: mla, MLPConfig: mlp, MoEConfig: moe}
 
 NORMS = {
   RMSNorm: lambda c, dim: dim,
-  LayerNorm: lambda c, dim: dim * (1 + c.bias),
+  LayerNorm: lambda c, dim: dim * (c.scale + c.bias),
   ScaleNorm: lambda c, dim: 1,
 }
 
-AT_EMBEDDING = {Learned: lambda c, d_model: c.length * d_model, Sinusoidal: lambda c, d_model: 0}
+AT_EMBEDDING = {Learned: lambda c, d_model: (c.offset + c.length) * d_model, Sinusoidal: lambda c, d_model: 0}
 
 
 def norm(config: NormConfig | None, dim: int) -> int:
@@ -121,9 +161,9 @@ def params(config: ModelConfig) -> dict[str, int]:
   A tied table counts as embed. LLaMA, for one: L (2 D N H + 2 D K H + 3 D F + 2 D) + 2 V D + D.
   """
   D, V = config.d_model, config.vocab_size
-  at_embedding = config.embed.position
+  at_embedding, width = config.embed.position, config.embed.dim
   found = Counter(
-    embed=V * D,
+    embed=V * D if width is None else V * width + 2 * width * D,
     position=AT_EMBEDDING[type(at_embedding)](at_embedding, D) if at_embedding else 0,
   )
   for count, block, mixer, ffn in layers(config):
@@ -134,13 +174,20 @@ def params(config: ModelConfig) -> dict[str, int]:
     if isinstance(position, T5Bias):  # one table for all layers of the name
       found["position"] += position.num_buckets * block.mixer.num_heads
   found["norms"] += norm(config.embed.norm, D) + norm(config.final_norm, D)
-  found["head"] = (not config.head.tied) * V * D + config.head.bias * V
+  found["head"] = (not config.head.tied) * V * (width or D) + config.head.bias * V
   return {**found, "total": sum(found.values())}
 
 
 def active_params(config: ModelConfig) -> int:
   """Parameters that one token uses: all but the idle ones (of experts it is not sent to)."""
-  return params(config)["total"] - sum(count * (mixer.idle + ffn.idle) for count, _, mixer, ffn in layers(config))
+  idle = lambda c: c.idle + c.idle_vectors
+  return params(config)["total"] - sum(count * (idle(mixer) + idle(ffn)) for count, _, mixer, ffn in layers(config))
+
+
+def head_macs(config: ModelConfig) -> int:
+  """Multiply-adds of a token's logits."""
+  width = config.embed.dim or config.d_model
+  return width * config.vocab_size + (config.embed.dim or 0) * config.d_model
 
 
 def flops_per_token(config: ModelConfig, length: int, *, dense: bool = False) -> float:
@@ -152,16 +199,21 @@ def flops_per_token(config: ModelConfig, length: int, *, dense: bool = False) ->
   mask discards as well: what a kernel executes that skips none, and PaLM's convention for MFU (2204.02311,
   appendix B: 12 L N H T of a training token).
   """
-  macs = config.d_model * config.vocab_size
+  macs = head_macs(config) + (config.embed.dim or 0) * config.d_model
   for count, _, mixer, ffn in layers(config):
     in_use = mixer.matrices - mixer.idle + ffn.matrices - ffn.idle
     macs += count * (in_use + mixer.mixing(length, dense))
   return 2 * macs
 
 
-def train_flops_per_token(config: ModelConfig, length: int, *, dense: bool = False) -> float:
-  """Forward and backward: 3 x forward (each matmul has two gradients), 6 N and the mixing. No rematerialisation."""
-  return 3 * flops_per_token(config, length, dense=dense)
+def train_flops_per_token(config: ModelConfig, length: int, *, dense: bool = False, frozen: bool = False) -> float:
+  """Forward and backward: 3 x forward (each matmul has two gradients), 6 N and the mixing. No rematerialisation.
+
+  frozen: weights have no gradient, 4 N and the mixing. Their adapters, which have, are small and not counted.
+  """
+  forward = flops_per_token(config, length, dense=dense)
+  mixing = 2 * sum(count * mixer.mixing(length, dense) for count, _, mixer, _ in layers(config))
+  return 2 * forward + mixing if frozen else 3 * forward
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_element: float) -> float:
@@ -196,14 +248,22 @@ MOMENTS = {  # elements of optimizer state: (config, parameters of the layers' m
 def training_bytes(config: ExperimentConfig) -> dict[str, int]:
   """Bytes that a train step holds for its parameters, over all devices: params, gradients, optimizer, ema, total.
 
-  Gradients, moments and the average are f32 whatever the parameters are. Activations are not here: they
-  depend on batch, length and remat (`llmarch bench` measures the peak).
+  Gradients, moments and the average are f32 whatever the parameters are. Of adapters, params are they and all that
+  is frozen, the rest is theirs. Activations are not here: they depend on batch, length and remat (`llmarch bench`
+  measures the peak).
   """
   total = params(config.model)["total"]
   matrices = sum(n * (mixer.matrices + ffn.matrices) for n, _, mixer, ffn in layers(config.model))
+  stored = total * BYTES[config.model.precision.param]
+  if config.train.lora:
+    from llmarch.models.lora import Adapters
+
+    adapters = Adapters(config.train.lora, config.model)
+    matrices = total = adapters.size
+    stored = 4 * total + adapters.frozen_bytes
   algorithm = config.optimizer.algorithm
   found = {
-    "params": total * BYTES[config.model.precision.param],
+    "params": stored,
     "gradients": 4 * total,
     "optimizer": 4 * MOMENTS[type(algorithm)](algorithm, matrices, total),
     "ema": 4 * total if config.train.ema else 0,

@@ -213,7 +213,8 @@ def _model(config: ModelConfig, ffn: str, attention: str, mesh: dict[str, int], 
   total = lambda field: sum(n * getattr(p, field) for n, p in rows)
   most = lambda field: max(getattr(p, field) for _, p in rows)
   # The tables are split over all chips (a vocabulary that is not round, over fewer).
-  tables = config.d_model * config.vocab_size * (1 if config.head.tied else 2) / math.prod(mesh.values())
+  entries = config.vocab_size * (1 if config.head.tied else 2)
+  tables = (config.embed.dim or config.d_model) * entries / math.prod(mesh.values())
   return _PerPass(
     weight_bytes=total("weight_bytes") + width * tables,
     gathered_bytes=total("gathered_bytes") + width * tables,
@@ -306,7 +307,7 @@ def evaluate(
     keys = lambda a: cost.mean_keys(r.prompt, a.mask, a.window)
     loads = kv(r.prompt) * (passes + 1) / 2  # each chunk reads what is there by then
   # Attention's products are split over all chips, whether by heads or by batch; a prompt's last token has logits.
-  head = 2 * model.d_model * model.vocab_size * r.batch * (r.generate if phase == "decode" else 1)
+  head = 2 * cost.head_macs(model) * r.batch * (r.generate if phase == "decode" else 1)
   terms = Terms(
     compute=(tokens * (p.flops + _mixing_flops(model, keys) / n) + head / n) / chip.flops,
     weights=passes * p.gathered_bytes / chip.hbm_bandwidth,

@@ -208,7 +208,7 @@ def _prefill(config, shape: dict) -> Case:
     return time.perf_counter() - began
 
   model, B, P = config.model, shape["batch"], shape["prompt"]
-  head = 2 * model.d_model * model.vocab_size  # only the last position's logits are made
+  head = 2 * cost.head_macs(model)  # only the last position's logits are made
   flops = B * (P * (cost.flops_per_token(model, P) - head) + head)
   return _case(run, program, B * P, flops, _weight_bytes(model, params), model.precision.compute)
 

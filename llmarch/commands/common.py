@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from llmarch.config import UserError, build, nearest, override, to_dict
+from llmarch.config import UserError, build, check, nearest, override, to_dict
 
 
 def parse_flags(argv: list[str], define: Callable[[flags.FlagValues], None], usage: str) -> flags.FlagValues:
@@ -52,7 +52,8 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def load_config(source: str | None, overrides: list[tuple[str, str]] = ()):
-  """An ExperimentConfig from "FILE.py", "FILE.py:argument", "config.json", a run's folder or a preset's name.
+  """An ExperimentConfig from "FILE.py", "FILE.py:argument", "config.json", a preset's name, the folder of a run or of
+  a model (ours or transformers'), which has no more than model.*.
 
   Overrides are applied to the complete config, so that every key can be set, whether the file names it or
   not. Raises UserError for whatever is wrong with any of them.
@@ -73,20 +74,37 @@ def _read_config(source: str) -> dict:
   if source.endswith(".py") or argument:
     return _run_config(path if not argument else f"{path}.py", argument)
   if os.path.isdir(source):
+    from llmarch.convert import hf
+
+    if hf.is_checkpoint(source):
+      return _of_model(source, to_dict(hf.Checkpoint(source).config))
     source = os.path.join(source, "config.json")
   if source.endswith(".json"):
     try:
       with open(source) as f:
-        return json.load(f)
+        data = json.load(f)
     except OSError as e:
       raise UserError(f"--config: cannot read {source} ({e.strerror}); give an existing file or run folder") from None
     except (ValueError, RecursionError) as e:
       raise UserError(f"--config: {source} is not valid JSON ({e}); restore it from the run's own copy") from None
+    saved = isinstance(data, dict) and {"format", "model"} <= data.keys()  # a model folder's
+    return _of_model(os.path.dirname(source), data["model"]) if saved else data
   from llmarch.presets import PRESETS
 
   if source not in PRESETS:
     raise UserError(f"--config: {source!r} is neither a .py file, a run folder nor a preset{nearest(source, PRESETS)}")
   return {"model": PRESETS[source]()}
+
+
+def _of_model(folder: str, model) -> dict:
+  """A model's folder as a config: the model, its tokenizer, and no more tokens at once than it can read."""
+  from llmarch.config import ModelConfig
+  from llmarch.experiment import TrainConfig
+
+  limit = build(ModelConfig, model, "config.model").max_seq_len
+  own = os.path.exists(os.path.join(folder, "tokenizer.json"))
+  data = {"tokenizer": os.path.abspath(folder)} if own else {}
+  return {"model": model, "data": data, "train": {"seq_len": min(limit, TrainConfig.seq_len)}}
 
 
 def _run_config(path: str, argument: str) -> dict:
@@ -104,9 +122,10 @@ def _run_config(path: str, argument: str) -> dict:
   return config.to_dict() if hasattr(config, "to_dict") else config
 
 
-def device_mesh(text: str):
+def device_mesh(text: str, num_processes: int = 1):
   """A mesh, from "data=2,tensor=4" or "x=2,y=2,z=2", over the devices there are; a machine without accelerators
-  gets as many fake ones as it needs, and a line that says so. Before the first use of jax's devices."""
+  gets as many fake ones as it needs, and a line that says so. Before the first use of jax's devices, of which each
+  process (train/distributed.py) has as many."""
   import math
 
   import jax
@@ -115,8 +134,14 @@ def device_mesh(text: str):
 
   sizes = sharding.parse_mesh(text)
   need = math.prod(sizes.values())
-  jax.config.update("jax_num_cpu_devices", need)  # of the CPU backend alone
-  if jax.default_backend() == "cpu" and need > 1:
+  check(
+    need % num_processes == 0,
+    f"{num_processes} processes cannot share devices evenly, of which mesh {text!r} has {need}; make it a multiple of"
+    f" {num_processes}",
+  )
+  # Of the CPU backend alone. (Of more than these, `make_mesh` tells.)
+  jax.config.update("jax_num_cpu_devices", min(need // num_processes, 4096))
+  if jax.default_backend() == "cpu" and need > 1 and jax.process_index() == 0:
     print(f"no accelerator: {need} fake devices on this CPU", file=sys.stderr)
   return sharding.make_mesh(sizes)
 

@@ -23,7 +23,7 @@ def _define(values: flags.FlagValues) -> None:
   text("config", None, "config file, preset or run folder")
   text("topology", None, "machine: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, h100:8")
   flags.DEFINE_enum("phase", "decode", PHASES, "the program: a step of it", flag_values=values)
-  text("mesh", "", "'x=4,y=4,z=4', or 'data=4,tensor=16' to train (default: the sides of the topology)")
+  text("mesh", "", "'x=4,y=4,z=4', or 'fsdp=16,tensor=4' to train (default: the sides of the topology)")
   number("batch", 64, "rows")
   number("context", 2048, "tokens of a row: what the decoding state holds, or a training sequence")
   number("chunk", None, "prompt tokens of a prefill call (default: the whole context)")
@@ -70,6 +70,7 @@ def _cell(args, overrides):
     unread = ("weights", "kv", "chunk", "layout.prefill", "layout.decode", "unrolled")
     given = [f"--{name}" for name in unread if args[name].present]
     check(not given, f"--phase=train does not read {', '.join(given)}; leave them out, or take another phase")
+    chosen |= {"mesh": args.mesh, "train.batch_size": str(args.batch), "train.seq_len": str(args.context)}
     chosen["train.remat"] = "full"
   else:
     chosen |= {"model.precision.param": args.dtype, "model.precision.state": args.kv or args.dtype}

@@ -2,6 +2,8 @@
 
 llmarch convert --from=HF_DIR --to=DIR                config.json and safetensors of transformers -> llmarch
 llmarch convert --from=DIR --to=HF_DIR --format=hf    a model folder or a run -> transformers
+llmarch convert --from=RUN --to=DIR                   a run -> a model folder; adapters are merged with their base
+llmarch convert --from=RUN --to=DIR --format=peft     the adapters of a run (train.lora) -> the package peft
 
 Values are kept bit for bit in the dtype they are stored in; one parameter at a time is in memory.
 """
@@ -25,12 +27,16 @@ def main(argv: list[str]) -> int:
   check(bool(target), "--to is missing; name the folder to write")
   check(options.shard_gb > 0, f"--shard_gb must be above 0, got {options.shard_gb}")
   check(
-    options.format == "hf" or options.model_type is None,
-    "--model_type is of no use without --format=hf; drop it",
+    options.format != "llmarch" or options.model_type is None,
+    "--model_type is of no use without --format=hf or --format=peft; drop it",
   )
   source = Path(source).expanduser()
   if options.format == "hf":
     report = export(source, target, options.model_type, round(options.shard_gb * 1e9))
+  elif options.format == "peft":
+    report = export_adapters(source, target, options.model_type)
+  elif (source / "checkpoints").is_dir():
+    report = settle(source, target)
   else:
     report = take(source, target)
   print(json.dumps(report) if options.json else "\n".join(f"{k:12} {v}" for k, v in report.items()))
@@ -40,8 +46,8 @@ def main(argv: list[str]) -> int:
 def _define(options: flags.FlagValues) -> None:
   flags.DEFINE_string("from", "", "the folder to read", flag_values=options)
   flags.DEFINE_string("to", "", "the folder to write; must not exist", flag_values=options)
-  flags.DEFINE_enum("format", "llmarch", ["llmarch", "hf"], "what to write", flag_values=options)
-  which = "with --format=hf: the family to write (else the one it came from, or that suits)"
+  flags.DEFINE_enum("format", "llmarch", ["llmarch", "hf", "peft"], "what to write", flag_values=options)
+  which = "with --format=hf or peft: the family to write (else the one it came from, or that suits)"
   flags.DEFINE_string("model_type", None, which, flag_values=options)
   flags.DEFINE_float("shard_gb", 5.0, "with --format=hf: the most bytes in a file, in 1e9", flag_values=options)
   flags.DEFINE_boolean("json", False, "print JSON", flag_values=options)
@@ -49,8 +55,6 @@ def _define(options: flags.FlagValues) -> None:
 
 def take(source: Path, target: str) -> dict:
   """transformers -> a model folder."""
-  import numpy as np
-
   from llmarch.convert import hf
   from llmarch.infer import lm
 
@@ -59,11 +63,9 @@ def take(source: Path, target: str) -> dict:
     carried = checkpoint.carried | {"model_type": checkpoint.family.model_type}
     data = {"format": lm.FORMAT, "model": to_dict(checkpoint.config), "hf": carried}
     (new / lm.CONFIG).write_text(json.dumps(data, indent=1))
-    dtype = np.dtype(checkpoint.config.precision.param)
-    entries = {path: (dtype, shape) for path, shape in checkpoint.paths.items()}
-    hf.write_safetensors(new / lm.WEIGHTS, entries, checkpoint.param, checksums=True)
+    hf.write_safetensors(new / lm.WEIGHTS, checkpoint.entries, checkpoint.param, checksums=True)
     _carry_tokenizer(source, new)
-  return _report(target, checkpoint.family.model_type, checkpoint.config, entries)
+  return _report(target, checkpoint.family.model_type, checkpoint.config, checkpoint.entries)
 
 
 def export(source: Path, target: str, model_type: str | None, shard_bytes: int) -> dict:
@@ -75,12 +77,7 @@ def export(source: Path, target: str, model_type: str | None, shard_bytes: int) 
     config, carried, entries, read, tokenizer = opened
     carried = dict(carried)
     origin = carried.pop("model_type", None)
-    if model_type is None and origin is not None:
-      try:
-        hf.express(config, origin)
-        model_type = origin
-      except UserError:  # it was changed since
-        pass
+    model_type = model_type or _known(origin, config)
     family = hf.write_checkpoint(
       new, config, read, model_type=model_type, carried=carried, shard_bytes=shard_bytes
     )
@@ -89,6 +86,53 @@ def export(source: Path, target: str, model_type: str | None, shard_bytes: int) 
     else:
       tokenizer.save(new)
   return _report(target, family.model_type, config, entries)
+
+
+def settle(source: Path, target: str) -> dict:
+  """A training run -> a model folder."""
+  import llmarch
+  from llmarch.convert import hf
+
+  lm = llmarch.load(source)
+  with hf.new_folder(target) as new:
+    lm.save(new)
+  entries = {name: (value.dtype, value.shape) for name, value in lm.arrays().items()}
+  return _report(target, "llmarch", lm.config, entries)
+
+
+def export_adapters(source: Path, target: str, model_type: str | None) -> dict:
+  """The adapters of a training run -> the format of the package peft."""
+  from llmarch.convert import hf, peft
+  from llmarch.train.checkpoint import restore_trained
+
+  check((source / "checkpoints").is_dir(), f"--from: {source} is no training run; give one with train.lora")
+  config, params, _ = restore_trained(str(source))
+  lora, base = config.train.lora, config.train.init_from
+  check(lora is not None, f"--from: {source} trained no adapters (train.lora is none); use --format=hf")
+  with hf.new_folder(target) as new:
+    model_type = model_type or _known(_origin(Path(base)), config.model)
+    written = peft.write_adapters(new, config.model, lora, params, base, model_type)
+  entries = {name: (value.dtype, value.shape) for name, value in params.items()}
+  return _report(target, written, config.model, entries) | {"base": base}
+
+
+def _origin(folder: Path) -> str | None:
+  """The model_type of a checkpoint of transformers, or of the one that a model folder came from."""
+  try:
+    data = json.loads((folder / "config.json").read_text())
+  except (OSError, ValueError, RecursionError):
+    return None
+  return data.get("model_type", data.get("hf", {}).get("model_type"))
+
+
+def _known(model_type: str | None, config: ModelConfig) -> str | None:
+  """The model_type that a model came from, unless it can no longer say what the model computes."""
+  from llmarch.convert import hf
+
+  try:
+    return model_type and hf.express(config, model_type)[0].model_type
+  except UserError:  # it was changed since
+    return None
 
 
 def _open(source: Path):
@@ -110,15 +154,10 @@ def _open(source: Path):
   tensors, metadata = hf.read_header(source / lm.WEIGHTS)
   _check_fit(source / lm.WEIGHTS, config, tensors, metadata)
 
-  def read(path, layer):
-    if layer is None:
-      return tensors[path].read()
-    return tensors[path].read(layer, 1)[0]
-
   carried = data.get("hf", {})
   check(isinstance(carried, dict), f"--from: {source / lm.CONFIG}: hf must be a dict")
   entries = {path: (hf.DTYPES[t.dtype], t.shape) for path, t in tensors.items()}
-  return config, carried, entries, read, source
+  return config, carried, entries, lambda path, index: tensors[path].read(*index), source
 
 
 def _check_fit(path: Path, config: ModelConfig, tensors: dict, metadata: dict) -> None:
@@ -137,24 +176,22 @@ def _check_fit(path: Path, config: ModelConfig, tensors: dict, metadata: dict) -
   for name, tensor in tensors.items():
     crc = 0
     for layer in range(tensor.shape[0]) if name.startswith("stack/segments/") else [None]:
-      values = tensor.read() if layer is None else tensor.read(layer, 1)
+      values = tensor.read() if layer is None else tensor.read(layer)
       crc = zlib.crc32(values.reshape(-1).view("uint8"), crc)
     check(crc == sums.get(name), f"{path}: {name} is damaged; restore the file")
 
 
 def _open_run(source: Path):
   """The same of a training run's newest checkpoint."""
-  import numpy as np
 
-  from llmarch.data.tokenizers import load_tokenizer
-  from llmarch.layers.param import flatten
-  from llmarch.train.checkpoint import restore_params
+  import llmarch
 
-  config, params, tokenizer = restore_params(str(source))
-  flat = {name: np.asarray(value, config.precision.param) for name, value in flatten(params).items()}
-  read = lambda path, layer: flat[path] if layer is None else flat[path][layer]
+  lm = llmarch.load(source)
+  config = lm.config
+  flat = lm.arrays()
+  read = lambda path, index: flat[path][index]
   entries = {name: (value.dtype, value.shape) for name, value in flat.items()}
-  return config, {}, entries, read, load_tokenizer(tokenizer)
+  return config, {}, entries, read, lm.tokenizer
 
 
 def _carry_tokenizer(source: Path, target: Path) -> None:

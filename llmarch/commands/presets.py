@@ -25,7 +25,8 @@ def row(name: str, config) -> dict:
   from llmarch.analysis import cost
 
   blocks = list(config.blocks.values())
-  mixer, ffn = blocks[0].mixer, blocks[0].ffn
+  mixer = blocks[0].mixer
+  mlps = [getattr(b.ffn, "expert", b.ffn) for b in blocks]
   at_embedding = [config.embed.position] if config.embed.position else []
   return {
     "name": name,
@@ -33,14 +34,15 @@ def row(name: str, config) -> dict:
     "active_params": cost.active_params(config),
     "layers": len(config.layers),
     "d_model": config.d_model,
-    "d_ff": ffn.d_ff,
+    "d_ff": mlps[0].d_ff,
+    "experts": _distinct(f"{b.ffn.router.k}/{b.ffn.num_experts}" for b in blocks if b.ffn.kind == "moe") or None,
     "heads": mixer.num_heads,
     "kv_heads": mixer.kv_heads,
     "head_dim": mixer.dim(config.d_model),
     "vocab": config.vocab_size,
     "norm": _distinct(b.norm.kind for b in blocks),
     "residual": _distinct(b.residual for b in blocks),
-    "activation": _distinct(("gated " if b.ffn.gated else "") + b.ffn.activation for b in blocks),
+    "activation": _distinct(("gated " if m.gated else "") + m.activation for m in mlps),
     "position": _distinct(map(position, at_embedding or [b.mixer.position for b in blocks])),
     "context": config.max_seq_len,
     "window": next((b.mixer.window for b in blocks if b.mixer.window), None),

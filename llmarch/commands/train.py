@@ -1,11 +1,16 @@
 """`llmarch train`: a config and a workdir in; a trained, checkpointed, sampled model out."""
 
+import dataclasses
+import json
+import os
 import sys
+from pathlib import Path
 
 from absl import flags
 
 from llmarch.commands.common import device_mesh, load_config, parse_flags, split_overrides
 from llmarch.config import UserError, check
+from llmarch.train import distributed
 
 USAGE = "llmarch train --config=FILE|PRESET --workdir=DIR [--config.a.b=value ...]"
 
@@ -14,32 +19,75 @@ def _define(values: flags.FlagValues) -> None:
   text = lambda name, help: flags.DEFINE_string(name, None, help, flag_values=values)
   text("config", "config file (FILE.py or FILE.py:argument), preset or run folder")
   text("workdir", "folder of the run; resumed if it holds the same config")
+  what = "start it again when it dies (by the table of llmarch/train/faults.py), and account for the time"
+  flags.DEFINE_bool("supervise", False, what, flag_values=values)
+  number = lambda name, default, help: flags.DEFINE_integer(name, default, help, flag_values=values)
+  number("num_processes", None, "processes of this run, where neither Slurm, Open MPI nor a TPU tells; 1: alone")
+  number("process_id", None, "this one's number, from 0")
+  text("coordinator", "HOST:PORT of process 0, the same for all")
+  number("heartbeat", distributed.HEARTBEAT, "seconds without a sign of life after which a process counts as dead")
+  number("start_timeout", distributed.START_TIMEOUT, "seconds in which all processes must have started")
 
 
 def main(argv: list[str]) -> int:
-  argv, overrides = split_overrides(argv)
-  args = parse_flags(argv, _define, USAGE)
+  rest, overrides = split_overrides(argv)
+  args = parse_flags(rest, _define, USAGE)
   if not args.workdir:
     raise UserError("--workdir is missing; give a folder for the run")
+  if args.supervise:
+    from llmarch.train.supervise import supervise
+
+    again = [word for word in argv if word.lstrip("-").partition("=")[0] != "supervise"]
+    return supervise([sys.executable, "-m", "llmarch", "train", *again], args.workdir)
   config = load_config(args.config, overrides)
-  run(config, args.workdir)
+  cluster = distributed.find_cluster(
+    num_processes=args.num_processes, process_id=args.process_id, coordinator=args.coordinator
+  )
+  check(
+    cluster is None or bool(config.mesh),
+    "config.mesh is one device, of one process; give a mesh of the devices of all, such as --config.mesh=data=8",
+  )
+  _keep_programs(config.data.cache_dir)
+  with distributed.ends_together():
+    distributed.initialize(cluster, heartbeat=args.heartbeat, timeout=args.start_timeout)
+    run(config, args.workdir, cluster.num_processes if cluster else 1)
   return 0
 
 
-def run(config, workdir: str) -> dict:
+def _keep_programs(cache_dir: str) -> None:
+  """Compiled programs go to a cache of this user's own, from which a run that starts again is quick."""
+  import jax
+
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  folder = Path(cache_dir or os.environ.get("LLMARCH_CACHE") or "~/.cache/llmarch").expanduser() / "programs"
+  try:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies there is executed
+  except OSError:
+    return  # a cache is no condition
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def run(config, workdir: str, num_processes: int = 1) -> dict:
   """Trains `config` in `workdir`; everything that can be refused is refused before anything is compiled."""
-  mesh = device_mesh(config.mesh) if config.mesh else None
+  mesh = device_mesh(config.mesh, num_processes) if config.mesh else None
+  if config.train.init_from:  # the run keeps where it was, from wherever it is resumed
+    here = os.path.abspath(os.path.expanduser(config.train.init_from))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=here))
 
   import jax
 
   from llmarch.analysis import cost, hardware
+  from llmarch.config import to_dict
   from llmarch.data.pipeline import make_pipeline
   from llmarch.data.tokenizers import load_tokenizer
-  from llmarch.train.checkpoint import check_workdir
   from llmarch.train.loop import train
+  from llmarch.train.workdir import check_workdir
 
   c = config.train
-  check_workdir(workdir, config)  # before the corpus is tokenised
+  if distributed.is_main():  # before the corpus is tokenised
+    check_workdir(workdir, config)
   make = lambda split: make_pipeline(
     config.data,
     batch_size=c.batch_size,
@@ -49,14 +97,21 @@ def run(config, workdir: str) -> dict:
     split=split,
     prefix=c.loss == "prefix",
   )
-  train_data, eval_data = make("train"), make("validation") if config.eval.every else None
+  with distributed.main_first("data"):  # which makes the cache of tokens
+    train_data, eval_data = make("train"), make("validation") if config.eval.every else None
+  distributed.check_same(config=json.dumps(to_dict(config)), corpus=train_data.hash, version=jax.__version__)
   text = train_data.num_bytes > 0  # a synthetic task has none, nor a tokenizer
   tokenizer = load_tokenizer(config.data.tokenizer) if text else None
   sample = _sampler(config, tokenizer) if text and config.eval.every and config.eval.sample_tokens else None
   devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
-  flops = cost.train_flops_per_token(config.model, c.seq_len)
+  if sample and distributed.several() and not _fits_one(config.model, devices):
+    sample = None
+    if distributed.is_main():
+      print("no samples: the parameters are too large for one device", file=sys.stderr)
+  flops = cost.train_flops_per_token(config.model, c.seq_len, frozen=c.lora is not None)
   peak = hardware.peak_flops(devices[0], config.model.precision.compute)
-  _announce(config, train_data, cost.params(config.model)["total"], flops, devices, peak)
+  if distributed.is_main():
+    _announce(config, train_data, cost.params(config.model)["total"], flops, devices, peak)
   return train(
     config,
     workdir,
@@ -67,21 +122,78 @@ def run(config, workdir: str) -> dict:
     flops_per_token=flops,
     peak_flops=peak and peak * len(devices),
     tokenizer=tokenizer,
+    weights=(lambda: _weights(config, tokenizer)) if c.init_from else None,
   )
+
+
+def _weights(config, tokenizer) -> dict:
+  """The parameters of train.init_from by name, as this config has them.
+
+  Raises UserError where a name or a shape is not the config's, or the text is encoded by another tokenizer. What
+  else differs between the models (a window, an activation) changes what they compute, and is said.
+  """
+  import numpy as np
+  from flax import nnx
+
+  import llmarch
+  from llmarch.config import differences, to_dict
+  from llmarch.layers.param import flatten, unflatten
+  from llmarch.models.decoder import abstract
+
+  source = config.train.init_from
+  lm = llmarch.load(source)
+  wanted = nnx.state(abstract(config.model))
+  try:
+    params = flatten(unflatten(wanted, flatten(lm.params)))
+  except UserError as e:
+    raise UserError(f"train.init_from: {source} does not fit config.model: {e}") from None
+  known = None not in (tokenizer, lm.tokenizer)
+  check(
+    not known or tokenizer.fingerprint == lm.tokenizer.fingerprint,
+    f"train.init_from: {source} has another tokenizer than data.tokenizer={config.data.tokenizer!r}; set"
+    f" data.tokenizer={source!r}",
+  )
+  other = differences(to_dict(config.model), to_dict(lm.config), "model")
+  if other:
+    print(f"train.init_from: the model there differs: {'; '.join(other[:8])}", file=sys.stderr)
+  return {name: np.asarray(value, p.dtype) for (name, value), p in zip(params.items(), flatten(wanted).values())}
+
+
+def _fits_one(model, devices: list) -> bool:
+  """Whether a device can hold all parameters beside its part of the state: the main process samples on one of its own.
+
+  The state counts as four times the parameters in f32: those, their gradients and two moments.
+  """
+  import jax
+
+  from llmarch.analysis import cost
+
+  count = cost.params(model)["total"]
+  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))  # a CPU does not tell
+  return count * (jax.numpy.dtype(model.precision.param).itemsize + 16 / len(devices)) < limit
 
 
 def _announce(config, data, params: int, flops: float, devices: list, peak: float | None) -> None:
   c = config.train
   lines = [
-    f"model: {config.model.stack}, {params:,} parameters",
+    f"model: {config.model.stack}, {params:,} parameters{_adapted(config)}",
     f"data: {data.num_bytes:,} bytes, {data.num_tokens:,} tokens in the train split ({config.data.source.kind})",
     f"work: {c.steps} steps of {c.batch_size} x {c.seq_len} tokens on {len(devices)} x {devices[0].device_kind}",
   ]
   if peak:
-    lines.append(
-      f"mfu = tokens/s * {flops:,.0f} FLOPs (6 a weight, and attention's) / {peak * len(devices):.3g} FLOP/s peak"
-    )
+    what = f"{flops:,.0f} FLOPs ({4 if c.lora else 6} a weight, and attention's)"
+    lines.append(f"mfu = tokens/s * {what} / {peak * len(devices):.3g} FLOP/s peak")
   print("\n".join(lines), file=sys.stderr)
+
+
+def _adapted(config) -> str:
+  if config.train.lora is None:
+    return ""
+  from llmarch.models.lora import Adapters
+
+  c = config.train.lora
+  frozen = "" if c.weights is None else f", frozen matrices in {c.weights}"
+  return f", frozen; trained: {Adapters(c, config.model).size:,} of adapters of rank {c.rank}{frozen}"
 
 
 def _sampler(config, tokenizer):

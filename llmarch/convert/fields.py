@@ -118,8 +118,9 @@ class Choice:
 
   def write(self, value, w: Writer, i):
     plain = lambda ours: not isinstance(ours, Mapping) and not hasattr(ours, "read")
+    kind = lambda part: part.get("kind") if isinstance(part, Mapping) else None
     for options, ours in sorted(self.table.items(), key=lambda item: not plain(item[1])):
-      if ours == value if plain(ours) else value is not None:
+      if ours == value if plain(ours) else value is not None and kind(ours) in (None, kind(value)):
         for (key, _), option in zip(self.keys, options):
           w.set(key, option)
         return match(ours, value, w, i)
@@ -344,7 +345,7 @@ def _scaling(h: Reader, options: dict) -> dict | None:
           gain = (0.1 * scales[0] * math.log(factor) + 1) / (0.1 * scales[1] * math.log(factor) + 1)
         scaling = {"kind": "yarn", "factor": factor, "original": original, "attention_factor": gain}
         scaling |= {"beta_fast": take("beta_fast", 32.0), "beta_slow": take("beta_slow", 1.0)}
-        check(take("truncate", True) is True, "rope_parameters.truncate must be true")
+        scaling |= {"truncate": take("truncate", True)}
       case "longrope" | "su":
         scaling = {"kind": "longrope", "original": original, "factor": take("factor", max(1.0, longest / original))}
         scaling |= {"short_factors": take("short_factor"), "long_factors": take("long_factor")}
@@ -381,6 +382,7 @@ def _scaling_options(scaling: dict | None, w: Writer) -> dict:
       return {"rope_type": "llama3", "factor": s["factor"]} | original() | factors
     case "yarn":
       betas = {"beta_fast": s["beta_fast"], "beta_slow": s["beta_slow"]}
+      betas |= {} if s["truncate"] else {"truncate": False}
       return {"rope_type": "yarn", "factor": s["factor"]} | original() | betas | gain()
     case "longrope":
       factors = {"short_factor": list(s["short_factors"]), "long_factor": list(s["long_factors"])}
@@ -396,9 +398,12 @@ class Row:
   """Theirs to ours: `key` with {} for the layer, our path (inside the block, or of the decoder), and a pattern.
 
   The pattern is read both ways: "(n h) d -> d n h". A fused projection names several paths; the parts lie one
-  after another along the axis `c`. Letters: d model, n query heads, k key-value heads, h head dim.
-  Where the decoder has no such parameter the row is of no effect, nor in blocks of another residual form than
-  `residual`, where that is given.
+  after another along the axis `c` (one each, where ours has no c: "(f c) d -> d f" are in turn). Letters: d model,
+  n query heads, k key-value heads, h head dim, e experts. With "..." the last group of ours stands for all dimensions
+  that are left: "c d -> d c ..." joins [d, n, h] and [d, f].
+  With a second {} there is a tensor for each entry of our leading dimension (an expert, a head).
+  Where the decoder has no such parameter, or one of another rank, the row is of no effect, nor in blocks of another
+  residual form than `residual`, where that is given.
   """
 
   key: str
@@ -410,6 +415,13 @@ class Row:
   def parts(self) -> tuple[str, ...]:
     return (self.paths,) if isinstance(self.paths, str) else self.paths
 
+  def fits(self, shape: tuple[int, ...]) -> bool:
+    """Whether our array (of a layer, of an expert) has the pattern's rank."""
+    if self.pattern is None:
+      return True
+    groups = len(_groups(self.pattern.split("->")[1]))
+    return len(shape) >= groups if "..." in self.pattern else len(shape) == groups
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -418,6 +430,7 @@ class Layout:
   theirs: tuple[tuple[str, ...], ...]  # groups of axes
   ours: tuple[tuple[str, ...], ...]
   sizes: tuple[dict[str, int], ...]  # of each part
+  shapes: tuple[tuple[int, ...], ...]  # of our arrays
 
   @classmethod
   def of(cls, pattern: str | None, shapes: list[tuple[int, ...]], known: dict[str, int]) -> "Layout":
@@ -426,7 +439,8 @@ class Layout:
       theirs = ours = axes
     else:
       theirs, ours = (_groups(side) for side in pattern.split("->"))
-    return cls(theirs, ours, tuple(_solve(ours, shape, known) for shape in shapes))
+    merged = [(*shape[: len(ours) - 1], math.prod(shape[len(ours) - 1 :])) for shape in shapes]
+    return cls(theirs, ours, tuple(_solve(ours, shape, known) for shape in merged), tuple(shapes))
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -436,6 +450,11 @@ class Layout:
   def _total(self, axis: str) -> int:
     return sum(sizes[axis] for sizes in self.sizes) if axis == "c" else self.sizes[0][axis]
 
+  def _order(self) -> list[str]:
+    """The axes in our order, and then c where each part has one of it."""
+    ours = [axis for group in self.ours for axis in group]
+    return ours + [axis for group in self.theirs for axis in group if axis not in ours]
+
   def split(self, x: np.ndarray, part: int) -> np.ndarray:
     """Ours of that number, from theirs."""
     axes = [axis for group in self.theirs for axis in group]
@@ -443,13 +462,11 @@ class Layout:
     if len(self.sizes) > 1:
       start = sum(sizes["c"] for sizes in self.sizes[:part])
       x = x[(slice(None),) * axes.index("c") + (slice(start, start + self.sizes[part]["c"]),)]
-    x = x.transpose([axes.index(axis) for group in self.ours for axis in group])
-    return x.reshape([math.prod(self.sizes[part][axis] for axis in group) for group in self.ours])
+    return x.transpose([axes.index(axis) for axis in self._order()]).reshape(self.shapes[part])
 
   def join(self, parts: list[np.ndarray]) -> np.ndarray:
     """Theirs, from all of ours: the inverse of `split`."""
-    to = [axis for group in self.theirs for axis in group]
-    axes = [axis for group in self.ours for axis in group]
+    to, axes = [axis for group in self.theirs for axis in group], self._order()
     order = [axes.index(axis) for axis in to]
     flat = [x.reshape([sizes[a] for a in axes]).transpose(order) for x, sizes in zip(parts, self.sizes)]
     return (np.concatenate(flat, to.index("c")) if len(flat) > 1 else flat[0]).reshape(self.shape)
@@ -458,7 +475,7 @@ class Layout:
 def _groups(side: str) -> tuple[tuple[str, ...], ...]:
   """"(n h) d" -> (("n", "h"), ("d",))."""
   found, inside = [], False
-  for word in side.replace("(", " ( ").replace(")", " ) ").split():
+  for word in side.replace("(", " ( ").replace(")", " ) ").replace("...", "").split():
     if word in "()":
       inside = word == "("
       found += [()] if inside else []
@@ -471,7 +488,7 @@ def _groups(side: str) -> tuple[tuple[str, ...], ...]:
 
 def _solve(groups, shape: tuple[int, ...], known: dict[str, int]) -> dict[str, int]:
   """The size of each axis; a group may hold one that is not known beforehand."""
-  sizes = dict(known)
+  sizes = known | ({} if any("c" in group for group in groups) else {"c": 1})
   for group, size in zip(groups, shape, strict=True):
     unknown = [axis for axis in group if axis not in sizes or len(group) == 1]
     if unknown:
@@ -491,6 +508,7 @@ METADATA = {
   "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
   "summary_use_proj", "task_specific_params", "tokenizer_class", "transformers_version", "unk_token_id", "use_cache",
   "_name_or_path", "_attn_implementation", "reorder_and_upcast_attn", "cache_implementation",
+  "output_router_logits", "router_aux_loss_coef",
 }  # fmt: skip
 
 NOT_OURS = {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "quantization_config": (None,)}
@@ -518,7 +536,7 @@ class Family:
   moot: frozenset[str] = frozenset()
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
   prefix: str = ""
-  nested: str | None = None  # an option that is a dict of options: "attn_config"
+  nested: tuple[str, ...] = ()  # options that are dicts of options: "attn_config"
 
   def read(self, options: dict) -> dict:
     """The plain data of a ModelConfig (precision aside) from a config.json's. Raises UserError."""
@@ -550,16 +568,22 @@ class Family:
 
   def _flat(self, options: dict) -> dict:
     options = {self.aliases.get(k, k): v for k, v in options.items()}
-    inner = options.get(self.nested)
-    if not isinstance(inner, dict):
-      return options
-    rest = {k: v for k, v in options.items() if k != self.nested}
-    return rest | {f"{self.nested}.{k}": v for k, v in inner.items()}
+    for outer in self.nested:
+      inner = options.get(outer)
+      if isinstance(inner, dict):
+        rest = {k: v for k, v in options.items() if k != outer}
+        options = rest | {f"{outer}.{k}": v for k, v in inner.items()}
+    return options
 
   def _nest(self, options: dict) -> dict:
-    top = {k: v for k, v in options.items() if "." not in k}
-    inner = {k.partition(".")[2]: v for k, v in options.items() if "." in k}
-    return top | ({self.nested: inner} if inner else {})
+    nested: dict[str, Any] = {}
+    for key, value in options.items():
+      outer, dot, inner = key.partition(".")
+      if dot:
+        nested.setdefault(outer, {})[inner] = value
+      else:
+        nested[key] = value
+    return nested
 
 
 def name_blocks(blocks: list[dict]) -> dict:
@@ -571,8 +595,11 @@ def name_blocks(blocks: list[dict]) -> dict:
   if len(kinds) == 1:
     names = ["layer"]
   else:
-    names = ["global" if kind["mixer"].get("window") is None else "local" for kind in kinds]
-    names = names if len(set(names)) == len(names) else [f"block{j}" for j in range(len(kinds))]
+    reach = ["global" if kind["mixer"].get("window") is None else "local" for kind in kinds]
+    width = ["moe" if (kind.get("ffn") or {}).get("kind") == "moe" else "dense" for kind in kinds]
+    told = [names for names in (reach, width) if len(set(names)) > 1]
+    names = ["_".join(parts) for parts in zip(*told)]
+    names = names if len(set(names)) == len(kinds) else [f"block{j}" for j in range(len(kinds))]
   order = [names[kinds.index(block)] for block in blocks]
   return {"stack": _stack(order), "blocks": dict(zip(names, kinds))}
 

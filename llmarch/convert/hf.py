@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmarch import sharding
 from llmarch.config import ModelConfig, UserError, build, check, differences, nearest, to_dict
 from llmarch.convert.fields import METADATA, Family, Layout, Row
 from llmarch.convert.tables import FAMILIES
 from llmarch.layers import registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
+from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract
 
@@ -50,13 +53,12 @@ class Tensor:
   def __str__(self) -> str:
     return f"{self.file}: {self.name}"
 
-  def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
-    """All of it, or `count` of its first dimension from `first`. Raises UserError unless all values are finite."""
-    shape = self.shape if count is None else (count, *self.shape[1:])
-    values = np.empty(shape, DTYPES[self.dtype])
-    row = math.prod(self.shape[1:]) * values.itemsize
+  def read(self, *index: int) -> np.ndarray:
+    """All of it, or what lies at an index of its leading dimensions. Raises UserError unless all is finite."""
+    values = np.empty(self.shape[len(index) :], DTYPES[self.dtype])
+    before = int(np.ravel_multi_index(index, self.shape[: len(index)])) if index else 0
     with open(self.file, "rb") as f:
-      f.seek(self.start + first * row)
+      f.seek(self.start + before * values.nbytes)
       got = f.readinto(values.reshape(-1).view(np.uint8))
     check(got == values.nbytes, f"{self} is cut off; restore the file")
     check(np.isfinite(values).all(), f"{self} holds values that are not finite; restore the file")
@@ -159,11 +161,11 @@ def write_safetensors(
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-  """One tensor of theirs, and where its parts lie with us: (path, layer in the stacked array or None)."""
+  """One tensor of theirs, and where its parts lie with us: (path, index of leading dimensions: layer, expert)."""
 
   key: str
   layout: Layout
-  parts: tuple[tuple[str, int | None], ...]
+  parts: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def plan(family: Family, config: ModelConfig, present: Iterable[str] | None = None) -> dict[str, Slot]:
@@ -172,21 +174,27 @@ def plan(family: Family, config: ModelConfig, present: Iterable[str] | None = No
   present: the names in a file, where a family has had several for one parameter; without, the first is taken.
   """
   shapes = {path: a.shape for path, a in flatten(nnx.state(abstract(config))).items()}
-  slots, taken = {}, set()
+  slots: dict[str, Slot] = {}
+  rows: dict[tuple, Row] = {}  # that of each parameter, or of a layer of it
   for row in family.rows:
     for at, known, layer in _places(row, config):
-      parts = tuple((f"{at}{path}", None if layer is None else layer[0]) for path in row.parts)
-      if any(path not in shapes for path, _ in parts) or (parts[0] in taken):
+      paths = [f"{at}{path}" for path in row.parts]
+      turn, number = ((), ()) if layer is None else ((layer[0],), (layer[1],))
+      eaches = row.key.count("{}") - len(number)
+      fits = all(path in shapes and row.fits(shapes[path][len(turn) + eaches :]) for path in paths)
+      if not fits or (paths[0], turn) in rows:
         continue
-      key = row.key.format(None if layer is None else layer[1])
-      others = [r for r in family.rows if r.paths == row.paths and r.key != row.key]
-      if present is not None and key not in present and any(r.key in present for r in others):
+      others = [r for r in family.rows if r.parts[0] == row.parts[0] and r.key != row.key]
+      first = [r.key.format(*number, 0) for r in (row, *others)]
+      if present is not None and first[0] not in present and any(key in present for key in first[1:]):
         continue
-      ours = [shapes[path] if turn is None else shapes[path][1:] for path, turn in parts]
-      slots[key] = Slot(key, Layout.of(row.pattern, ours, known), parts)
-      taken |= set(parts)
-  turns = lambda path: range(shapes[path][0]) if path.startswith("stack/segments/") else [None]
-  left = [path for path in shapes if any((path, turn) not in taken for turn in turns(path))]
+      rows |= {(path, turn): row for path in paths}
+      for each in map(tuple, np.ndindex(*shapes[paths[0]][len(turn) :][:eaches])):
+        ours = [shapes[path][len(turn + each) :] for path in paths]
+        key = row.key.format(*number, *each)
+        slots[key] = Slot(key, Layout.of(row.pattern, ours, known), tuple((path, turn + each) for path in paths))
+  turns = lambda path: np.ndindex(shapes[path][:1] if path.startswith("stack/segments/") else ())
+  left = [path for path in shapes if any((path, turn) not in rows for turn in turns(path))]
   check(not left, f"a {family.model_type} checkpoint has no place for {', '.join(left)}")
   return slots
 
@@ -201,7 +209,9 @@ def _places(row: Row, config: ModelConfig):
     for turn in range(repeat):
       for b, name in enumerate(pattern):
         block, mixer = config.blocks[name], config.blocks[name].mixer
-        known = {"n": mixer.num_heads, "k": mixer.kv_heads, "h": mixer.dim(config.d_model)}
+        known = {"n": mixer.num_heads, "e": getattr(block.ffn, "num_experts", 0)}
+        if isinstance(mixer, AttentionConfig):
+          known |= {"k": mixer.kv_heads, "h": mixer.dim(config.d_model)}
         if row.residual in (None, block.residual):
           yield f"stack/segments/{s}/blocks/{b}/", known, (turn, layer)
         layer += 1
@@ -218,11 +228,16 @@ def is_checkpoint(directory: str | os.PathLike) -> bool:
     return False
 
 
+def entries(config: ModelConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+  """(dtype, shape) of every parameter."""
+  return {path: (np.dtype(a.dtype), a.shape) for path, a in flatten(nnx.state(abstract(config))).items()}
+
+
 class Checkpoint:
   """A folder of transformers, checked against its family's table. Only `param` and `check_finite` read values.
 
   config: ours, in the dtype of the tensors. carried: what its config.json says besides (ids of special tokens ...),
-  for writing it back. paths: {our parameter: shape}. Raises UserError, naming file and tensor.
+  for writing it back. entries: {our parameter: (dtype, shape)}. Raises UserError, naming file and tensor.
   """
 
   def __init__(self, directory: str | os.PathLike):
@@ -230,6 +245,13 @@ class Checkpoint:
     options = _read_json(self.folder / CONFIG)
     self.tensors = _open(self.folder)
     self.family = _family(self.folder / CONFIG, options.get("model_type"))
+    coded = options.get("quantization_config")
+    method = coded.get("quant_method") if isinstance(coded, dict) else coded
+    check(
+      coded is None,
+      f"{self.folder / CONFIG}: quantization_config ({method}) says that the weights are codes, which are not read;"
+      " save them dequantised",
+    )
     self.carried = {k: v for k, v in options.items() if k in METADATA and "dtype" not in k}
     names = self.family.prefix and not any(name.startswith(self.family.prefix) for name in self.tensors)
     if names:
@@ -245,24 +267,27 @@ class Checkpoint:
     except (OverflowError, TypeError, MemoryError):  # of sizes that are no one's
       raise UserError(f"{self.folder / CONFIG}: the sizes are beyond what arrays can have; restore the file") from None
     self._check_names(slots)
-    self.paths = {path: a.shape for path, a in flatten(nnx.state(abstract(self.config))).items()}
-    self._sources: dict[str, list] = {path: [] for path in self.paths}
+    self.entries = entries(self.config)
+    self._sources: dict[str, list] = {path: [] for path in self.entries}
     for key, slot in slots.items():
       tensor = self.tensors[key]
       wanted = slot.layout.shape
       check(tensor.shape == wanted, f"{tensor} has the shape {list(tensor.shape)}, not {list(wanted)}")
-      for number, (path, turn) in enumerate(slot.parts):
-        self._sources[path].append((turn, tensor, slot.layout, number))
+      for number, (path, index) in enumerate(slot.parts):
+        kept = NAMES[self.entries[path][0]]
+        check(tensor.dtype == kept, f"{tensor} is {tensor.dtype}, not {kept} like the rest; give one dtype")
+        self._sources[path].append((index, tensor, slot.layout, number))
 
   def param(self, path: str) -> np.ndarray:
     """Our parameter of that name, of all layers."""
     sources = self._sources[path]
-    if sources[0][0] is None:
+    if not sources[0][0]:
       _, tensor, layout, number = sources[0]
       return layout.split(tensor.read(), number)
-    values = np.empty(self.paths[path], self.config.precision.param)
-    for turn, tensor, layout, number in sources:
-      values[turn] = layout.split(tensor.read(), number)
+    dtype, shape = self.entries[path]
+    values = np.empty(shape, dtype)
+    for index, tensor, layout, number in sources:
+      values[index] = layout.split(tensor.read(), number)
     return values
 
   def check_finite(self) -> None:
@@ -271,15 +296,13 @@ class Checkpoint:
       tensor.read()
 
   def _dtype(self) -> str:
-    """The one dtype of all tensors."""
-    first = None
+    """That of most tensors; the others, if there are any, are compared with what the config keeps in f32."""
     for tensor in self.tensors.values():
       known = ", ".join(DTYPES)
       check(tensor.dtype in DTYPES, f"{tensor} has the dtype {tensor.dtype}; parameters are one of {known}")
-      first = first or tensor
-      check(tensor.dtype == first.dtype, f"{tensor} is {tensor.dtype}, but {first.name} {first.dtype}; give one dtype")
-    check(first is not None, f"{self.folder} holds no tensors")
-    return DTYPES[first.dtype].name
+    check(bool(self.tensors), f"{self.folder} holds no tensors")
+    ((most, _),) = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)
+    return DTYPES[most].name
 
   def _check_names(self, slots: dict[str, Slot]) -> None:
     for key in slots.keys() - self.tensors.keys():
@@ -289,22 +312,24 @@ class Checkpoint:
       tensor = self.tensors[key]
       a_copy = key in heads and self.config.head.tied
       check(a_copy, f"{tensor} has no place in a {self.family.model_type} of this config")
-      embed = next(self.tensors[slot.key] for slot in slots.values() if slot.parts == (("embed", None),))
+      embed = next(self.tensors[slot.key] for slot in slots.values() if slot.parts == (("embed", ()),))
       same = tensor.shape == embed.shape and np.array_equal(tensor.read(), embed.read())
       check(same, f"{tensor} differs from {embed.name}, but {CONFIG} ties them")
 
 
-def load(directory: str | os.PathLike, place: Callable[[str, np.ndarray], jax.Array] | None = None):
-  """(config, parameters) of a folder of transformers.
+def load(directory: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, layout: str = "ws_2d"):
+  """(config, parameters) of a folder of transformers, over the mesh as a row of sharding.LAYOUTS has them.
 
-  place(path, array): puts a parameter where it belongs, for example onto a mesh with jax.device_put; one at a
-  time is held on the host. Raises UserError for anything wrong before the first is placed.
+  One parameter at a time is held on the host. Raises UserError for anything wrong before the first is placed.
   """
   checkpoint = Checkpoint(directory)
+  params = nnx.state(abstract(checkpoint.config))
+  where = dict.fromkeys(checkpoint.entries)
+  if mesh is not None:
+    where = flatten(sharding.shardings(params, sharding.find_layout(layout, mesh), mesh))
   checkpoint.check_finite()
-  place = place or (lambda path, values: jnp.asarray(values))
-  flat = {path: place(path, checkpoint.param(path)) for path in checkpoint.paths}
-  return checkpoint.config, unflatten(nnx.state(abstract(checkpoint.config)), flat, same_dtypes=True)
+  flat = {path: jax.device_put(checkpoint.param(path), to) for path, to in where.items()}
+  return checkpoint.config, unflatten(params, flat, same_dtypes=True)
 
 
 def _family(path: Path, model_type) -> Family:
@@ -319,6 +344,7 @@ def _read_json(path: Path) -> dict:
   def refuse(constant):
     raise ValueError(f"{constant} is no number")
 
+  check(path.is_file() or not path.exists(), f"{path} is no file; restore it")  # to read from a pipe would not end
   try:
     data = json.loads(path.read_text(), object_pairs_hook=_no_twins, parse_constant=refuse)
   except OSError as e:
@@ -369,6 +395,7 @@ def _inside(folder: Path, name: str) -> Path:
   path = folder / name
   check(name == Path(name).name and name not in ("", ".", ".."), f"{folder / INDEX}: {name!r} points out of the folder")
   check(path.exists(), f"{path} is missing; restore it")
+  check(path.is_file(), f"{path} is no file; restore it")
   home = folder.resolve()
   inside = path.resolve().parent in (home, home.parent.parent / "blobs")
   check(inside, f"{path} is a link out of its folder; copy the file")
@@ -411,10 +438,13 @@ def _lost(config: ModelConfig, back: ModelConfig) -> list[str]:
   return [d.removeprefix("config.").replace(" here, ", ", not ").removesuffix(" there") for d in found]
 
 
+TRAINING = {"init_scale", "output_init_scale", "dropout", "jitter", "aux_loss", "sequence_loss", "z_loss"}
+
+
 def _function(data):
   """Plain data without what concerns training alone; floats without their last digits."""
   if isinstance(data, dict):
-    return {k: _function(v) for k, v in data.items() if k not in ("init_scale", "output_init_scale", "dropout")}
+    return {k: _function(v) for k, v in data.items() if k not in TRAINING}
   if isinstance(data, (list, tuple)):
     return [_function(v) for v in data]
   return float(f"{data:.12g}") if isinstance(data, float) else data
@@ -428,6 +458,11 @@ def canonical(config: ModelConfig) -> tuple[dict, list[dict]]:
   blocks = {}
   for name, block in config.blocks.items():
     data = blocks[name] = to_dict(block)
+    if data["ffn"] and data["ffn"].get("router", {}).get("balance_rate"):
+      data["ffn"]["router"]["balance_rate"] = 0.0  # how fast a bias is trained; that there is one is what counts
+    if not isinstance(block.mixer, AttentionConfig):
+      data["mixer"]["position"]["head_dim"] = data["mixer"]["position"]["dims"]  # all that may turn does
+      continue
     mixer, head_dim = data["mixer"], block.mixer.dim(config.d_model)
     mixer |= {"num_kv_heads": block.mixer.kv_heads, "head_dim": head_dim}
     mixer["query_scale"] = mixer["query_scale"] or head_dim**-0.5
@@ -442,7 +477,7 @@ def canonical(config: ModelConfig) -> tuple[dict, list[dict]]:
 def write_checkpoint(
   directory: Path,
   config: ModelConfig,
-  read: Callable[[str, int | None], np.ndarray],
+  read: Callable[[str, tuple[int, ...]], np.ndarray],
   *,
   model_type: str | None = None,
   carried: dict | None = None,
@@ -450,29 +485,30 @@ def write_checkpoint(
 ) -> Family:
   """Writes config.json and the tensors, in shards of at most `shard_bytes` (a larger tensor has its own).
 
-  read(path, layer): one of our parameters, or one layer of a stacked one. carried: see Checkpoint.
+  read(path, index): what lies at an index of the leading dimensions (layer, expert) of one of our parameters.
+  carried: see Checkpoint.
   """
   family, options = express(config, model_type)
-  slots, dtype = plan(family, config), np.dtype(config.precision.param)
-  options = (carried or {}) | options | {"dtype": dtype.name}
+  slots, dtypes = plan(family, config), {path: dtype for path, (dtype, _) in entries(config).items()}
+  options = (carried or {}) | options | {"dtype": config.precision.param}
   (directory / CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
+  theirs = {key: (dtypes[slot.parts[0][0]], slot.layout.shape) for key, slot in slots.items()}
+  size = lambda key: math.prod(theirs[key][1]) * theirs[key][0].itemsize
   shards: list[list[str]] = [[]]
   filled = 0
-  for key, slot in slots.items():
-    size = math.prod(slot.layout.shape) * dtype.itemsize
-    if shards[-1] and filled + size > shard_bytes:
+  for key in slots:
+    if shards[-1] and filled + size(key) > shard_bytes:
       shards.append([])
       filled = 0
     shards[-1].append(key)
-    filled += size
+    filled += size(key)
   names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
   names = names if len(shards) > 1 else [SINGLE]
   for name, keys in zip(names, shards):
-    entries = {key: (dtype, slots[key].layout.shape) for key in keys}
     array = lambda key: slots[key].layout.join([read(*part) for part in slots[key].parts])
-    write_safetensors(directory / name, entries, array, metadata={"format": "pt"})
+    write_safetensors(directory / name, {key: theirs[key] for key in keys}, array, metadata={"format": "pt"})
   if len(shards) > 1:
-    total = sum(math.prod(slot.layout.shape) for slot in slots.values()) * dtype.itemsize
+    total = sum(map(size, slots))
     where = {key: name for name, keys in zip(names, shards) for key in keys}
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

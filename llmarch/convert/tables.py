@@ -7,6 +7,7 @@ import math
 
 from llmarch.config import UserError, check
 from llmarch.convert.fields import (
+  Choice,
   Derived,
   Family,
   Key,
@@ -17,7 +18,11 @@ from llmarch.convert.fields import (
   Size,
   SomeRope,
   Window,
+  Writer,
   every,
+  fill,
+  match,
+  rope_options,
   slides,
   when,
 )
@@ -103,6 +108,7 @@ def output(key: str) -> tuple[Row, ...]:
 
 
 QKV = ("mixer/q", "mixer/k", "mixer/v")
+PALM, GROK = "layers.{}.fn", "layers.{}"
 
 
 def fused(key: str, interleaved: bool = False) -> tuple[Row, ...]:
@@ -112,13 +118,20 @@ def fused(key: str, interleaved: bool = False) -> tuple[Row, ...]:
   return Row(f"{key}.weight", QKV, weight), Row(f"{key}.bias", tuple(f"{path}_bias" for path in QKV), bias)
 
 
-def gated(ffn: str, up: str = "up_proj", down: str = "down_proj", gate: str = "gate_proj") -> tuple[Row, ...]:
+def gated(
+  ffn: str, up: str = "up_proj", down: str = "down_proj", gate: str = "gate_proj", path: str = "ffn"
+) -> tuple[Row, ...]:
   """A feed-forward; `gate` is of no effect where there is none."""
   return (
-    *linear(f"{ffn}.{gate}", "ffn/gate", "ffn/gate_bias", "f d -> d f"),
-    *linear(f"{ffn}.{up}", "ffn/up", "ffn/up_bias", "f d -> d f"),
-    *linear(f"{ffn}.{down}", "ffn/down", "ffn/down_bias", "d f -> f d"),
+    *linear(f"{ffn}.{gate}", f"{path}/gate", f"{path}/gate_bias", "f d -> d f"),
+    *linear(f"{ffn}.{up}", f"{path}/up", f"{path}/up_bias", "f d -> d f"),
+    *linear(f"{ffn}.{down}", f"{path}/down", f"{path}/down_bias", "d f -> f d"),
   )
+
+
+def sparse(ffn: str, *names: str, router: str = "gate") -> tuple[Row, ...]:
+  """A router, and a tensor for each expert; names: of up, down and gate."""
+  return Row(f"{ffn}.{router}.weight", "ffn/router", "e d -> d e"), *gated(f"{ffn}.experts.{{}}", *names)
 
 
 def fused_gate(ffn: str) -> tuple[Row, ...]:
@@ -160,6 +173,8 @@ OLMO = (
   *QK_NORM,
   *gated(f"{L}.mlp"),
 )
+OPT = "model.decoder"
+DBRX = "transformer.blocks.{}"
 H = "transformer.h.{}"
 GPT_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 GPT_ENDS = ends("transformer.wte", "transformer.ln_f", position="transformer.wpe.weight")
@@ -170,6 +185,7 @@ GPT_NORMS = (*norm(f"{H}.ln_1", "mixer_norm"), *norm(f"{H}.ln_2", "ffn_norm"))
 
 ATTENTION_BIAS = {"qkv_bias": Key("attention_bias", False), "out_bias": Key("attention_bias", False)}
 HEAD_DIM = {"head_dim": Size("head_dim", None)}
+NO_PARAMETERS = {"kind": "layernorm", "eps": 1e-5, "scale": False, "bias": False}
 QK = {"kind": "rmsnorm", "eps": Key("rms_norm_eps", 1e-6)}
 PARALLEL = {True: "parallel", False: "pre"}
 
@@ -182,6 +198,10 @@ def llama_like(model_type: str, architecture: str, mixer: dict, **more) -> Famil
 
 def _after_max_window_layers(h, i) -> bool:
   return i >= h.get("max_window_layers", 28)
+
+
+def _qwen2_moe_slides(h, i) -> bool:
+  return i % 2 == 0 and i < h.get("max_window_layers", 28) and bool(h.get("use_sliding_window", False))
 
 
 def _qwen(model_type: str, architecture: str, rows: tuple[Row, ...], **mixer) -> Family:
@@ -214,12 +234,19 @@ def gemma(model_type: str, architecture: str, mixer: dict, **more) -> Family:
   )
 
 
-def olmo(model_type: str, architecture: str, **mixer) -> Family:
+WHOLE_QK = {"qk_norm": {"norm": {"kind": "rmsnorm", "eps": Key("rms_norm_eps", 1e-5)}, "whole": True}}
+
+
+def olmo2(model_type: str, architecture: str, **mixer) -> Family:
   """Norms after each branch, and of all queries or keys at once."""
-  qk = {"qk_norm": {"norm": {"kind": "rmsnorm", "eps": Key("rms_norm_eps", 1e-5)}, "whole": True}}
   norm = rms(default=1e-5)
-  block = {"mixer": attention(**mixer, **qk, **ATTENTION_BIAS), "norm": norm, "residual": "output"}
+  block = {"mixer": attention(**mixer, **WHOLE_QK, **ATTENTION_BIAS), "norm": norm, "residual": "output"}
   return llama_like(model_type, architecture, {}, block=block, model=model(norm), rows=OLMO)
+
+
+def per_head(key: str, norm: dict) -> Choice:
+  """A norm of queries and keys with parameters for each head."""
+  return when(key, False, {"norm": norm, "per_head": True})
 
 
 def cohere(model_type: str, architecture: str, **mixer) -> Family:
@@ -229,14 +256,176 @@ def cohere(model_type: str, architecture: str, **mixer) -> Family:
     model_type,
     architecture,
     model(norm, tied=True, head={"scale": Key("logit_scale", 0.0625)}),
-    {"mixer": attention(**mixer, **ATTENTION_BIAS), "ffn": mlp(), "norm": norm, "residual": "parallel"},
-    LLAMA,
-    only={"use_qk_norm": (False,), "use_gated_activation": (True,), "use_parallel_block": (True,)}
-    | {"rotary_pct": (1.0,)},
+    {
+      "mixer": attention(**mixer, **ATTENTION_BIAS),
+      "ffn": mlp(),
+      "norm": norm,
+      "residual": "parallel",
+    },
+    (*LLAMA, *QK_NORM),
+    only={"use_gated_activation": (True,), "use_parallel_block": (True,), "rotary_pct": (1.0,)}
+    | ({} if "qk_norm" in mixer else {"use_qk_norm": (False,)}),
     moot=frozenset({"order_of_interleaved_layers", "position_embedding_type", "use_embedding_sharing"})
     | {"use_parallel_embedding"},
     aliases={"_sliding_window_pattern": "sliding_window_pattern"},
   )
+
+
+def mixture(num: str, d_ff: str, expert: dict | None = None, router: dict | None = None, **more) -> dict:
+  """Experts of one width d_ff; every token goes to num_experts_per_tok of them."""
+  expert = {"d_ff": Size(d_ff), "activation": activation("hidden_act", "silu")} | (expert or {})
+  router = {"kind": "top_k", "k": Size("num_experts_per_tok")} | (router or {})
+  return {"kind": "moe", "num_experts": Size(num), "expert": expert, "router": router} | more
+
+
+def _is_sparse(h, i) -> bool:
+  dense, step = h.get("mlp_only_layers", None) or [], h.get("decoder_sparse_step", 1)
+  check(isinstance(dense, list), f"mlp_only_layers={dense!r} must be a list")
+  check(type(step) is int and step > 0, f"decoder_sparse_step={step!r} must be a whole number above 0")
+  return i not in dense and (i + 1) % step == 0
+
+
+def some_sparse(moe: dict) -> Pair:
+  """A mixture, or in mlp_only_layers (and but for each decoder_sparse_step-th) one feed-forward."""
+  dense = mlp(d_ff=Size("intermediate_size", None))
+
+  def read(h, i):
+    both = fill(moe, h, i), fill(dense, h, i)
+    return both[0] if _is_sparse(h, i) else both[1]
+
+  def write(value, w, i):
+    is_sparse = value is not None and value["kind"] == "moe"
+    lone = w.options.setdefault("mlp_only_layers", [])
+    lone += [] if is_sparse else [i]
+    match(moe if is_sparse else dense, value, w, i)
+
+  return Pair(read, write)
+
+
+def first_dense(moe: dict) -> Pair:
+  """A mixture above the first first_k_dense_replace layers, which have one feed-forward."""
+  dense = mlp(d_ff=Size("intermediate_size", None))
+
+  def read(h, i):
+    first, both = h.get("first_k_dense_replace"), (fill(dense, h, i), fill(moe, h, i))
+    check(type(first) is int and first >= 0, f"first_k_dense_replace={first!r} must be a whole number from 0")
+    return both[i >= first]
+
+  def write(value, w, i):
+    is_sparse = value is not None and value["kind"] == "moe"
+    w.options["first_k_dense_replace"] = w.options.get("first_k_dense_replace", 0) if is_sparse else i + 1
+    match(moe if is_sparse else dense, value, w, i)
+
+  return Pair(read, write)
+
+
+def _shared_width(h, i):
+  return h.size("n_shared_experts") * h.size("moe_intermediate_size")
+
+
+def _say_shared_width(value, w, i):
+  check(value is not None, "there must be a shared expert")
+  number, rest = divmod(value, w.options["moe_intermediate_size"])
+  check(rest == 0, "the shared expert must be as wide as a number of the others")
+  w.set("n_shared_experts", number)
+
+
+def latent_attention(interleaved) -> Pair:
+  """The mixer of DeepSeek; mscale_all_dim stands among the options of its rope."""
+  rope = Rope()
+  plain = {
+    "kind": "mla",
+    **{key: Size(key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+    "num_heads": Size("num_attention_heads"),
+    "q_lora_rank": Size("q_lora_rank", 1536),
+    "latent_norm": {"kind": "rmsnorm", "eps": 1e-6},
+    "position": {"interleaved": interleaved},
+    "dropout": Key("attention_dropout", 0.0),
+  }
+
+  def read(h, i):
+    mixer, heads = fill(plain, h, i), h.get("num_key_value_heads", None)
+    check(heads in (None, mixer["num_heads"]), f"num_key_value_heads={heads!r} must be num_attention_heads")
+    mixer["position"] = rope.read(h, i) | mixer["position"]
+    return mixer | {"mscale_all_dim": rope_options(h)[0][1].get("mscale_all_dim") or None}
+
+  def write(value, w, i):
+    check(value["kind"] == "mla", f"the mixer must be mla, not {value['kind']}")
+    match(plain, value, w, i)
+    w.set("num_key_value_heads", value["num_heads"])
+    alone = Writer()
+    rope.write(value["position"], alone, i)
+    scale = value["mscale_all_dim"]
+    w.set("rope_parameters", alone.options["rope_parameters"] | ({"mscale_all_dim": scale} if scale else {}))
+
+  return Pair(read, write)
+
+
+def deepseek(model_type: str, architecture: str, interleaved, router: dict, only: dict) -> Family:
+  """Latent attention, and experts above the first layers."""
+  attn = f"{L}.self_attn"
+  shared = {"d_ff": Pair(_shared_width, _say_shared_width), "activation": activation("hidden_act", "silu")}
+  ffn = first_dense(mixture("n_routed_experts", "moe_intermediate_size", router=router, shared=shared))
+  return Family(
+    model_type,
+    architecture,
+    model(rms()),
+    {"mixer": latent_attention(interleaved), "ffn": ffn, "norm": rms()},
+    (
+      *ENDS,
+      *PRE,
+      Row(f"{attn}.q_proj.weight", "mixer/q", "(n h) d -> d n h"),
+      Row(f"{attn}.q_a_proj.weight", "mixer/q_down", "r d -> d r"),
+      *norm(f"{attn}.q_a_layernorm", "mixer/q_norm"),
+      Row(f"{attn}.q_b_proj.weight", "mixer/q_up", "(n h) r -> r n h"),
+      Row(f"{attn}.kv_a_proj_with_mqa.weight", ("mixer/kv_down", "mixer/k_rope"), "c d -> d c"),
+      *norm(f"{attn}.kv_a_layernorm", "mixer/kv_norm"),
+      Row(f"{attn}.kv_b_proj.weight", ("mixer/k", "mixer/v"), "(n c) r -> r n c"),
+      *output(f"{attn}.o_proj"),
+      *gated(f"{L}.mlp"),
+      *sparse(f"{L}.mlp"),
+      Row(f"{L}.mlp.gate.e_score_correction_bias", "ffn/selection_bias"),
+      *gated(f"{L}.mlp.shared_experts", path="ffn/shared"),
+    ),
+    only={"attention_bias": (False,), "moe_layer_freq": (1,)} | only,
+    moot=frozenset({"aux_loss_alpha", "ep_size", "head_dim", "num_mtp_layers", "num_nextn_predict_layers"})
+    | {"qk_head_dim", "seq_aux", "n_group", "topk_group"},  # groups where topk_method does not ask for them
+  )
+
+
+def _groups(h, i):
+  groups = {"num": h.size("n_group"), "top": h.size("topk_group"), "score": "top2"}
+  return None if groups["num"] == groups["top"] else groups
+
+
+def _say_groups(value, w, i):
+  w.set("n_group", value["num"] if value else 1)
+  w.set("topk_group", value["top"] if value else 1)
+
+
+def _oss_slides(h, i) -> bool:
+  return i % 2 == 0
+
+
+def _given_rope(rope: Rope) -> Pair:
+  """A rope whose options the file must have."""
+
+  def read(h, i):
+    check(bool(rope_options(h)[0][1]), "the option rope_parameters is missing")
+    return rope.read(h, i)
+
+  return Pair(read, rope.write)
+
+
+def _dbrx_theta(h) -> float:
+  """rope_parameters decide where a file has them; older ones have attn_config.rope_theta alone."""
+  theta = h.get("attn_config.rope_theta", 10000.0)
+  return rope_options(h)[0][1].get("rope_theta", theta)
+
+
+def _say_dbrx_rope(value, w, i):
+  Rope().write(value, w, i)
+  w.set("attn_config.rope_theta", value["theta"])
 
 
 def _query_scale(key: str) -> Key:
@@ -315,6 +504,44 @@ def _say_falcon_residual(value, w, i):
   w.set("num_ln_in_parallel_attn", {"pre": None, "parallel": 1, "parallel_two_norms": 2}[value])
   if value == "parallel_two_norms":
     w.set("new_decoder_architecture", True)
+
+
+AFFINE = Key("layer_norm_elementwise_affine", True)
+OPT_NORM = {"kind": "layernorm", "eps": 1e-5, "scale": AFFINE, "bias": AFFINE}
+
+
+def _opt_final_norm(h, i):
+  before, removed = h.get("do_layer_norm_before", True), h.get("_remove_final_layer_norm", False)
+  return fill(OPT_NORM, h) if before and not removed else None
+
+
+def _say_opt_final_norm(value, w, i):
+  w.set("_remove_final_layer_norm", value is None and w.options["do_layer_norm_before"])
+  match(OPT_NORM, value, w)
+
+
+def _opt_width(h, i):
+  width = Size("word_embed_proj_dim", None).read(h, i)
+  return None if width == h.size("hidden_size") else width
+
+
+# Under what PaLM's public implementation in PyTorch does; and under what the authors' inference code does.
+PALM_NORM = Choice(
+  (("norm", "layernorm"),),
+  {
+    ("layernorm",): {"kind": "layernorm", "eps": Key("norm_eps", 1e-5), "bias": False},
+    ("rmsnorm",): {"kind": "rmsnorm", "eps": Key("norm_eps", 1e-5), "zero_centered": True},
+  },
+)
+
+
+def _palm_width(h, i) -> int:
+  mult, given = h.get("ff_mult", 4), Size("ff_inner_dim", None).read(h, i)
+  check(isinstance(mult, (int, float)) and 0 < mult < 1e3, f"ff_mult={mult!r} must lie in (0, 1000)")
+  return given or int(h.size("dim") * mult)
+
+
+GROK_NORM = {"kind": "rmsnorm", "eps": 1e-5}
 
 
 _FAMILIES = (
@@ -499,8 +726,15 @@ _FAMILIES = (
     buffers=GPT_BUFFERS,
     prefix="transformer.",
   ),
-  olmo("olmo2", "Olmo2ForCausalLM", position=Rope()),
-  olmo(
+  llama_like(
+    "olmo",
+    "OlmoForCausalLM",
+    {"position": Rope(), "qkv_clip": Key("clip_qkv", None), **ATTENTION_BIAS},
+    model=model(NO_PARAMETERS),
+    block={"norm": NO_PARAMETERS},
+  ),
+  olmo2("olmo2", "Olmo2ForCausalLM", position=Rope()),
+  olmo2(
     "olmo3",
     "Olmo3ForCausalLM",
     window=Window(4096, types=every(4)),
@@ -530,6 +764,219 @@ _FAMILIES = (
     ),
     block={"ffn": mlp(bias=Key("mlp_bias", False)), "branch_scale": Key("residual_multiplier", 1.0)},
   ),
+  llama_like(
+    "granitemoe",
+    "GraniteMoeForCausalLM",
+    {"position": Rope(), "query_scale": Key("attention_multiplier", 1.0), **ATTENTION_BIAS},
+    model=model(
+      rms(),
+      embed={"scale": Key("embedding_multiplier", 1.0)},
+      head={"scale": inverse("logits_scaling", 1.0)},
+    ),
+    block={
+      "ffn": mixture("num_local_experts", "intermediate_size"),
+      "branch_scale": Key("residual_multiplier", 1.0),
+    },
+    rows=(
+      *ENDS,
+      *PRE,
+      *projections(f"{L}.self_attn"),
+      Row(f"{L}.block_sparse_moe.router.layer.weight", "ffn/router", "e d -> d e"),
+      Row(f"{L}.block_sparse_moe.input_linear.weight", ("ffn/gate", "ffn/up"), "e c d -> e d c"),
+      Row(f"{L}.block_sparse_moe.output_linear.weight", "ffn/down", "e d f -> e f d"),
+    ),
+  ),
+  llama_like(
+    "mixtral",
+    "MixtralForCausalLM",
+    {**HEAD_DIM, "window": Window(None), "position": Rope(theta=1e6)},
+    model=model(rms(default=1e-5)),
+    block={
+      "norm": rms(default=1e-5),
+      "ffn": mixture(
+        "num_local_experts", "intermediate_size", router={"jitter": Key("router_jitter_noise", 0.0)}
+      ),
+    },
+    rows=(
+      *ENDS,
+      *PRE,
+      *projections(f"{L}.self_attn"),
+      *sparse(f"{L}.block_sparse_moe", "w3", "w2", "w1"),
+    ),
+  ),
+  llama_like(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    {
+      "window": Window(types=_qwen2_moe_slides, switch="use_sliding_window"),
+      "position": Rope(),
+      "qkv_bias": Key("qkv_bias", True),
+    },
+    block={
+      "ffn": some_sparse(
+        mixture(
+          "num_experts",
+          "moe_intermediate_size",
+          router={"renormalize": Key("norm_topk_prob", False)},
+          shared={"d_ff": Size("shared_expert_intermediate_size"), "activation": activation("hidden_act", "silu")},
+          shared_gate=True,
+        )
+      )
+    },
+    rows=(
+      *LLAMA,
+      *sparse(f"{L}.mlp"),
+      *gated(f"{L}.mlp.shared_expert", path="ffn/shared"),
+      Row(f"{L}.mlp.shared_expert_gate.weight", "ffn/shared_gate", "o d -> d o"),
+    ),
+    aliases={"num_local_experts": "num_experts"},
+  ),
+  llama_like(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    {
+      "head_dim": Size("head_dim", None),
+      "window": Window(4096, switch="use_sliding_window"),
+      "position": Rope(),
+      "qk_norm": {"norm": QK},
+      **ATTENTION_BIAS,
+    },
+    block={
+      "ffn": some_sparse(
+        mixture("num_experts", "moe_intermediate_size", router={"renormalize": Key("norm_topk_prob", False)})
+      )
+    },
+    rows=(*LLAMA, *QK_NORM, *sparse(f"{L}.mlp")),
+    aliases={"num_local_experts": "num_experts"},
+    moot=frozenset({"max_window_layers"}),
+  ),
+  llama_like(
+    "olmoe",
+    "OlmoeForCausalLM",
+    {"position": Rope(), "qkv_clip": Key("clip_qkv", None), **WHOLE_QK, **ATTENTION_BIAS},
+    model=model(rms(default=1e-5)),
+    block={
+      "norm": rms(default=1e-5),
+      "ffn": mixture("num_experts", "intermediate_size", router={"renormalize": Key("norm_topk_prob", False)}),
+    },
+    rows=(*ENDS, *PRE, *projections(f"{L}.self_attn"), *QK_NORM, *sparse(f"{L}.mlp")),
+    aliases={"num_local_experts": "num_experts"},
+  ),
+  llama_like(
+    "gpt_oss",
+    "GptOssForCausalLM",
+    {
+      "head_dim": Size("head_dim", 64),
+      "window": Window(128, types=_oss_slides),
+      "position": _given_rope(Rope(theta=150000.0)),
+      "sinks": True,
+      "qkv_bias": Key("attention_bias", True),
+      "out_bias": Key("attention_bias", True),
+    },
+    model=model(rms(default=1e-5)),
+    block={
+      "norm": rms(default=1e-5),
+      "ffn": mixture(
+        "num_local_experts", "intermediate_size", {"activation": "swiglu_oss", "bias": True}, {"bias": True}
+      ),
+    },
+    rows=(
+      *ENDS,
+      *PRE,
+      *projections(f"{L}.self_attn"),
+      Row(f"{L}.self_attn.sinks", "mixer/sinks"),
+      Row(f"{L}.mlp.router.weight", "ffn/router", "e d -> d e"),
+      Row(f"{L}.mlp.router.bias", "ffn/router_bias"),
+      Row(f"{L}.mlp.experts.gate_up_proj", ("ffn/gate", "ffn/up"), "e d (f c) -> e d f"),
+      Row(f"{L}.mlp.experts.gate_up_proj_bias", ("ffn/gate_bias", "ffn/up_bias"), "e (f c) -> e f"),
+      Row(f"{L}.mlp.experts.down_proj", "ffn/down"),
+      Row(f"{L}.mlp.experts.down_proj_bias", "ffn/down_bias"),
+    ),
+    only={"hidden_act": ("silu",), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
+    moot=frozenset({"experts_per_token", "initial_context_length"}),
+  ),
+  Family(
+    "dbrx",
+    "DbrxForCausalLM",
+    model(
+      {"kind": "layernorm", "eps": 1e-5, "bias": False},
+      embed={"dropout": Key("emb_pdrop", 0.0)},
+      d_model=Size("d_model"),
+      max_seq_len=Size("max_seq_len"),
+    ),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("n_heads"),
+        "num_kv_heads": Size("attn_config.kv_n_heads", 1),
+        "position": Pair(lambda h, i: {"kind": "rope", "theta": _dbrx_theta(h)}, _say_dbrx_rope),
+        "qkv_clip": Key("attn_config.clip_qkv", None),
+        "dropout": Key("attn_config.attn_pdrop", 0.0),
+      },
+      "ffn": {
+        "kind": "moe",
+        "num_experts": Size("ffn_config.moe_num_experts", 4),
+        "expert": {"d_ff": Size("ffn_config.ffn_hidden_size", 3584), "activation": "silu"},
+        "router": {
+          "kind": "top_k",
+          "k": Size("ffn_config.moe_top_k", 1),
+          "renormalize": Choice((("ffn_config.moe_normalize_expert_weights", 1.0),), {(1.0,): True, (None,): False}),
+          "jitter": Pair(
+            lambda h, i: h.get("ffn_config.moe_jitter_eps", None) or 0.0,
+            lambda value, w, i: w.set("ffn_config.moe_jitter_eps", value or None),
+          ),
+        },
+      },
+      "norm": {"kind": "layernorm", "eps": 1e-5, "bias": False},
+      "dropout": Key("resid_pdrop", 0.0),
+    },
+    (
+      *ends("transformer.wte", "transformer.norm_f"),
+      *norm(f"{DBRX}.norm_attn_norm.norm_1", "mixer_norm"),
+      *norm(f"{DBRX}.norm_attn_norm.norm_2", "ffn_norm"),
+      *fused(f"{DBRX}.norm_attn_norm.attn.Wqkv"),
+      *output(f"{DBRX}.norm_attn_norm.attn.out_proj"),
+      Row(f"{DBRX}.ffn.router.layer.weight", "ffn/router", "e d -> d e"),
+      Row(f"{DBRX}.ffn.experts.mlp.w1", "ffn/gate", "(e f) d -> e d f"),
+      Row(f"{DBRX}.ffn.experts.mlp.v1", "ffn/up", "(e f) d -> e d f"),
+      Row(f"{DBRX}.ffn.experts.mlp.w2", "ffn/down", "(e f) d -> e f d"),
+    ),
+    num_layers="n_layers",
+    only={"ffn_config.ffn_act_fn": (None, {"name": "silu"})},
+    moot=frozenset({"ffn_config.moe_loss_weight", "ffn_config.hidden_size", "num_key_value_heads"})
+    | {"attn_config.is_encoder_decoder", "ffn_config.is_encoder_decoder"},
+    nested=("attn_config", "ffn_config"),
+  ),
+  deepseek(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    True,
+    {
+      "renormalize": False,
+      "scale": Key("routed_scaling_factor", 1.0),
+      "groups": Choice(
+        (("topk_method", "greedy"),),
+        {
+          ("greedy",): None,
+          ("group_limited_greedy",): {"num": Size("n_group"), "top": Size("topk_group"), "score": "max"},
+        },
+      ),
+    },
+    {"mlp_bias": (False,), "norm_topk_prob": (False,), "scoring_func": ("softmax",)},
+  ),
+  deepseek(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    Key("rope_interleave", True),
+    {
+      "scores": "sigmoid",
+      "renormalize": Key("norm_topk_prob", True),
+      "scale": Key("routed_scaling_factor", 2.5),
+      "groups": Pair(_groups, _say_groups),
+      "balance_rate": 0.0,  # a checkpoint does not tell; 0 keeps its bias as it is
+    },
+    {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+  ),
   Family(
     "starcoder2",
     "Starcoder2ForCausalLM",
@@ -554,14 +1001,21 @@ _FAMILIES = (
     "StableLmForCausalLM",
     model(layer_norm()),
     {
-      "mixer": attention(position=Rope(partial=0.25), qkv_bias=Key("use_qkv_bias", False)),
+      "mixer": attention(
+        position=Rope(partial=0.25),
+        qkv_bias=Key("use_qkv_bias", False),
+        qk_norm=per_head("qk_layernorm", layer_norm(bias=False)),
+      ),
       "ffn": mlp(),
       "norm": layer_norm(),
       "residual": when("use_parallel_residual", False, "parallel", "pre"),
       "dropout": Key("hidden_dropout", 0.0),
     },
-    LLAMA,
-    only={"qk_layernorm": (False,)},
+    (
+      *LLAMA,
+      Row(f"{L}.self_attn.q_layernorm.norms.{{}}.weight", "mixer/q_norm/scale"),
+      Row(f"{L}.self_attn.k_layernorm.norms.{{}}.weight", "mixer/k_norm/scale"),
+    ),
   ),
   Family(
     "falcon",
@@ -614,6 +1068,7 @@ _FAMILIES = (
         "kind": "attention",
         "num_heads": Size("n_heads"),
         "position": {"kind": "alibi", "max_bias": Key("attn_config.alibi_bias_max", 8, float, whole)},
+        "qkv_clip": Key("attn_config.clip_qkv", None),
         "query_scale": Key("attn_config.softmax_scale", None),
         "dropout": Key("attn_config.attn_pdrop", 0.0, float, whole),
       },
@@ -632,7 +1087,6 @@ _FAMILIES = (
     num_layers="n_layers",
     only={
       "attn_config.alibi": (True,),
-      "attn_config.clip_qkv": (None,),
       "attn_config.qk_ln": (False,),
       "attn_config.prefix_lm": (False,),
       "attn_config.attn_type": ("multihead_attention",),
@@ -645,7 +1099,44 @@ _FAMILIES = (
     },
     moot=frozenset({"attn_config.attn_impl", "attn_config.is_encoder_decoder", "learned_pos_emb"})
     | {"verbose", "init_config", "tokenizer_name"},
-    nested="attn_config",
+    nested=("attn_config",),
+  ),
+  Family(
+    "opt",
+    "OPTForCausalLM",
+    model(
+      Pair(_opt_final_norm, _say_opt_final_norm),
+      tied=True,
+      embed={
+        "position": {"kind": "learned", "length": Size("max_position_embeddings"), "offset": 2},
+        "dim": Pair(_opt_width, Size("word_embed_proj_dim").write),
+      },
+    ),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("num_attention_heads"),
+        "qkv_bias": Key("enable_bias", True),
+        "out_bias": Key("enable_bias", True),
+        "dropout": Key("attention_dropout", 0.0),
+      },
+      "ffn": _gpt(Size("ffn_dim"), activation=activation("activation_function", "relu"), bias=Key("enable_bias", True)),
+      "norm": OPT_NORM,
+      "residual": when("do_layer_norm_before", True, "pre", "post"),
+      "dropout": Key("dropout", 0.1),
+    },
+    (
+      *ends(f"{OPT}.embed_tokens", f"{OPT}.final_layer_norm", position=f"{OPT}.embed_positions.weight"),
+      Row(f"{OPT}.project_in.weight", "embed_in", "d e -> e d"),
+      Row(f"{OPT}.project_out.weight", "embed_out", "e d -> d e"),
+      *norm(f"{OPT}.layers.{{}}.self_attn_layer_norm", "mixer_norm"),
+      *norm(f"{OPT}.layers.{{}}.final_layer_norm", "ffn_norm"),
+      *projections(f"{OPT}.layers.{{}}.self_attn", "out_proj"),
+      *gated(f"{OPT}.layers.{{}}", "fc1", "fc2"),
+    ),
+    only={"layerdrop": (0.0,)},
+    moot=frozenset({"activation_dropout"}),
+    prefix="model.",
   ),
   Family(
     "bloom",
@@ -710,7 +1201,12 @@ _FAMILIES = (
       *gated(f"{L}.mlp", "fc1", "fc2"),
     ),
   ),
-  cohere("cohere", "CohereForCausalLM", position=Rope(theta=5e5, interleaved=True)),
+  cohere(
+    "cohere",
+    "CohereForCausalLM",
+    position=Rope(theta=5e5, interleaved=True),
+    qk_norm=per_head("use_qk_norm", layer_norm(bias=False)),
+  ),
   cohere(
     "cohere2",
     "Cohere2ForCausalLM",
@@ -764,6 +1260,75 @@ _FAMILIES = (
       *projections(f"{L}.self_attn"),
       *fused_gate(f"{L}.mlp"),
     ),
+  ),
+  # Not in transformers: PaLM's weights were never published, so that these are the names of others for one's own.
+  # Grok-1 is the function of its authors' code (raw gates, GELU by tanh), under the names of its port to torch.
+  Family(
+    "palm",
+    "PaLM",
+    model(
+      PALM_NORM,
+      head={"tied": True, "scale": Key("logit_scale", 1.0)},
+      d_model=Size("dim"),
+      vocab_size=Size("num_tokens"),
+      max_seq_len=Size("max_seq_len", 2048),
+    ),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("heads", 8),
+        "num_kv_heads": 1,
+        "head_dim": Size("dim_head", 64),
+        "position": {"kind": "rope"},
+      },
+      "ffn": {
+        "kind": "mlp",
+        "d_ff": Pair(_palm_width, Size("ff_inner_dim").write),
+      },
+      "norm": PALM_NORM,
+      "residual": "parallel",
+    },
+    (
+      Row("token_emb.weight", "embed"),
+      Row("norm.gamma", "final_norm/scale"),
+      Row(f"{PALM}.norm.gamma", "mixer_norm/scale"),
+      Row(f"{PALM}.fused_attn_ff_proj.weight", (*QKV, "ffn/up", "ffn/gate"), "c d -> d c ..."),
+      *linear(f"{PALM}.attn_out", "mixer/o", None, "d (n h) -> n h d"),
+      *linear(f"{PALM}.ff_out.1", "ffn/down", None, "d f -> f d"),
+    ),
+    num_layers="depth",
+    buffers=(".beta", ".inv_freq"),
+  ),
+  Family(
+    "grok-1",
+    "Grok1ForCausalLM",
+    model(
+      GROK_NORM,
+      embed={"scale": Key("embedding_multiplier_scale", 78.38367176906169)},
+      head={"tied": True, "scale": Key("output_multiplier_scale", 0.5773502691896257)},
+    ),
+    {
+      "mixer": attention(
+        position={"kind": "rope", "theta": Key("rope_theta", 1e4)},
+        query_scale=Key("attn_output_multiplier", 0.08838834764831845),
+        softcap=30.0,
+      ),
+      "ffn": mixture("num_local_experts", "intermediate_size", {"activation": "gelu_tanh"}, {"renormalize": False}),
+      "norm": GROK_NORM,
+      "residual": "sandwich",
+    },
+    (
+      Row("embedding.weight", "embed"),
+      *norm("norm", "final_norm"),
+      *norm(f"{GROK}.norm1", "mixer_norm"),
+      *norm(f"{GROK}.norm2", "mixer_out_norm"),
+      *norm(f"{GROK}.norm3", "ffn_norm"),
+      *norm(f"{GROK}.norm4", "ffn_out_norm"),
+      *projections(f"{GROK}.attention", "out_proj"),
+      *sparse(f"{GROK}.mlp", "v", "dense", "w1", router="gating.router_weights"),
+    ),
+    only={"rms_norm_eps": (1e-5,), "hidden_act": ("gelu",)},
+    moot=frozenset({"tie_word_embeddings"}),
   ),
 )
 

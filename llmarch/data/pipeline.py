@@ -1,6 +1,7 @@
 """The data pipeline: batch = f(pipeline hash, step).
 
-No iterator state is needed to resume, and the global batch of a step does not depend on how many hosts read.
+No iterator state is needed to resume, and the global batch of a step does not depend on how many processes read
+it: each makes the rows that its devices hold.
 grain permutes the rows of an epoch and makes batches ahead of time in a thread.
 """
 
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -77,27 +78,18 @@ class Pipeline:
   seq_len: int
   vocab_size: int  # of the model
   prefix: bool
-  shard: int
-  num_shards: int
   prefetch: int
   corpus: str = ""  # sha256 (hex) of the whole source; "" for synthetic tasks, which are endless
   num_documents: int = 0  # of the split, like the next two
   num_tokens: int = 0  # ends of documents included; an epoch has each once as a target
   num_bytes: int = 0  # of text
 
-  def __post_init__(self):
-    if not 0 <= self.shard < self.num_shards or self.batch_size % self.num_shards:
-      raise UserError(
-        f"train.batch_size={self.batch_size} cannot be dealt evenly to {self.num_shards} hosts;"
-        f" make it a multiple of {self.num_shards}"
-      )
-
   @property
   def bytes_per_token(self) -> float:
     return self.num_bytes / self.num_tokens if self.num_tokens else 1.0
 
-  def batch(self, step: int) -> dict[str, np.ndarray]:
-    """This shard's block of rows of the global batch of `step`, each [B / num_shards, T].
+  def batch(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+    """The global batch of `step`, each array [B, T]; or of it only these rows (in [0, B)), made as if all were.
 
     tokens        int32 inputs
     targets       int32 the tokens that follow them
@@ -110,14 +102,14 @@ class Pipeline:
     if step < 0:
       raise ValueError(f"step must be at least 0, got {step}")
     zeros = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32}
-    shape = self.batch_size // self.num_shards, self.seq_len
+    rows = range(self.batch_size) if rows is None else rows
+    shape = len(rows), self.seq_len
     batch = {name: np.zeros(shape, dtype) for name, dtype in zeros.items()}
     batch["positions"] = np.full(shape, -1, np.int32)
     if self.prefix:
       batch["prefix"] = np.zeros(shape, np.bool_)
-    first = step * self.batch_size + self.shard * shape[0]
-    for i in range(shape[0]):
-      self.rows.fill({name: array[i] for name, array in batch.items()}, first + i)
+    for i, row in enumerate(rows):
+      self.rows.fill({name: array[i] for name, array in batch.items()}, step * self.batch_size + int(row))
     for name in ("tokens", "targets"):  # JAX would clamp an id outside the embedding in silence
       low, high = batch[name].min(), batch[name].max()
       if low < 0 or high >= self.vocab_size:
@@ -127,12 +119,13 @@ class Pipeline:
         )
     return batch
 
-  def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """batch(start_step), batch(start_step + 1), ... for ever; `data.prefetch` are made ahead in a thread."""
+  def iterate(self, start_step: int = 0, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """batch(start_step, rows), that of the next step ... for ever; `data.prefetch` are made ahead in a thread."""
     import grain
 
     options = grain.ReadOptions(num_threads=min(self.prefetch, 1), prefetch_buffer_size=self.prefetch)
-    yield from grain.MapDataset.range(start_step, 1 << 62).map(self.batch).to_iter_dataset(options)
+    batch = functools.partial(self.batch, rows=rows)
+    yield from grain.MapDataset.range(start_step, 1 << 62).map(batch).to_iter_dataset(options)
 
 
 def make_pipeline(
@@ -144,17 +137,14 @@ def make_pipeline(
   vocab_size: int,
   split: Split,
   prefix: bool = False,
-  shard: int = 0,
-  num_shards: int = 1,
   progress: Callable[[int], None] | None = None,
 ) -> Pipeline:
-  """The batches of a split: of global batches of `batch_size` rows of `seq_len` tokens, one shard's part.
+  """The batches of a split: `batch_size` rows of `seq_len` tokens.
 
   `progress(bytes)` is called as text is tokenised; without it a bar shows on a terminal. Raises UserError for
   a vocabulary that is too small, an unreadable source, and too little text for one batch.
   """
-  common = dict(batch_size=batch_size, seq_len=seq_len, vocab_size=vocab_size, prefix=prefix)
-  common |= dict(shard=shard, num_shards=num_shards, prefetch=data.prefetch)
+  common = dict(batch_size=batch_size, seq_len=seq_len, vocab_size=vocab_size, prefix=prefix, prefetch=data.prefetch)
   decides = dict(format=FORMAT, batch_size=batch_size, seq_len=seq_len, seed=seed, split=split, prefix=prefix)
   if type(data.source) in TASKS:
     rows = TaskRows(data.source, seed=seed, split=split, seq_len=seq_len, vocab_size=vocab_size)

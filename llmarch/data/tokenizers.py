@@ -23,6 +23,7 @@ class Tokenizer(abc.ABC):
 
   vocab_size: int
   end_id: int  # ends every document; no text encodes to it
+  begin_ids: tuple[int, ...] = ()  # what its makers put before a text (Llama's <s>); `encode` does not
   definition: str
 
   @abc.abstractmethod
@@ -82,6 +83,9 @@ class HFTokenizer(Tokenizer):
         f"tokenizer {name} has no token that ends a document; add one of {', '.join(END_TOKENS)} to it"
       )
     self.end_id = ends[0]
+    plain, whole = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+    self.begin_ids = tuple(whole[: starts[0]]) if starts else ()
 
   def encode_batch(self, texts):
     texts = [text.encode("utf-8", "replace").decode() for text in texts]

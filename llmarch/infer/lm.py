@@ -24,6 +24,7 @@ from llmarch.infer.decoder import Programs, decoding_params, make_decoder
 from llmarch.infer.quantize import quantize_params
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract
+from llmarch.ops.quant import QTensor
 from llmarch.ops.sampling import Sampling
 
 STREAM = 4  # tokens between two calls of a stream: fewer are smoother, more are faster
@@ -65,7 +66,7 @@ class LM:
       config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, state=_state(kv)))
     self.config = config
     self.weights = weights
-    self.params = jax.tree.map(lambda p: jnp.asarray(p, config.precision.param), params)
+    self.params = jax.tree.map(_as_kept, params, nnx.state(abstract(config)), is_leaf=_is_param)
     if weights is not None:
       self.params = quantize_params(self.params, weights)
     self.tokenizer = tokenizer
@@ -201,6 +202,10 @@ class LM:
       carry, new, steps = programs.decode(params, carry, min(left, STREAM) if stream else left)
       new, left = np.array(new)[:, : int(steps)], left - int(steps)
 
+  def arrays(self) -> dict[str, np.ndarray]:
+    """The parameters by name: {"stack/segments/0/blocks/0/mixer/q": array, ...}."""
+    return {name: np.asarray(value) for name, value in flatten(self.params).items()}
+
   def save(self, directory: str | os.PathLike) -> None:
     """Writes a model folder: config.json, model.safetensors, tokenizer.json. All of it appears, or nothing.
 
@@ -210,7 +215,7 @@ class LM:
     check(self.weights is None, f"weights={self.weights} cannot be saved; load the model without it, and save that")
     target = Path(directory).absolute()
     _check_replaceable(target)
-    flat = {name: np.asarray(value) for name, value in flatten(self.params).items()}
+    flat = self.arrays()
     checksums = {name: zlib.crc32(np.ascontiguousarray(value).view(np.uint8)) for name, value in flat.items()}
     from safetensors.numpy import save_file
 
@@ -305,10 +310,22 @@ class _Row:
     return self.new_ids if self.dtype is None else np.array(self.new_ids, self.dtype)
 
 
+def _is_param(x) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def _as_kept(param: nnx.Param, kept: nnx.Param) -> nnx.Param:
+  """The parameter on the device, in the dtype that the config gives it, or quantised as it is."""
+  value = param.get_value()
+  return param.replace(value if isinstance(value, QTensor) else jnp.asarray(value, kept.get_value().dtype))
+
+
 def check_generates(config: ModelConfig, prefix: bool = False) -> None:
   """Raises UserError for a model that cannot decode, or not from a prefix."""
   masks = {getattr(block.mixer, "mask", "causal") for block in config.blocks.values()}
   check("bidirectional" not in masks, "a mixer has mask='bidirectional': it sees the future and cannot generate")
+  causal = all(getattr(block.ffn, "causal", True) for block in config.blocks.values())
+  check(causal, "a router has kind='expert_choice': it sees the future and cannot generate; use top_k")
   check(not prefix or "prefix" in masks, "prefix=True needs a mixer with mask='prefix'; leave it out")
 
 

@@ -18,7 +18,8 @@ def quantize_params(params: nnx.State, format: str) -> nnx.State:
   quant.check_format("weights", format)
 
   def one(path, param: nnx.Param) -> nnx.Param:
-    if not param.fan_in or "buckets" in param.axes:  # T5's tables of biases are small, and multiply nothing
+    # T5's tables of biases are small, and multiply nothing; routers are small, and decide.
+    if not param.fan_in or {"buckets", "router"} & set(param.axes):
       return param
     summed = tuple(param.axes.index(name) - len(param.axes) for name in param.fan_in)
     try:

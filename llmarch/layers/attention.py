@@ -22,13 +22,15 @@ from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.layers.position import LogitBias, Mask, Rotary
 from llmarch.ops import attention as ops
-from llmarch.ops import cache, kivi
-from llmarch.ops.einsum import Product, einsum, einsums
+from llmarch.ops import blockwise, cache, kivi
+from llmarch.ops.attention import Keys
+from llmarch.ops.einsum import TOKENS, Product, einsum, einsums
 from llmarch.ops.quant import FORMATS
-from llmarch.sharding import Axis, index, mesh_axes, move, parts
+from llmarch.sharding import Axis, index, local, mesh_axes, move, parts
 
-PROJECTED = ("batch", "length", "act_heads", "head_dim")
-ATTENDING = ("attn_batch", "length", "attn_heads", "head_dim")
+PROJECTED = (*TOKENS, "act_heads", "head_dim")
+ATTENDING = ("attn_batch", "attn_length", "attn_heads", "head_dim")
+BY_BLOCKS = 512  # from this many queries on, scores are computed block by block
 BY_CHANNEL = "_channel"  # of a state's format: keys share a scale by channel
 
 
@@ -38,6 +40,10 @@ class QKNorm:
 
   norm: NormConfig
   whole: bool = False
+  per_head: bool = False  # each head has parameters of its own (Cohere); `whole` has them anyway
+
+  def __post_init__(self):
+    check(not (self.whole and self.per_head), "whole already has parameters for each head; set per_head=false")
 
 
 @config_dataclass
@@ -51,6 +57,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
   qkv_bias: bool = False
   out_bias: bool = False
   qk_norm: QKNorm | None = None
+  qkv_clip: float | None = None  # queries, keys and values are cut to [-c, c] before the positions (DBRX, OLMo)
   query_scale: float | None = None  # None: head_dim^-0.5
   softcap: float | None = None  # cap on the logits: c tanh(logits / c)
   sinks: bool = False  # a trained logit a head that joins the softmax and attends to nothing
@@ -58,7 +65,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
 
   def __post_init__(self):
     check_at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "window")
-    check_above(self, 0, "query_scale", "softcap")
+    check_above(self, 0, "query_scale", "softcap", "qkv_clip")
     check_rate(self, "dropout")
     check(
       self.num_heads % self.kv_heads == 0,
@@ -116,9 +123,9 @@ class Attention(nnx.Module):
     if config.out_bias:
       self.o_bias = make.constant("embed", (D,), 0.0)
     if config.qk_norm:
-      whole = config.qk_norm.whole
-      self.q_norm = Norm(config.qk_norm.norm, N * H if whole else H, make)
-      self.k_norm = Norm(config.qk_norm.norm, K * H if whole else H, make)
+      c = config.qk_norm
+      self.q_norm = Norm(c.norm, N * H if c.whole else H, make, N if c.per_head else None)
+      self.k_norm = Norm(c.norm, K * H if c.whole else H, make, K if c.per_head else None)
     if config.sinks:
       self.sinks = make.constant("heads", (N,), 0.0)
 
@@ -142,6 +149,8 @@ class Attention(nnx.Module):
     q = move(q, PROJECTED, ATTENDING)
     if c.qk_norm:
       q, k = self._normalise(self.q_norm, q, ATTENDING[2]), self._normalise(self.k_norm, k, self.kv_place[2])
+    if c.qkv_clip is not None:
+      q, k, v = (jnp.clip(a, -c.qkv_clip, c.qkv_clip) for a in (q, k, v))
     if isinstance(c.position, Rotary):
       q, k = c.position.turn(q, k, context.queries.positions, context.length)
 
@@ -157,27 +166,56 @@ class Attention(nnx.Module):
       else:
         state = {name: cache.write(state[name], buffer.slots, kv) for name, kv in (("k", k), ("v", v))}
         k, v = (state[name].astype(q.dtype) for name in ("k", "v"))  # [B, K, S, H]
-    k, v = (_of_these_queries(a, c.num_heads, c.kv_heads) for a in (k, v))
-
-    seen = ops.visible(context.queries, keys, mask=c.mask, window=c.window)
-    seen = seen if readable is None else seen & readable
-    bias = None
-    if isinstance(c.position, LogitBias):
-      distance = keys.positions[:, None, :] - context.queries.positions[:, :, None]
-      bias = c.position.bias(shared, distance, c.num_heads, c.mask == "bidirectional")
-      bias = move(bias, (ATTENDING[0], None, "length", None), (*ATTENDING[0:3:2], "length", None))
-    out, entropy = ops.attend(
-      q, k, v, seen, bias, move(self.sinks[...], self.sinks.axes, ATTENDING[2:3]) if c.sinks else None,
-      scale=q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale,
-      softcap=c.softcap, dropout=c.dropout, key=key, entropy=context.telemetry,
-    )  # fmt: skip
-    aux = {"attention_entropy": _mean_over(entropy, context)} if context.telemetry else {}
+    sinks = move(self.sinks[...], self.sinks.axes, ATTENDING[2:3]) if c.sinks else None
+    scale = q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale
+    out, aux = attend(c, q, k, v, context, keys, readable, shared, sinks, key, scale=scale, softcap=c.softcap)
     return move(out, ATTENDING, PROJECTED), state, aux
 
   def _normalise(self, norm: Norm, x: jax.Array, heads: Axis) -> jax.Array:
     if self.config.qk_norm.whole:
       return norm(x.reshape(*x.shape[:2], -1), heads).reshape(x.shape)
-    return norm(x, None)
+    return norm(x, None, heads)
+
+
+def attend(
+  c, q, k, v, context: Context, keys: Keys, readable, table, sinks, key, *, scale: float, softcap: float | None
+) -> tuple[jax.Array, dict]:
+  """q [B, T, N, H], k [B, K, S, H], v [B, K, S, H'] in the place of attention -> [B, T, N, H'], aux.
+
+  c: a config with num_heads, kv_heads, position, mask, window and dropout. Over a mesh every device attends by
+  itself: to the keys of its own part of the length, and to others' as they come round (ops/blockwise.py).
+  """
+  key = key if c.dropout else None
+  entropy = context.telemetry
+
+  def here(q, k, v, queries, keys, readable, table, sinks):
+    k, v = (_of_these_queries(a, c.num_heads, c.kv_heads) for a in (k, v))
+    ring, bias = mesh_axes(ATTENDING[1]), None
+    if isinstance(c.position, LogitBias):
+
+      def bias(table, distance):
+        logits = c.position.bias(table, distance, c.num_heads, c.mask == "bidirectional")
+        return move(logits, (ATTENDING[0], None, ATTENDING[1], None), (*ATTENDING[0:3:2], ATTENDING[1], None))
+
+    options = dict(scale=scale, softcap=softcap, entropy=entropy)
+    if ring or (q.shape[1] >= BY_BLOCKS and readable is None and key is None):
+      options |= dict(mask=c.mask, window=c.window, bias=bias, ring=ring[0] if ring else None)
+      return blockwise.attend(
+        q, k, v, queries, keys, sinks, table, block=blockwise.block_length(q.shape[1]), **options
+      )
+    seen = ops.visible(queries, keys, mask=c.mask, window=c.window)
+    seen = seen if readable is None else seen & readable
+    if bias:
+      bias = bias(table, keys.positions[:, None, :] - queries.positions[:, :, None])
+    return ops.attend(q, k, v, seen, bias, sinks, dropout=c.dropout, key=key, **options)
+
+  # (Dropout draws for the whole batch at once, and a state is where it is.)
+  if key is None and context.cursor is None:
+    kv = ATTENDING[0], ("attn_kv_heads", c.kv_heads), ATTENDING[1], None
+    tokens = ATTENDING[:2]
+    here = local(here, (ATTENDING, kv, kv, tokens, tokens, (), (), ATTENDING[2:3]), (ATTENDING, ATTENDING[:3]))
+  out, h = here(q, k, v, context.queries, keys, readable, table, sinks)
+  return out, {"attention_entropy": mean_over(h, context)} if entropy else {}
 
 
 def _of_these_queries(kv: jax.Array, num_heads: int, num_kv_heads: int) -> jax.Array:
@@ -199,7 +237,7 @@ def _of_these_queries(kv: jax.Array, num_heads: int, num_kv_heads: int) -> jax.A
   return jax.lax.dynamic_slice_in_dim(kv, first, needed, axis=1)
 
 
-def _mean_over(entropy: jax.Array, context: Context) -> jax.Array:
+def mean_over(entropy: jax.Array, context: Context) -> jax.Array:
   """Mean over heads and real tokens of [B, T, N]."""
   real = (context.queries.positions >= 0)[..., None]
   return jnp.sum(entropy * real) / jnp.maximum(jnp.sum(real) * entropy.shape[-1], 1)

@@ -5,20 +5,21 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from llmarch.config import FFNConfig, check_at_least, config_dataclass
+from llmarch.config import FFNConfig, check, check_at_least, config_dataclass
 from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
 from llmarch.ops.activation import activate
 from llmarch.ops.einsum import Product, einsum, einsums
 
-Activation = Literal["identity", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid"]
+Activation = Literal["identity", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "swiglu_oss"]
 
 
 @config_dataclass
 class MLPConfig(FFNConfig, kind="mlp"):
   """down(act(up x)), or gated: down(act(gate x) * up x) (2002.05202).
 
-  Gated, the activations give: sigmoid GLU, identity Bilinear, relu ReGLU, gelu GEGLU, silu SwiGLU.
+  Gated, the activations give: sigmoid GLU, identity Bilinear, relu ReGLU, gelu GEGLU, silu SwiGLU; swiglu_oss
+  is one of gate and up together.
   """
 
   d_ff: int
@@ -28,6 +29,8 @@ class MLPConfig(FFNConfig, kind="mlp"):
 
   def __post_init__(self):
     check_at_least(self, 1, "d_ff")
+    joint = self.activation == "swiglu_oss"
+    check(self.gated or not joint, "activation='swiglu_oss' is of a gate; use gated=True, or another activation")
 
 
 class MLP(nnx.Module):

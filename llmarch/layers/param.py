@@ -32,7 +32,8 @@ class Maker:
     """
     names = axes.split()
     summed = math.prod(n for name, n in zip(names, shape, strict=True) if name in fan_in.split())
-    std = scale * self.init.std(summed, math.prod(shape) // summed)
+    experts = math.prod(n for name, n in zip(names, shape, strict=True) if name == "experts")  # a matrix for each
+    std = scale * self.init.std(summed, math.prod(shape) // summed // experts)
     # Truncation at two deviations shrinks a standard normal to this deviation.
     draw = jax.random.truncated_normal(self.child(name).key, -2, 2, shape, jnp.float32) / 0.87962566103423978
     value = (std * draw).astype(self.dtype)

@@ -43,6 +43,11 @@ class Learned(PositionConfig, kind="learned"):
 
   at_embedding = True
   length: int
+  offset: int = 0  # rows before that of the first position (OPT: 2)
+
+  def __post_init__(self):
+    check_at_least(self, 1, "length")
+    check_at_least(self, 0, "offset")
 
   def check_against(self, d_model: int, max_seq_len: int):
     check(
@@ -51,11 +56,11 @@ class Learned(PositionConfig, kind="learned"):
     )
 
   def make(self, d_model: int, make: Maker):
-    return make.weight("position", "positions embed", (self.length, d_model), fan_in="embed")
+    return make.weight("position", "positions embed", (self.offset + self.length, d_model), fan_in="embed")
 
   def vectors(self, table, positions: jax.Array, d_model: int) -> jax.Array:
     # Positions beyond the table cannot come here: they are refused on the host (max_seq_len <= length).
-    return lookup(table, jnp.maximum(positions, 0), table.get_value().dtype)
+    return lookup(table, jnp.maximum(positions, 0) + self.offset, table.get_value().dtype)
 
 
 # ------------------------------------------------------------------------------------- extensions of RoPE
@@ -117,13 +122,15 @@ class YaRN(ScalingConfig, kind="yarn"):
   beta_fast: float = 32.0
   beta_slow: float = 1.0
   attention_factor: float | None = None
+  truncate: bool = True  # the ramp lies between whole pairs of dimensions; not with gpt-oss
 
   def __post_init__(self):
     check_at_least(self, 1, "factor", "original")
     check(self.beta_fast > self.beta_slow > 0, "beta_fast must be above beta_slow, and both above 0")
 
   def frequencies(self, dims: int, theta: float, length: jax.Array | None):
-    return rope.yarn_frequencies(dims, theta, self.factor, self.original, self.beta_fast, self.beta_slow)
+    betas = self.beta_fast, self.beta_slow
+    return rope.yarn_frequencies(dims, theta, self.factor, self.original, *betas, self.truncate)
 
   def gain(self) -> float:
     return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor

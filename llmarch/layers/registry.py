@@ -2,6 +2,8 @@
 
 from llmarch.layers.attention import Attention, AttentionConfig
 from llmarch.layers.ffn import MLP, MLPConfig
+from llmarch.layers.mla import MLA, MLAConfig
+from llmarch.layers.moe import MoE, MoEConfig
 
-MIXERS = {AttentionConfig: Attention}
-FFNS = {MLPConfig: MLP}
+MIXERS = {AttentionConfig: Attention, MLAConfig: MLA}
+FFNS = {MLPConfig: MLP, MoEConfig: MoE}

@@ -8,6 +8,7 @@ decode step then updates each cache in place, where a scan would copy all of the
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmarch.config import ModelConfig
 from llmarch.layers.block import Block
@@ -20,7 +21,14 @@ REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_saveable,
   "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+  # As "full", and what each turn starts from waits in the memory of the host.
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=(), names_which_can_be_offloaded=("start of a turn",),
+    offload_src="device", offload_dst="pinned_host",
+  ),
+}  # fmt: skip
+
+BETWEEN = "between layers"  # what a remat policy may call the residual stream
 
 
 class Segment(nnx.Module):
@@ -33,30 +41,34 @@ class Segment(nnx.Module):
 
   def __call__(self, x, context: Context, states, shared: dict, key, remat: str):
     """x [B, T, D]; states: a list over blocks, or None -> x, states, a list over blocks of aux."""
-
-    def run(x, blocks, states, key):
-      keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
-      states = [None] * len(blocks) if states is None else list(states)
-      auxes = []
-      for i, (block, name) in enumerate(zip(blocks, self.names, strict=True)):
-        x, states[i], aux = block(x, context, states[i], shared.get(name), keys[i])
-        auxes.append(aux)
-      return x, states, auxes
-
     if self.repeat is None:
-      return run(x, self.blocks, states, key)
+      return self._turn(self.blocks, x, context, states, shared, key)
+    keys = None if key is None else jax.random.split(key, self.repeat)
+    return self.turns(x, context, states, shared, keys, remat)
 
+  def turns(self, x, context: Context, states, shared: dict, keys, remat: str):
+    """The turns that the blocks hold arrays of, a key for each: all, or those of a pipeline's stage."""
     graph, params = nnx.split(self.blocks)
 
     def body(x, layer):
       params, states, key = layer
-      x, states, auxes = run(x, nnx.merge(graph, params), states, key)
+      x = checkpoint_name(x, "start of a turn")
+      x, states, auxes = self._turn(nnx.merge(graph, params), x, context, states, shared, key)
       return x, (states, auxes)
 
     if remat != "none":
       body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    keys = None if key is None else jax.random.split(key, self.repeat)
-    x, (states, auxes) = jax.lax.scan(body, x, (params, states, keys), length=self.repeat)
+    named = lambda x, layer: body(checkpoint_name(x, BETWEEN), layer)
+    x, (states, auxes) = jax.lax.scan(named, x, (params, states, keys))
+    return x, states, auxes
+
+  def _turn(self, blocks, x, context: Context, states, shared: dict, key):
+    keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
+    states = [None] * len(blocks) if states is None else list(states)
+    auxes = []
+    for i, (block, name) in enumerate(zip(blocks, self.names, strict=True)):
+      x, states[i], aux = block(x, context, states[i], shared.get(name), keys[i])
+      auxes.append(aux)
     return x, states, auxes
 
 
@@ -96,12 +108,17 @@ class Stack(nnx.Module):
     auxes = []
     for i, segment in enumerate(self.segments):
       x, states[i], aux = segment(x, context, states[i], shared, keys[i], remat)
-      auxes.append(_by_layer(aux, segment.repeat))
-    names = {name for aux in auxes for layer in aux for name in layer}
-    return x, states, {n: jnp.stack([a[n] for aux in auxes for a in aux if n in a]) for n in sorted(names)}
+      auxes += by_layer(aux, segment.repeat)
+    return x, states, by_name(auxes)
 
 
-def _by_layer(auxes: list[dict], repeat: int | None) -> list[dict]:
+def by_name(layers: list[dict]) -> dict:
+  """The aux of all layers in order -> {name: f32 [L]}, of the layers that have it."""
+  names = {name for layer in layers for name in layer}
+  return {name: jnp.stack([layer[name] for layer in layers if name in layer]) for name in sorted(names)}
+
+
+def by_layer(auxes: list[dict], repeat: int | None) -> list[dict]:
   """A list over layers in order, from a list over blocks (each with a leading axis of repeats if stacked)."""
   if repeat is None:
     return auxes

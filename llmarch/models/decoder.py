@@ -26,8 +26,12 @@ class Decoder(nnx.Module):
     self.config = config
     c, make = config, Maker(key, config.init, config.precision.param)
     at_embedding = make.child("embed", c.embed_init)
+    width, dim = ("embed", c.d_model) if c.embed.dim is None else ("factor", c.embed.dim)
     # fan_in: the summed dimension when the table is read as a head.
-    self.embed = at_embedding.weight("tokens", "vocab embed", (c.vocab_size, c.d_model), fan_in="embed")
+    self.embed = at_embedding.weight("tokens", f"vocab {width}", (c.vocab_size, dim), fan_in=width)
+    if c.embed.dim is not None:
+      self.embed_in = make.weight("embed_in", "factor embed", (dim, c.d_model), fan_in="factor")
+      self.embed_out = make.weight("embed_out", "embed factor", (c.d_model, dim), fan_in="embed")
     if c.embed.position:
       self.position = c.embed.position.make(c.d_model, at_embedding)
     if c.embed.norm:
@@ -36,7 +40,7 @@ class Decoder(nnx.Module):
     if c.final_norm:
       self.final_norm = Norm(c.final_norm, c.d_model, make)
     if not c.head.tied:
-      self.head = make.weight("head", "vocab embed", (c.vocab_size, c.d_model), fan_in="embed")
+      self.head = make.weight("head", f"vocab {width}", (c.vocab_size, dim), fan_in=width)
     if c.head.bias:
       self.head_bias = make.constant("vocab", (c.vocab_size,), 0.0)
 
@@ -61,27 +65,45 @@ class Decoder(nnx.Module):
     chex.assert_rank(tokens, 2)
     chex.assert_equal_shape([a for a in (tokens, positions, segment_ids, prefix) if a is not None])
     context, shared_state = make_context(positions, segment_ids, prefix, state, telemetry)
+    keys = [None, None] if key is None else jax.random.split(key)
+    x = self.drop(self.enter(tokens, positions), keys[0])
+    x, layers, aux = self.stack(x, context, None if state is None else state["layers"], keys[1], remat)
+    return x, None if state is None else {**shared_state, "layers": layers}, aux
+
+  def enter(self, tokens, positions) -> jax.Array:
+    """The embedding: int32 [B, T] each -> [B, T, D], before its dropout."""
     c = self.config
-    x = lookup(self.embed, tokens, c.precision.compute)  # [B, T, D]
+    narrow = c.embed.dim is not None
+    x = lookup(self.embed, tokens, c.precision.compute, (*RESIDUAL[:2], "factor") if narrow else RESIDUAL)  # [B, T, D]
+    if narrow:
+      x = einsum("bte,ed->btd", x, self.embed_in)
     if c.embed.scale != 1:
       x = x * c.embed.scale
     if c.embed.position:
       x = x + c.embed.position.vectors(self.position, positions, c.d_model).astype(x.dtype)
     if c.embed.norm:
       x = self.embed_norm(x, RESIDUAL[-1])
-    keys = [None, None] if key is None else jax.random.split(key)
-    if key is not None and c.embed.dropout:
-      x = x * (jax.random.bernoulli(keys[0], 1 - c.embed.dropout, x.shape) / (1 - c.embed.dropout)).astype(x.dtype)
-    x, layers, aux = self.stack(x, context, None if state is None else state["layers"], keys[1], remat)
-    return x, None if state is None else {**shared_state, "layers": layers}, aux
+    return x
 
-  def unembed(self, hidden: jax.Array) -> jax.Array:
-    """The final norm and the head: hidden [B, T, D] -> logits f32 [B, T, V]."""
+  def drop(self, x: jax.Array, key) -> jax.Array:
+    """The embedding's dropout, where there is a key."""
+    kept = 1 - self.config.embed.dropout
+    return x if key is None or kept == 1 else x * (jax.random.bernoulli(key, kept, x.shape) / kept).astype(x.dtype)
+
+  @property
+  def table(self) -> nnx.Param:
+    """Of the head: [V, D]."""
+    return self.embed if self.config.head.tied else self.head
+
+  def unembed(self, hidden: jax.Array, table: nnx.Param | None = None) -> jax.Array:
+    """The final norm and the head: hidden [B, T, D] -> logits f32 [B, T, V]. table: `self.table`, gathered or not."""
     c = self.config.head
     hidden = move(hidden, RESIDUAL, (*RESIDUAL[:2], "post_norm_embed"))
     if self.config.final_norm:
       hidden = self.final_norm(hidden, "post_norm_embed")
-    table = self.embed if c.tied else self.head
+    if self.config.embed.dim is not None:
+      hidden = einsum("btd,de->bte", hidden, self.embed_out)
+    table = self.table if table is None else table
     bias = self.head_bias if c.bias else None
     logits = einsum("btd,vd->btv", hidden, table, bias=bias, out_dtype=jnp.float32)
     if c.scale != 1:

@@ -47,10 +47,10 @@ def pad_params(params: nnx.State, config: ModelConfig, padded: ModelConfig) -> n
   if ranks(params) != ranks(target):
     target = nnx.state(nnx.eval_shape(lambda: unstack(Decoder(padded, jax.random.key(0)))))
   flat, named = flatten(params), flatten(target, variables=True)
-  return unflatten(target, {path: _grow(flat[path], p, _block(path, config)) for path, p in named.items()})
+  return unflatten(target, {path: _grow(flat[path], p, block_of(path, config)) for path, p in named.items()})
 
 
-def _block(path: str, config: ModelConfig):
+def block_of(path: str, config: ModelConfig):
   """The config of the block that a parameter belongs to; None above the blocks."""
   match path.split("/"):
     case ["stack", "segments", segment, "blocks", i, *_]:

@@ -16,11 +16,20 @@ ACTIVATIONS = {
 }
 
 
+def _swiglu_oss(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """(up + 1) gate sigmoid(1.702 gate), both clamped at 7, the gate from above alone (gpt-oss's model.py)."""
+  gate, up = jnp.minimum(gate, 7), jnp.clip(up, -7, 7)
+  return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+JOINT = {"swiglu_oss": _swiglu_oss}  # of gate and up
+
+
 def activate(name: str, gate: jax.Array, up: jax.Array | None = None) -> jax.Array:
-  """act(gate), times `up` where there is one.
+  """act(gate), times `up` where there is one; or what JOINT makes of both.
 
   The backward pass recomputes it from its arguments: pointwise work is cheaper than keeping [B, T, F]
   arrays for every factor of a derivative.
   """
-  f = lambda g, u: ACTIVATIONS[name](g) if u is None else ACTIVATIONS[name](g) * u
+  f = JOINT.get(name) or (lambda g, u: ACTIVATIONS[name](g) if u is None else ACTIVATIONS[name](g) * u)
   return jax.checkpoint(f, prevent_cse=False)(gate, up)

@@ -33,8 +33,9 @@ def chunked_loss(
   B, T = targets.shape
   chunk = min(chunk, T)
   pad = -T % chunk
+  # A chunk takes every n-th token: where the length is split over devices, some of each device's.
   split = lambda x: jnp.moveaxis(
-    jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(B, -1, chunk, *x.shape[2:]), 1, 0
+    jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(B, chunk, -1, *x.shape[2:]), 2, 0
   )
 
   @jax.checkpoint

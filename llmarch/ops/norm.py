@@ -21,12 +21,16 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, axis: Axis = None) -
   return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, eps: float, axis: Axis = None) -> jax.Array:
+def layer_norm(
+  x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, *, eps: float, axis: Axis = None
+) -> jax.Array:
   """(x - mean) / sqrt(var + eps) * scale + bias  (1607.06450).  x [..., D], scale and bias [D]."""
   y = x.astype(jnp.float32)
   # Centred first: E[x^2] - E[x]^2 cancels where the mean is large.
   y = y - mean(y, axis)
-  y = y * jax.lax.rsqrt(mean(y * y, axis) + eps) * scale.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(mean(y * y, axis) + eps)
+  if scale is not None:
+    y = y * scale.astype(jnp.float32)
   if bias is not None:
     y = y + bias.astype(jnp.float32)
   return y.astype(x.dtype)

@@ -30,17 +30,19 @@ def dynamic_ntk_frequencies(dims: int, theta: float, factor: float, original: in
 
 
 def yarn_frequencies(
-  dims: int, theta: float, factor: float, original: int, beta_fast: float, beta_slow: float
+  dims: int, theta: float, factor: float, original: int, beta_fast: float, beta_slow: float, truncate: bool = True
 ) -> np.ndarray:
   """Frequencies that turn less than beta_slow times in `original` positions are divided by the factor,
   those that turn more than beta_fast times are kept, with a ramp between (YaRN, 2309.00071, eq. 17-23;
-  the ramp is linear in the index i between whole dimensions, as in the authors' code)."""
+  the ramp is linear in the index i, between whole indices (truncate) as in the authors' code)."""
 
   def index_of(turns):
     return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-  low = max(math.floor(index_of(beta_fast)), 0)
-  high = min(math.ceil(index_of(beta_slow)), dims - 1)
+  low, high = index_of(beta_fast), index_of(beta_slow)
+  if truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, dims - 1)
   ramp = np.clip((np.arange(dims // 2) - low) / max(high - low, 1e-3), 0, 1)
   table = frequencies(dims, theta)
   return table * (1 - ramp) + table / factor * ramp

@@ -1,180 +1,226 @@
-"""Checkpoints of a run, by orbax: the train state and a JSON record of what it belongs to.
+"""Checkpoints of a run that prove themselves: the train state and a record of it, by orbax, and a line in the journal.
 
-A workdir holds config.json (the run's identity), tokenizer.json, metrics.jsonl, TensorBoard events, and
-checkpoints/STEP.
+orbax has no checksum on the data of arrays: a changed bit comes back as another number. So the record holds a
+fingerprint of every array, and its own checksum, and nothing is trusted that does not agree with it.
 """
 
+import collections
 import contextlib
-import fcntl
+import functools
+import hashlib
+import importlib.metadata
 import json
-import os
-import tempfile
+import shutil
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from llmarch.config import UserError, build, differences, to_dict
+from llmarch.config import UserError
 from llmarch.experiment import CheckpointConfig, ExperimentConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract
+from llmarch.models.lora import Adapters
+from llmarch.train import distributed
+from llmarch.train.faults import Fault, StorageFault
+from llmarch.train.journal import Journal, sync_tree
+from llmarch.train.workdir import read_config
 
-FORMAT = 2
-
-# Where a run computes and caches is not what it computes.
-NOT_IDENTITY = {("mesh",), ("data", "cache_dir"), ("data", "prefetch")}
-
-
-def check_workdir(workdir: str, config: ExperimentConfig) -> bool:
-  """Whether `workdir` holds a run of this config; False if it is new or empty. Nothing is written.
-
-  Raises UserError if the folder holds another config (the keys that differ are named) or files that are no run.
-  """
-  folder, path = Path(workdir), Path(workdir) / "config.json"
-  if path.exists():
-    differ = differences(_identity(to_dict(config)), _identity(_read_json(path)))
-    if differ:
-      raise UserError(
-        f"{workdir} holds a run of another config ({'; '.join(differ[:8])}); give another --workdir, or the same config"
-      )
-    return True
-  if folder.is_dir() and any(folder.iterdir()):
-    raise UserError(f"{workdir} is not empty and holds no run (no config.json); give a new --workdir")
-  return False
+FORMAT = 3
+TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted-"
 
 
-def claim_workdir(workdir: str, config: ExperimentConfig, tokenizer=None) -> None:
-  """Makes `workdir` this config's: writes config.json, and the tokenizer, into a new or empty folder.
-
-  The run keeps its tokenizer, for the file that data.tokenizer names may change or stay behind. Raises UserError
-  as `check_workdir` does, and where the folder cannot be written.
-  """
-  if check_workdir(workdir, config):
-    return
-  path = Path(workdir) / "config.json"
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(to_dict(config), indent=1))
-  except OSError as e:
-    raise UserError(f"--workdir: cannot write {path} ({e.strerror}); give a folder that can be written") from None
-  if tokenizer is not None:
-    tokenizer.save(workdir)
-
-
-@contextlib.contextmanager
-def only_process(workdir: str):
-  """Holds a claimed workdir: a second process that trains in it would mix its rows and checkpoints with ours.
-
-  Raises UserError if another holds it. The lock goes with the process, however that ends.
-  """
-  with open(Path(workdir) / "config.json") as f:
-    try:
-      if jax.process_index() == 0:  # one for all hosts of a run
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(
-        f"another process is training in {workdir}; wait for it to end, or give another --workdir"
-      ) from None
-    except OSError:
-      pass  # a file system without locks
-    yield
-
-
-def read_config(workdir: str) -> ExperimentConfig:
-  """The config of the run in a workdir."""
-  import llmarch.layers.registry  # noqa: F401  fills the families of kinds
-
-  return build(ExperimentConfig, _read_json(Path(workdir) / "config.json"), "config")
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """Writes a file so that a reader, or a crash, sees the old text or the new."""
-  with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(f.name, path)
-
-
-def _read_json(path: Path) -> dict:
-  try:
-    data = json.loads(path.read_text())
-    if not isinstance(data, dict):
-      raise ValueError("not an object")
-    return data
-  except OSError as e:
-    raise UserError(f"cannot read {path} ({e.strerror}); give the folder of a run") from None
-  except (ValueError, RecursionError):
-    raise UserError(f"{path} is damaged (not the JSON of a config); restore it, or give another --workdir") from None
-
-
-def _identity(data: dict, path: tuple = ()) -> dict:
-  return {
-    k: _identity(v, (*path, k)) if isinstance(v, dict) else v for k, v in data.items() if (*path, k) not in NOT_IDENTITY
-  }
+class Damaged(Exception):
+  """A checkpoint that is not what was saved. The message says in what."""
 
 
 class Checkpoints:
-  """Saves and restores train states. Close it (it is a context manager): saving goes on in the background."""
+  """Saves and restores the train states of a workdir. Close it (it is a context manager): saving goes on behind.
 
-  def __init__(self, workdir: str, config: CheckpointConfig):
-    policies = ocp.training.preservation_policies
-    keep = [policies.LatestN(config.max_to_keep)]
-    if config.keep_best:
-      by_loss = lambda metrics: metrics["eval/loss"]
-      # Descending, because orbax keeps the end of the list.
-      keep.append(
-        policies.BestN(get_metric_fn=by_loss, reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False)
-      )
-    self.folder = Path(workdir).absolute() / "checkpoints"
+  What is on the disk counts, and whether it verifies; nothing that this process believes about it does.
+  """
+
+  def __init__(self, workdir: str, config: CheckpointConfig, journal: Journal | None = None):
+    self.workdir, self._config = Path(workdir).absolute(), config
+    self.folder = self.workdir / "checkpoints"
+    self.journal = journal or Journal(workdir)
+    self._thread, self._error = None, None
     try:
-      self._orbax = ocp.training.Checkpointer(
-        self.folder,
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=True,
-      )
-    except Exception as e:  # it reads the metadata of every step there is
-      raise UserError(_damaged(self.folder, e)) from e
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._clear()
+    except OSError as e:
+      raise StorageFault(f"cannot write {self.folder} ({e.strerror}); give a workdir that can be written") from None
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *exc):
-    self._orbax.close()
+  def __exit__(self, kind, *exc):
+    self.wait() if kind is None else self.join()
 
-  def save(self, step: int, state: dict, meta: dict, metrics: dict | None) -> None:
+  def steps(self) -> list[int]:
+    """Those on the disk, ascending, whether good or not."""
+    return steps_of(self.folder)
+
+  def save(self, step: int, state: dict, meta: dict, metrics: dict | None, *, began: float | None = None) -> None:
     """Starts saving `state` as `step`; returns once the arrays are copied, so that they may be donated.
 
-    Raises OSError or what orbax raises if an earlier save failed, RuntimeError if this one is refused.
+    meta: more for the record. metrics: of this step, {"eval/loss"} for keep_best. began: when training stood still
+    for it (time.monotonic). Raises Fault, and saves nothing, if a number is not finite; StorageFault if this save
+    cannot begin or an earlier one failed.
     """
-    self._orbax.wait()
+    self.wait()
+    began, at = time.monotonic() if began is None else began, time.time()
+    newest = max(self.journal.saved(), default=None)
+    if not (self.folder / str(newest or "")).is_dir():  # orbax would make it anew, perhaps where a disk was mounted
+      raise self._failed(step, FileNotFoundError("the folder is gone, or what was in it"))
     flat = flatten_state(state)
-    sums = {name: int(value) for name, value in jax.device_get(_checksums(flat)).items()}
-    record = {"format": FORMAT, "step": step, "jax": jax.__version__, "checksums": json.dumps(sums), **meta}
-    items = {"state": flat, "meta": record}
-    if self._orbax.save_checkpointables_async(step, items, metrics=metrics, force=True) is None:
-      raise RuntimeError(f"orbax refused to save step {step} in {self.folder}")
+    prints = jax.device_get(fingerprints(flat))
+    for name, (_, finite) in prints.items():
+      if not finite:
+        raise Fault(
+          f"{name} is not finite after step {step} in {self.workdir}; nothing is saved of it ({self._kept()})"
+        )
+    record = meta | {
+      "step": step,
+      "metrics": metrics,
+      "versions": _versions(),
+      "arrays": {name: [str(x.dtype), list(x.shape), int(prints[name][0])] for name, x in flat.items()},
+    }
+    try:
+      response = ocp.save_checkpointables_async(self.folder / str(step), {"state": flat, "meta": _seal(record)})
+    except Exception as e:  # orbax raises many kinds, some without a type of their own
+      raise self._failed(step, e) from e
+    line = {"step": step, "metrics": metrics, "at": at, "stall": time.monotonic() - began}
+    self._thread = threading.Thread(target=self._finish, args=(response, line), name=f"save-{step}")
+    self._thread.start()
+
+  def check(self) -> None:
+    """Raises StorageFault if a save has failed by now."""
+    if self._error:
+      error, self._error = self._error, None
+      raise error
 
   def wait(self) -> None:
-    """Until the last save is on disk."""
-    self._orbax.wait()
+    """Until the last save is on the disk and in the journal. Raises StorageFault if it failed."""
+    self.join()
+    self.check()
 
-  def latest(self) -> int | None:
-    """The newest finished step on disk."""
-    return latest_step(self.folder)
+  def join(self) -> None:
+    """Until no save is on its way, whatever became of it."""
+    if self._thread:
+      self._thread.join()
+      self._thread = None
 
-  def restore(self, abstract_state: dict, *, step: int | None = None) -> tuple[dict, dict]:
-    """The state of `step` (None: the newest) in the shapes, dtypes and shardings of `abstract_state`: -> state, meta.
+  def _finish(self, response, line: dict) -> None:
+    """What comes after orbax's rename, in a thread: the disk, then the journal, then room for the next."""
+    step = line["step"]
+    try:
+      response.result()
+      if jax.process_index() == 0:
+        sync_tree(self.folder / str(step))
+        self.journal.add("saved", **line)
+        self._prune()
+    except BaseException as e:
+      self._error = self._failed(step, e)
 
-    Raises UserError if there is none, or it does not fit.
+  def _clear(self) -> None:
+    """Removes what killed processes and failed saves left; no save may be on its way."""
+    for path in self.folder.iterdir() if jax.process_index() == 0 else ():
+      if TEMPORARY in path.name or path.name.startswith(DELETED):
+        shutil.rmtree(path, ignore_errors=True)
+
+  def _failed(self, step: int, e: BaseException) -> StorageFault:
+    with contextlib.suppress(OSError):
+      self._clear()  # room on the disk
+    free = "its size is unknown"
+    with contextlib.suppress(OSError):
+      free = f"{shutil.disk_usage(self.folder).free:,} bytes are free there"
+    return StorageFault(f"cannot save step {step} in {self.folder} ({_first_line(e)}); {free}; {self._kept()}")
+
+  def _kept(self) -> str:
+    steps = sorted(set(self.journal.saved()) & set(self.steps()))
+    return f"the checkpoint of step {steps[-1]} is kept" if steps else "nothing was saved before"
+
+  def _prune(self) -> None:
+    """Removes what the config does not keep, of the steps that are in the journal; others do not count."""
+    self._clear()
+    saved = {step: m for step, m in self.journal.saved().items() if (self.folder / str(step)).is_dir()}
+    by_loss = sorted((m["eval/loss"], step) for step, m in saved.items() if "eval/loss" in m)
+    keep = set(sorted(saved)[-self._config.max_to_keep :]) | {step for _, step in by_loss[: self._config.keep_best]}
+    for step in saved.keys() - keep:
+      gone = (self.folder / str(step)).rename(self.folder / f"{DELETED}{step}")  # a killed removal leaves no torn step
+      shutil.rmtree(gone)
+
+  def restore(self, abstract_state: dict, step: int) -> tuple[dict, dict]:
+    """The state of `step` in the shapes, dtypes and shardings of `abstract_state`: -> state, its record.
+
+    Raises Damaged if it is not what was saved, UserError if there is none or it is of another model.
     """
-    step = self.latest() if step is None else step
-    loaded = _load(self.folder, step, flatten_state(abstract_state))
-    leaves = [loaded["state"][name] for name in flatten_state(abstract_state)]
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), loaded["meta"]
+    flat, record = load_step(self.folder, step, flatten_state(abstract_state))
+    leaves = [flat[name] for name in flatten_state(abstract_state)]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), record
+
+  def latest_good(
+    self, abstract_state: dict, *, before: int | None = None, say: Callable[[str], None] = lambda text: None
+  ) -> tuple[int, dict, dict] | None:
+    """The newest checkpoint (of those before a step) that verifies: -> step, state, record; None if there is none.
+
+    Newer ones that do not, and those of a part of the run that was taken back, go to quarantine/; `say` is told
+    which, and why. Raises Fault, and moves nothing, if there are some and all are damaged.
+    """
+    stale, damaged = [], []
+    for step in reversed([s for s in distributed.from_main(self.steps()) if before is None or s < before]):
+      try:
+        state, record = self.restore(abstract_state, step)
+      except Damaged as e:
+        damaged.append((step, str(e)))
+        continue
+      if _missing(self.journal.skips(), record.get("skips", ()), step):
+        stale.append((step, "it was taken back"))
+        continue
+      break
+    else:
+      if damaged:
+        why = "; ".join(f"step {step}: {text}" for step, text in damaged)
+        raise Fault(
+          f"no checkpoint in {self.folder} can be restored ({why}); all are left as they are: put back sound files,"
+          " or train in another --workdir"
+        )
+      step = None
+    for bad, why in sorted(damaged + stale):
+      say(f"step {bad}: {why}; moved to {self.quarantine(bad, why)}")
+    for gone in sorted(set(self.journal.saved()) - set(self.steps())):
+      if step is not None and step < gone and (before is None or gone < before):
+        say(f"step {gone}: its checkpoint is gone")
+        self.journal.add("quarantined", step=gone, why="it is gone", to=None)
+    if step is None:
+      return None
+    if step not in self.journal.saved() and jax.process_index() == 0:  # killed between the rename and the journal
+      sync_tree(self.folder / str(step))
+      self.journal.add("saved", step=step, metrics=record.get("metrics"), at=time.time(), stall=0.0)
+    return step, state, record
+
+  def quarantine(self, step: int, why: str) -> Path:
+    """Moves a step where it is neither resumed nor in the way of saving it again. Nothing is deleted."""
+    room = self.workdir / "quarantine"
+    number = 1 + sum(path.name.split("-")[0] == str(step) for path in room.iterdir()) if room.is_dir() else 1
+    target = room / f"{step}-{number}"
+    if jax.process_index() == 0:
+      try:
+        room.mkdir(exist_ok=True)
+        (self.folder / str(step)).rename(target)
+      except OSError as e:
+        raise StorageFault(f"cannot move {self.folder / str(step)} to {target} ({e.strerror})") from None
+    self.journal.add("quarantined", step=step, why=why, to=str(target.relative_to(self.workdir)))
+    return target
 
 
 def flatten_state(state: dict) -> dict:
@@ -183,75 +229,213 @@ def flatten_state(state: dict) -> dict:
   return {"/".join(map(key, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def latest_step(folder: Path) -> int | None:
-  """The newest finished checkpoint, read from the disk: what the checkpointer believes may never have got there."""
-  steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-  return max(steps, default=None)
+def without_base(state: dict) -> dict:
+  """What a checkpoint holds of a train state: all but the frozen weights of adapters, which train.init_from keeps."""
+  return {name: value for name, value in state.items() if name != "base"}
 
 
-def restore_params(workdir: str, *, step: int | None = None):
+def needs_weights(config: ExperimentConfig, workdir: str) -> bool:
+  """Whether a run starts or goes on with the weights of train.init_from: at its start, and always for adapters."""
+  return config.train.lora is not None or not steps_of(Path(workdir) / "checkpoints")
+
+
+def weights_hash(params: dict) -> str:
+  """Of arrays by name, whatever their order."""
+  sums = {name: zlib.crc32(np.ascontiguousarray(value).view(np.uint8)) for name, value in sorted(params.items())}
+  return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def check_base(meta: dict, params: dict, workdir: str, source: str) -> None:
+  """Raises UserError unless the params are those that the adapters of a checkpoint were trained on."""
+  if meta.get("base_hash") != weights_hash(params):
+    raise UserError(f"the adapters in {workdir} were trained on other weights than {source} has now; restore them")
+
+
+def steps_of(folder: Path) -> list[int]:
+  """The steps of a folder of checkpoints, ascending, from the disk."""
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def restore_params(workdir: str, *, step: int | None = None, base: Callable[[str], dict] | None = None):
   """(ModelConfig, nnx.State of its Decoder, tokenizer spec) of a run, the moving average where there is one.
 
-  The tokenizer is the one that the run keeps, where it does.
-
-  Parameters only: the optimizer's state is not read.
+  step: None is the newest that is whole. The tokenizer is the one that the run keeps, where it does. Parameters
+  only: the optimizer's state is not read. Nothing is moved or written. base(folder): the parameters by name of the
+  model there, for a run of adapters, which are merged with it.
   """
-  config = read_config(workdir)
-  folder = Path(workdir).absolute() / "checkpoints"
-  step = latest_step(folder) if step is None else step
-  root = "ema" if config.train.ema else "params"
+  config, flat, record = restore_trained(workdir, step=step)
+  if config.train.lora:
+    given, lora = base(config.train.init_from), Adapters(config.train.lora, config.model)
+    check_base(record, given, workdir, config.train.init_from)
+    flat = lora.merge(lora.freeze(given), flat)
   abstract_params = nnx.state(abstract(config.model))
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  dtype = lambda p: "float32" if config.train.ema else p.dtype
-  want = {
-    f"{root}/{name}": jax.ShapeDtypeStruct(p.shape, dtype(p), sharding=device)
-    for name, p in flatten(abstract_params).items()
-  }
-  loaded = _load(folder, step, want, partial=True)["state"]
-  flat = {name.removeprefix(f"{root}/"): value for name, value in loaded.items()}
   flat = {name: flat[name].astype(p.dtype) for name, p in flatten(abstract_params).items()}
   own = (Path(workdir) / "tokenizer.json").exists()
-  return config.model, unflatten(abstract_params, flat), os.fspath(workdir) if own else config.data.tokenizer
+  return config.model, unflatten(abstract_params, flat), str(workdir) if own else config.data.tokenizer
 
 
-def _load(folder: Path, step: int | None, want: dict, *, partial: bool = False) -> dict:
-  if step is None or not (folder / str(step)).is_dir():
-    raise UserError(f"{folder} holds no checkpoint{'' if step is None else f' of step {step}'}; train first")
+def restore_trained(workdir: str, *, step: int | None = None) -> tuple[ExperimentConfig, dict, dict]:
+  """(config, {name: array} of what a run trains: all parameters, or adapters alone; the checkpoint's record)."""
+  config = read_config(workdir)
+  folder = Path(workdir).absolute() / "checkpoints"
+  root = "ema" if config.train.ema else "params"
+  trained = flatten(nnx.state(abstract(config.model)))
+  if config.train.lora:
+    trained = {name: p.get_value() for name, p in Adapters(config.train.lora, config.model).params.items()}
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  dtype = lambda p: "float32" if config.train.ema else p.dtype
+  want = {f"{root}/{name}": jax.ShapeDtypeStruct(p.shape, dtype(p), sharding=device) for name, p in trained.items()}
+  found = steps_of(folder) if step is None else [step]
+  if not found:
+    raise UserError(f"{folder} holds no checkpoint; train first")
+  for at in reversed(found):
+    try:
+      loaded, record = load_step(folder, at, want, partial=True)
+      break
+    except Damaged as e:
+      if at == found[0]:
+        raise Fault(f"{folder / str(at)} cannot be restored ({e}), nor can a newer one") from e
+      print(f"llmarch: {folder / str(at)} cannot be restored ({e}); reading the one before", file=sys.stderr)
+  return config, {name: loaded[f"{root}/{name}"] for name in trained}, record
+
+
+def load_step(folder: Path, step: int, want: dict, *, partial: bool = False) -> tuple[dict, dict]:
+  """{name: array} as `want` ({name: ShapeDtypeStruct}) names them, all of it verified, and the record.
+
+  partial: `want` names some of the arrays that were saved. Raises Damaged if an array, or the record, is not what
+  was saved, UserError if there is no such step or it holds other names, shapes or dtypes than these.
+  """
+  path = folder / str(step)
+  if not path.is_dir():
+    raise UserError(f"{folder} holds no checkpoint of step {step}; train first")
+  record = _by_all(lambda: _open(path, _load(path, {"meta": None}, "its record")["meta"]))
+  if record["step"] != step:
+    raise Damaged(f"its record is that of step {record['step']}")
+  _refuse_others(path, record["arrays"], want, partial)
+  try:
+    arrays = _by_all(lambda: _load(path, {"state": want}, "its arrays")["state"])
+  except Damaged as e:
+    raise Damaged(_which(path, want) or str(e)) from e
+  for name, x in want.items():  # a changed bit of its metadata makes orbax give a placeholder, without a word
+    if not isinstance(arrays.get(name), jax.Array) or (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype):
+      raise Damaged(f"{name} was not read, by the checkpoint's metadata")
+  for name, (value, finite) in jax.device_get(fingerprints({name: arrays[name] for name in want})).items():
+    if value != record["arrays"][name][2] or not finite:
+      raise Damaged(f"{name} fails its checksum")
+  return arrays, record
+
+
+def _by_all(read: Callable):
+  """What `read` gives. A part that one process cannot read is damage to all: they must do the same next."""
+  found, why = None, None
+  try:
+    found = read()
+  except Damaged as e:
+    why = e
+  if distributed.anywhere(why is not None):
+    raise why or Damaged("another process cannot read its part")
+  return found
+
+
+def _load(path: Path, items: dict, what: str) -> dict:
+  """Each process reads what its devices hold, and waits for no other: a damaged file may stop but one of them."""
   try:
     context = ocp.Context()
-    context.pytree.loading.partial_load = partial
+    context.pytree.loading.partial_load = True
+    me = jax.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
     with context:
-      loaded = ocp.load_checkpointables(folder / str(step), {"state": want, "meta": None})
+      return ocp.load_checkpointables(path, items)
+  except PermissionError as e:
+    raise UserError(f"cannot read {path} ({e.strerror}); ask for the right to") from None
+  except MemoryError:
+    raise
   except Exception as e:  # orbax raises many kinds, some without a type of their own
-    raise UserError(_damaged(folder / str(step), e)) from e
-  meta = loaded["meta"]
-  if meta["format"] != FORMAT:
-    raise UserError(f"{folder / str(step)} has format {meta['format']}, not {FORMAT}; use the llmarch that wrote it")
-  saved = json.loads(meta["checksums"])
-  for name, value in jax.device_get(_checksums({name: loaded["state"][name] for name in want})).items():
-    if saved[name] != value:
-      raise UserError(_damaged(folder / str(step), ValueError(f"{name} fails its checksum")))
-  return loaded
+    raise Damaged(f"{what} cannot be read ({_first_line(e)})") from e
+
+
+def _which(path: Path, want: dict) -> str | None:
+  """Names the arrays that cannot be read, which orbax does not."""
+  bad = []
+  for name in want:
+    try:
+      _load(path, {"state": {name: want[name]}}, name)
+    except Damaged as e:
+      bad.append(str(e))
+  return f"{bad[0]}{f', and {len(bad) - 1} more' if len(bad) > 1 else ''}" if bad else None
+
+
+@functools.cache
+def _versions() -> dict:
+  """Of the packages that are installed: what made a checkpoint, should its bits ever be asked about."""
+  found = {}
+  for name in ("llmarch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
+
+
+def _seal(record: dict) -> dict:
+  text = json.dumps(record)
+  return {"format": FORMAT, "record": text, "crc32": zlib.crc32(text.encode())}
+
+
+def _open(path: Path, meta: dict) -> dict:
+  if not isinstance(meta, dict) or not isinstance(meta.get("format"), int):
+    raise Damaged("its record has no format")
+  if meta["format"] != FORMAT and meta["format"] in range(1, FORMAT) and "crc32" not in meta:
+    raise UserError(f"{path} has format {meta['format']}, not {FORMAT}; use the llmarch that wrote it")
+  text = meta.get("record")
+  if meta["format"] != FORMAT or not isinstance(text, str) or zlib.crc32(text.encode()) != meta.get("crc32"):
+    raise Damaged("its record fails its checksum")
+  return json.loads(text)
+
+
+def _refuse_others(path: Path, saved: dict, want: dict, partial: bool) -> None:
+  """Another model's arrays are no damage: all differences in one sentence."""
+  show = lambda kind, shape: f"{kind}{list(shape)}"
+  here = {name: show(x.dtype, x.shape) for name, x in want.items()}
+  there = {name: show(*entry[:2]) for name, entry in saved.items() if not partial or name in want}
+  differ = [
+    f"{name}: {here.get(name, 'absent')} here, {there.get(name, 'absent')} there"
+    for name in sorted(here.keys() | there.keys())
+    if here.get(name) != there.get(name)
+  ]
+  if differ:
+    more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
+    raise UserError(f"{path} holds other arrays ({'; '.join(differ[:4])}{more}); use the config that it was saved with")
+
+
+def _missing(journal: list, record: list, step: int) -> bool:
+  """Whether a checkpoint of `step` was made without a skip that the journal has of the steps before it."""
+  before = lambda skips: collections.Counter(tuple(s) for s in skips if s[0] < step)
+  return bool(before(journal) - before(record))
 
 
 @jax.jit
-def _checksums(arrays: dict) -> dict:
-  """{name: array} -> {name: uint32}: the sum, modulo 2^32, of an array's elements as integers times odd numbers.
+def fingerprints(arrays: dict) -> dict:
+  """{name: array} -> {name: uint32 [2]}: a fingerprint of its bits, and whether all its numbers are finite.
 
-  It changes with any one element, and does not depend on how the array is sharded.
+  The fingerprint is the sum, modulo 2^32, of a hash of each element's bits and index (the finaliser of MurmurHash3:
+  a bijection, so that one changed element always shows, and any other change but once in 2^32). It does not depend
+  on how the array is sharded, nor on the number of processes.
   """
 
   def one(x):
+    finite = jnp.max(jnp.abs(x)) < jnp.inf if jnp.issubdtype(x.dtype, jnp.inexact) else True
     kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+    h = jax.lax.bitcast_convert_type(x.astype(jnp.uint8) if x.dtype == bool else x, kind).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
       index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    h ^= index * jnp.uint32(0x9E3779B1)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.stack([jnp.sum(h ^ (h >> 16), dtype=jnp.uint32), jnp.asarray(finite, jnp.uint32)])
 
   return jax.tree.map(one, arrays)
 
 
-def _damaged(path: Path, e: Exception) -> str:
-  first = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-  return f"{path} cannot be restored ({first}); remove the damaged step's folder to go back to the one before"
+def _first_line(e: BaseException) -> str:
+  lines = str(e).strip().splitlines()
+  return f"{type(e).__name__}: {lines[0][:200]}" if lines else type(e).__name__

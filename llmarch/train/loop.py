@@ -1,9 +1,11 @@
-"""The training loop: batches in, metrics, samples and checkpoints out."""
+"""The training loop: batches in, metrics, samples and checkpoints out; and what becomes of a run that meets faults."""
 
+import collections
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,25 @@ from jax.sharding import Mesh
 
 from llmarch.config import UserError, to_dict
 from llmarch.experiment import ExperimentConfig
-from llmarch.train.checkpoint import Checkpoints, claim_workdir, only_process
+from llmarch.train import distributed
+from llmarch.train.checkpoint import (
+  Checkpoints,
+  check_base,
+  fingerprints,
+  flatten_state,
+  needs_weights,
+  weights_hash,
+  without_base,
+)
+from llmarch.train.faults import Fault, Preempted
+from llmarch.train.journal import BEGAN, Journal, batch_index
 from llmarch.train.metrics import LiveLine, MetricsWriter
-from llmarch.train.step import eval_params, make_train_step
+from llmarch.train.spikes import Spikes
+from llmarch.train.step import TrainStep, make_train_step
+from llmarch.train.watch import Preemption, Watchdog, tidy
+from llmarch.train.workdir import claim_workdir, only_process
+
+IN_A_ROW = 3  # steps whose update is left out, and rollbacks that the run did not get past, that end it
 
 
 def train(
@@ -28,80 +46,341 @@ def train(
   flops_per_token: float,
   peak_flops: float | None,
   tokenizer=None,
+  weights: Callable[[], dict] | None = None,
 ) -> dict:
-  """Trains from the newest checkpoint of `workdir`, or from the start, to config.train.steps.
+  """Trains from the newest good checkpoint of `workdir`, or from the start, to config.train.steps.
 
   train_data, eval_data (unused if eval.every is 0): see data.pipeline.Pipeline. sample(params) gives text.
   flops_per_token: of a train step, per token of it; peak_flops: of all devices together, None if unknown
   (mfu is then null). tokenizer: kept in the workdir.
+  weights() gives all parameters of the model by name, to start from (train.init_from); None: they are drawn.
   Returns the last evaluation row ({} if eval.every is 0). Raises UserError for a workdir that belongs to
-  another run or is in use by another process, a checkpoint of other data, or numbers that are not finite.
+  another run or is in use by another process, or a checkpoint of other data; Fault (train/faults.py) for numbers
+  that are not finite and checkpoints that cannot be written or read; Preempted after SIGTERM, with the state saved.
   """
-  c = config.train
   functions = make_train_step(config, mesh)
-  claim_workdir(workdir, config, tokenizer)  # after all that may be refused: a mended config may use the folder
-  meta = {"config": to_dict(config), "pipeline_hash": train_data.hash}
+  given = weights() if weights and needs_weights(config, workdir) else None
+  if distributed.is_main():
+    claim_workdir(workdir, config, tokenizer)  # after all that may be refused: a mended config may use the folder
+  distributed.barrier("claimed")
   with contextlib.ExitStack() as stack:
     stack.enter_context(only_process(workdir))
-    checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
-    start = checkpoints.latest() or 0
-    if start:
-      state, saved = checkpoints.restore(functions.abstract_state)
-      if saved["pipeline_hash"] != train_data.hash:
+    journal = Journal(workdir, writes=distributed.is_main())
+    checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint, journal))
+    c = config.train
+    meter = Meter(c.batch_size * c.seq_len, flops_per_token, peak_flops)
+    run = _Run(config, workdir, functions, train_data, eval_data, given, sample, meter, journal, checkpoints)
+    stack.callback(run.close)
+    stuck = lambda what, seconds: journal.add("stuck", step=run.step, what=what, seconds=seconds)
+    if not distributed.several():
+      tidy(workdir)  # it is ours alone
+    run.watchdog = stack.enter_context(Watchdog(workdir, c.watchdog, on_stuck=stuck))
+    if not distributed.several():  # then jax has the signal
+      run.preemption = stack.enter_context(Preemption())
+    stack.enter_context(distributed.ends_together())  # before the end of a save, where another might be waited for
+    try:
+      run.restore()
+      run.train()
+    except BaseException as e:
+      with contextlib.suppress(OSError):
+        journal.add("preempted" if isinstance(e, Preempted) else "failed", step=run.step, why=str(e)[:500])
+      raise
+    journal.add("done", step=run.step)
+    return run.last_eval
+
+
+class Spike(Exception):
+  """A loss that leaps, at a step."""
+
+
+@dataclasses.dataclass
+class _Run:
+  """A run in the making: its state after `step` steps, and what it takes to go on from there.
+
+  The numbers of a step are looked at while the next one runs (`pending`), or at once where something is due that
+  must not happen with bad ones. A bad update never enters the state: the step itself leaves it out.
+  """
+
+  config: ExperimentConfig
+  workdir: str
+  functions: TrainStep
+  train_data: object
+  eval_data: object
+  given: dict | None
+  sample: Callable | None
+  meter: "Meter"
+  journal: Journal
+  checkpoints: Checkpoints
+  watchdog: Watchdog | None = None
+  preemption: Preemption | None = None
+  step: int = 0
+  last_eval: dict = dataclasses.field(default_factory=dict)
+  writer: MetricsWriter | None = None
+  batches: Iterator | None = None
+
+  def __post_init__(self):
+    c = self.config.train
+    self.line = LiveLine(c.steps, 0)
+    shape = c.batch_size, c.seq_len
+    self.rows = distributed.local_rows(self.functions.batch_sharding, shape) if distributed.several() else None
+    self.meta = {"config": to_dict(self.config), "pipeline_hash": self.train_data.hash}
+    self.meta |= {"base_hash": weights_hash(self.given)} if c.lora else {}
+
+  # ---------------------------------------------------------------------------------------- where it stands
+
+  def restore(self, before: int | None = None) -> None:
+    """Takes the newest good checkpoint (of those before a step), or starts anew."""
+    found = self.checkpoints.latest_good(without_base(self.functions.abstract_state), before=before, say=self.say)
+    if found is None and before is None and self.journal.saved():
+      raise Fault(
+        f"the journal of {self.workdir} names the checkpoint of step {max(self.journal.saved())}, but there is none;"
+        " put the folder checkpoints back, or give another --workdir"
+      )
+    self.start_from(found)
+
+  def start_from(self, found: tuple[int, dict, dict] | None) -> None:
+    """Goes on from (step, state, record), or from the beginning."""
+    given, self.state = self.given, None
+    if found:
+      self.step, state, record = found
+      if record["pipeline_hash"] != self.train_data.hash:
         raise UserError(
-          f"{workdir} was trained on other data (its corpus, tokenizer or batch shape has changed); give another"
+          f"{self.workdir} was trained on other data (its corpus, tokenizer or batch shape has changed); give another"
           " --workdir, or restore the corpus"
         )
+      if self.config.train.lora:
+        check_base(record, given, self.workdir, self.config.train.init_from)
+        state["base"] = self.functions.init(given)["base"]
+      self.say(f"resuming {self.workdir} after step {self.step}")
     else:
-      state = functions.init()
-    writer = MetricsWriter(workdir, start)
-    stack.callback(writer.close)
-    line = LiveLine(c.steps, start)
-    if start:
-      line.say(f"resuming {workdir} after step {start}")
-    place = lambda batch: jax.device_put(batch, functions.batch_sharding)
-    batches = train_data.iterate(start)
-    if hasattr(batches, "close"):
-      stack.callback(batches.close)
-    meter = Meter(c.batch_size * c.seq_len, flops_per_token, peak_flops)
-    last_eval = {}
+      self.step, record = 0, {}
+      state = self.functions.init() if given is None else self.functions.init(given)
+    self.state, self.pending, self.first = state, None, True
+    # Those of the record too, should the journal have lost a line.
+    known, lost = self.journal.skips(), [tuple(s) for s in record.get("skips", ())]
+    self.skips = known + list((collections.Counter(lost) - collections.Counter(known)).elements())
+    self.spikes = Spikes(self.config.train.spike, record.get("losses", ()))
+    self.left_out = record.get("left_out", 0)
+    self.close()
+    self.batches = self.read_batches()
+    self.line.start = self.step
+    if distributed.is_main():
+      self.writer = MetricsWriter(self.workdir, self.step)
+    self.journal.add("start", step=self.step, began=BEGAN)
 
-    for step in range(start + 1, c.steps + 1):
-      due = lambda every: every and step % every == 0  # noqa: B023
-      telemetry = bool(due(c.telemetry_every))
-      state, metrics = functions.step(state, place(next(batches)), telemetry=telemetry)
-      meter.step()
-      if due(c.log_every) or telemetry or step == c.steps:
-        row = {"step": step, **jax.tree.map(_plain, jax.device_get(metrics))}
-        _refuse_divergence(row, workdir, checkpoints.latest())
-        row |= {"bits_per_byte": _bits_per_byte(row["loss"], train_data), **meter.read()}
-        writer.write(row)
-        line.show(row)
-      if due(config.eval.every) or (config.eval.every and step == c.steps):
-        with meter.paused():
-          last_eval = {"step": step, **evaluate(functions.evaluate, state, eval_data, config.eval.batches, place)}
-          _refuse_divergence(last_eval, workdir, checkpoints.latest())
-          writer.write(last_eval)
-          line.say(
-            f"step {step}  eval loss {last_eval['eval/loss']:.4f}  {last_eval['eval/bits_per_byte']:.3f} bits/byte"
-          )
-          if sample:
-            text = sample(eval_params(state))
-            line.say(f"--- sample after step {step} ---\n{text}\n---")
-      if due(config.checkpoint.every) or step == c.steps:
-        with meter.paused():
-          # The loss was that of the parameters before this step; those after it are what is saved.
-          largest = float(_largest(state["params"]))
-          _refuse_divergence({"step": step, "largest parameter": largest}, workdir, checkpoints.latest())
-          known = last_eval if last_eval.get("step") == step else {}
-          checkpoints.save(step, state, meta, {k: v for k, v in known.items() if k != "step"} or None)
-    checkpoints.wait()
-  return last_eval
+  def close(self) -> None:
+    for one in (self.batches, self.writer):
+      if one is not None:
+        one.close()
+    self.batches = self.writer = None
+
+  def say(self, text: str) -> None:
+    if distributed.is_main():
+      self.line.say(text)
+
+  def read_batches(self) -> Iterator[dict]:
+    """The batches of the steps from here on, on the devices, without those that were skipped."""
+    at = self.step
+    while True:
+      until = min((s for s, _ in self.skips if s > at), default=math.inf)
+      index = batch_index(at, self.skips)
+      with contextlib.closing(
+        self.train_data.iterate(index) if self.rows is None else self.train_data.iterate(index, self.rows)
+      ) as batches:
+        while at < until:
+          yield self.place(next(batches))
+          at += 1
+
+  def place(self, batch: dict) -> dict:
+    if self.rows is None:
+      return jax.device_put(batch, self.functions.batch_sharding)
+    return distributed.place(batch, self.rows, self.functions.batch_sharding, self.config.train.batch_size)
+
+  # ----------------------------------------------------------------------------------------------- the work
+
+  def train(self) -> None:
+    while True:
+      try:
+        while self.step < self.config.train.steps:
+          self.advance()
+        break
+      except Spike as e:
+        self.roll_back(*e.args)
+    self.settle()
+
+  def advance(self) -> None:
+    """One step, and what is due after it."""
+    c, step = self.config.train, self.step + 1
+    last = step == c.steps
+    due = lambda every: every and step % every == 0
+    telemetry, replay = bool(due(c.telemetry_every)), due(c.replay_every)
+    self.watchdog.begin(f"step{' with telemetry' * telemetry}{' and its replay' * bool(replay)}")
+    batch = next(self.batches)
+    before = jax.tree.map(jnp.copy, self.state) if replay else None
+    self.state, metrics = self.functions.step(self.state, batch, telemetry=telemetry)
+    self.step = step
+    if replay:
+      self.replay(before, batch, telemetry)
+    self.meter.step()
+    self.judge()
+    self.pending = step, {name: metrics[name] for name in ("loss", "grad_norm", "finite")}
+    self.checkpoints.check()
+    if due(c.log_every) or telemetry or last:
+      self.judge()
+      self.log(metrics)
+    if self.config.eval.every and (due(self.config.eval.every) or last):
+      self.judge()
+      with self.meter.paused():
+        self.evaluate()
+    stop = distributed.preempted(step) if distributed.several() else self.preemption.asked
+    if due(self.config.checkpoint.every) or last or stop:
+      with self.meter.paused():
+        self.save()
+    if stop and not last:
+      self.settle()
+      raise Preempted(f"told to stop: step {step} is saved in {self.workdir}; start it again to go on")
+
+  def judge(self) -> None:
+    """Looks at the numbers of the pending step. Raises Fault if the run cannot go on, Spike if it must go back."""
+    if self.pending is None:
+      return
+    (step, metrics), self.pending = self.pending, None
+    metrics = jax.device_get(metrics)
+    if self.first:
+      self.first = False
+      self.journal.add("stepping", step=step)
+    if not metrics["finite"]["state"]:
+      leaf = next((n for n, (_, ok) in jax.device_get(fingerprints(flatten_state(self.state))).items() if not ok), "")
+      raise Fault(f"the state ({leaf}) is not finite at step {step} in {self.workdir}; {self.mend()}")
+    if metrics["finite"]["update"]:
+      self.left_out = 0
+      if self.spikes.leaps(float(metrics["loss"])):
+        raise Spike(step, float(metrics["loss"]))
+      return
+    name = next((n for n in ("loss", "grad_norm") if not np.isfinite(metrics[n])), "loss")
+    text = f"the {name} is {metrics[name]} at step {step}"
+    self.left_out += 1
+    if self.config.train.on_nonfinite == "stop":
+      raise Fault(f"{text} in {self.workdir}; {self.mend()}")
+    if self.left_out == IN_A_ROW:
+      raise Fault(f"{text} in {self.workdir}, as at the {IN_A_ROW - 1} before; {self.mend()}")
+    self.journal.add("skipped", step=step, **{name: str(metrics[name])})
+    self.say(f"{text}: its update is left out")
+
+  def mend(self) -> str:
+    self.checkpoints.join()
+    steps = self.checkpoints.steps()
+    back = f"the checkpoint of step {steps[-1]} is kept" if steps else "nothing was saved"
+    return f"lower optimizer.learning_rate or clip gradients ({back})"
+
+  def log(self, metrics: dict) -> None:
+    row = {"step": self.step, **jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))}
+    sound = row.pop("finite")["update"]
+    row |= {"bits_per_byte": _bits_per_byte(row["loss"], self.train_data), **self.meter.read()}
+    if self.writer:
+      self.writer.write(row if sound else {k: v for k, v in row.items() if k in ("step", "learning_rate")})
+      if sound:
+        self.line.show(row)
+
+  def evaluate(self) -> None:
+    self.watchdog.begin("evaluation", slow=True)
+    sums = evaluate(self.functions.evaluate, self.state, self.eval_data, self.config.eval.batches, self.eval_place)
+    self.last_eval = {"step": self.step, **sums}
+    loss = self.last_eval["eval/loss"]
+    if not math.isfinite(loss):
+      raise Fault(f"the eval/loss is {loss} at step {self.step} in {self.workdir}; {self.mend()}")
+    if self.writer:
+      self.writer.write(self.last_eval)
+    self.say(f"step {self.step}  eval loss {loss:.4f}  {self.last_eval['eval/bits_per_byte']:.3f} bits/byte")
+    if self.sample:
+      self.watchdog.begin("sample", slow=True)
+      params = self.functions.export(self.state)
+      params = distributed.gather(params) if distributed.several() else params
+      if distributed.is_main():
+        self.say(f"--- sample after step {self.step} ---\n{self.sample(params)}\n---")
+      distributed.barrier("sampled")
+
+  def eval_place(self, index: int) -> dict:
+    return self.place(self.eval_data.batch(index) if self.rows is None else self.eval_data.batch(index, self.rows))
+
+  # --------------------------------------------------------------------------------------------- its faults
+
+  def settle(self) -> None:
+    """Until the last save is on the disk and in the journal, which is the main process's work."""
+    self.watchdog.begin("save", slow=True)
+    self.checkpoints.wait()
+    distributed.barrier("saved")
+
+  def save(self) -> None:
+    began = time.monotonic()
+    self.watchdog.begin("save", slow=True)
+    self.judge()
+    if self.writer:
+      self.writer.sync()
+    known = {k: v for k, v in self.last_eval.items() if k != "step"}
+    known = known if self.last_eval.get("step") == self.step else None
+    meta = self.meta | {
+      "skips": [s for s in self.skips if s[0] < self.step],
+      "losses": list(self.spikes.losses),
+      "left_out": self.left_out,
+    }
+    self.checkpoints.save(self.step, without_base(self.state), meta, known, began=began)
+
+  def roll_back(self, step: int, loss: float) -> None:
+    """After a spike: the last good checkpoint before it, without the batches that come next.
+
+    The decision is in the journal before anything is done about it. A process killed after that line finds there
+    that the later checkpoints were taken back (`Checkpoints.latest_good`), and which batches to leave out.
+    """
+    self.watchdog.begin("rollback", slow=True)
+    self.checkpoints.wait()
+    before = max(step - self.config.train.spike.back, 0) + 1
+    found = self.checkpoints.latest_good(without_base(self.functions.abstract_state), before=before, say=self.say)
+    to = found[0] if found else 0
+    if sum(row["event"] == "rollback" and row["step"] >= step for row in self.journal.events) == IN_A_ROW:
+      raise Fault(
+        f"the loss is {loss:.4g} at step {step} in {self.workdir}, a spike, as at {IN_A_ROW} tries before;"
+        f" {self.mend()}"
+      )
+    count = max(self.config.train.spike.skip, step - to)
+    self.journal.add("rollback", step=step, loss=loss, to=to, skip=[to, count])
+    for later in [s for s in self.checkpoints.steps() if s > to]:
+      self.checkpoints.quarantine(later, f"the loss of step {step} was a spike, and the run went back to step {to}")
+    self.say(f"the loss is {loss:.4g} at step {step}, a spike: back to step {to}, and past {count} batches")
+    self.start_from(found)
+
+  def replay(self, before: dict, batch: dict, telemetry: bool) -> None:
+    """Does a step again, from the same state and batch. Raises Fault unless every bit comes out the same, on every
+    device that has a copy of it."""
+    again, _ = self.functions.step(before, batch, telemetry=telemetry)
+    first, second = (jax.device_get(fingerprints(flatten_state(without_base(s)))) for s in (self.state, again))
+    differ = [name for name in first if first[name][0] != second[name][0]]
+    differ = differ or diverging(flatten_state(without_base(self.state)))
+    if differ:
+      more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+      raise Fault(
+        f"step {self.step}, done twice, gave other bits in {differ[0]}{more}"
+        f" ({jax.devices()[0].device_kind}): a device computes wrongly, or not the same way twice; {self.mend()}"
+      )
 
 
-def evaluate(evaluate_step, state: dict, data, batches: int, place) -> dict:
+def diverging(arrays: dict) -> list[str]:
+  """The names of arrays of which two devices of this process hold copies that differ."""
+  found = []
+  for name, x in arrays.items():
+    copies = collections.defaultdict(list)
+    for shard in x.addressable_shards:
+      copies[str(shard.index)].append(shard.data)
+    for same in copies.values():
+      if len(same) > 1 and len({int(fingerprints({"": one})[""][0]) for one in same}) > 1:
+        found.append(name)
+        break
+  return found
+
+
+def evaluate(evaluate_step, state: dict, data, batches: int, batch: Callable[[int], dict]) -> dict:
   """Mean loss over the first `batches` batches of the validation split: the same ones each time."""
-  sums = [jax.device_get(evaluate_step(state, place(data.batch(i)))) for i in range(batches)]
+  sums = [jax.device_get(evaluate_step(state, batch(i))) for i in range(batches)]
   loss = float(sum(s["loss"] for s in sums) / max(sum(s["weight"] for s in sums), 1.0))
   return {"eval/loss": loss, "eval/bits_per_byte": _bits_per_byte(loss, data)}
 
@@ -109,27 +388,6 @@ def evaluate(evaluate_step, state: dict, data, batches: int, place) -> dict:
 def _bits_per_byte(loss: float, data) -> float:
   """Nats a token -> bits a byte of text."""
   return loss / math.log(2) / data.bytes_per_token
-
-
-def _plain(x: np.ndarray) -> float | list:
-  return x.tolist()
-
-
-def _refuse_divergence(row: dict, workdir: str, saved: int | None) -> None:
-  """Raises UserError if a number of the row is not finite."""
-  for name, value in row.items():
-    if isinstance(value, float) and not math.isfinite(value):
-      back = "nothing was saved" if saved is None else f"the checkpoint of step {saved} is kept"
-      raise UserError(
-        f"the {name} is {value} at step {row['step']} in {workdir}; lower optimizer.learning_rate or clip"
-        f" gradients ({back})"
-      )
-
-
-@jax.jit
-def _largest(params: dict) -> jax.Array:
-  """The largest absolute value; NaN if there is one."""
-  return jnp.max(jnp.stack([jnp.abs(p).max().astype(jnp.float32) for p in jax.tree.leaves(params)]))
 
 
 class Meter:

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
-from llmarch.train.checkpoint import write_atomically
+from llmarch.train.workdir import write_atomically
 
 
 class MetricsWriter:
@@ -29,6 +30,10 @@ class MetricsWriter:
     for name, value in _flat(row):
       if name != "step" and value is not None:
         self._events.add_scalar(name, value, row["step"])
+
+  def sync(self) -> None:
+    """Waits until the rows are on the disk."""
+    os.fsync(self._file.fileno())
 
   def close(self) -> None:
     self._file.close()

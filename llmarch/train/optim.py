@@ -102,10 +102,10 @@ def _direction(config, params) -> optax.GradientTransformation:
 
 
 def _muon_dims(name: str, p: nnx.Param) -> contrib.MuonDimensionNumbers | None:
-  """Which dimensions form the matrix; stacked layers are a batch. None: Adam's share."""
+  """Which dimensions form the matrix; stacked layers and experts are a batch. None: Adam's share."""
   if not p.fan_in or not name.startswith("stack/segments"):
     return None
   offset = len(p.shape) - len(p.axes)
   summed = tuple(offset + i for i, axis in enumerate(p.axes) if axis in p.fan_in)
-  others = tuple(offset + i for i, axis in enumerate(p.axes) if axis not in p.fan_in)
+  others = tuple(offset + i for i, axis in enumerate(p.axes) if axis not in (*p.fan_in, "experts"))
   return contrib.MuonDimensionNumbers(summed, others)

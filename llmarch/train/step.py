@@ -1,36 +1,45 @@
 """The train step: a pure jitted function closed over a config and a mesh.
 
 A train state is a plain dict {"params", "opt_state", "step"} (and "ema"): parameters by name, the optax
-state, the number of steps done. A batch is a dict of [B, T] arrays; see data/pipeline.py.
+state, the number of steps done. With adapters (train.lora), params are those alone, and "base" has all else, frozen;
+it is not saved, for init makes it again of the same weights. A batch is a dict of [B, T] arrays; see data/pipeline.py.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from llmarch import sharding
+from llmarch.config import ModelConfig
 from llmarch.experiment import ExperimentConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import Decoder, abstract
+from llmarch.models.lora import Adapters
+from llmarch.ops.einsum import TOKENS, gathered
 from llmarch.ops.loss import chunked_loss
+from llmarch.train import pipeline
 from llmarch.train.optim import make_optimizer, make_schedule
 
-LAYOUT = sharding.LAYOUTS["megatron"]
+LAYOUT = sharding.LAYOUTS["train"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
   """What `make_train_step` returns. All functions are jitted; `step` donates its state."""
 
-  init: Callable[[], dict]
+  init: Callable[..., dict]  # (params=None) -> state; params: all of the model's by name, drawn if not given
   step: Callable[..., tuple[dict, dict]]  # (state, batch, *, telemetry=False) -> state, metrics
   evaluate: Callable[[dict, dict], dict]  # (state, batch) -> {"loss", "weight"} sums
+  export: Callable[[dict], dict]  # state -> all parameters of the model, averaged and merged, to sample from
   abstract_state: dict  # shapes, dtypes and shardings, for restoring
   batch_sharding: Any  # for jax.device_put of a batch; None on one device
 
@@ -40,59 +49,88 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
   c = config.train
   graph, abstract_params = nnx.split(abstract(config.model))
   named = flatten(abstract_params, variables=True)
-  optimizer = make_optimizer(config.optimizer, c.steps, named)
+  lora = Adapters(c.lora, config.model) if c.lora else None
+  trained = lora.params if lora else named
+  # Biases of routers go against the sign of their gradient, and past the optimizer (layers/moe.py).
+  rates = {name: p.balance_rate for name, p in trained.items() if hasattr(p, "balance_rate")}
+  optimizer = make_optimizer(config.optimizer, c.steps, trained)
+  stages = pipeline.plan(config, LAYOUT, mesh)
+  # Each chunk of the loss has tokens of every device, and as many logits on each as without a mesh.
+  parts = 1 if mesh is None else sharding.ways("length", LAYOUT, mesh)
+  loss_chunk = min(c.loss_chunk, math.ceil(c.seq_len / parts)) * parts
+  ring = 1 if mesh is None or _by_index(config.model) else sharding.ways("attn_length", LAYOUT, mesh)
+  deal = functools.partial(jax.tree.map, functools.partial(_dealt, ring=ring))
   schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, c.steps)
 
-  def model_of(params: dict) -> Decoder:
-    return nnx.merge(graph, unflatten(abstract_params, params))
+  def model_of(params: dict, base: dict | None) -> Decoder:
+    return nnx.merge(graph, unflatten(abstract_params, lora.attach(base, params) if lora else params))
 
-  def init() -> dict:
-    params = flatten(nnx.state(Decoder(config.model, jax.random.key(config.seed))))
+  def init(params: dict | None = None) -> dict:
+    key = jax.random.key(config.seed)
+    params = flatten(nnx.state(Decoder(config.model, key))) if params is None else params
+    base = {}
+    if lora:
+      base, params = {"base": lora.freeze(params)}, lora.draw(key)
     state = {"params": params, "opt_state": optimizer.init(_f32(params)), "step": jnp.zeros((), jnp.int32)}
-    return state | ({"ema": _f32(params)} if c.ema else {})
+    return state | base | ({"ema": _f32(params)} if c.ema else {})
 
-  def loss_sum(params, batch, key, telemetry):
+  def loss_sum(params, base, batch, key, telemetry):
     """The sum of weighted token losses, and what the metrics need."""
-    model = model_of(params)
-    hidden, _, aux = model.trunk(
-      batch["tokens"], batch["positions"], batch["segment_ids"],
-      prefix=batch.get("prefix"), key=key, remat=c.remat, telemetry=telemetry,
-    )  # fmt: skip
+    model = model_of(params, base)
+    how = {"key": key, "remat": c.remat, "telemetry": telemetry}
+    if stages:
+      batch = stages.arrange(batch)
+      hidden, aux = stages.trunk(model, batch, **how)
+    else:
+      hidden, _, aux = model.trunk(
+        batch["tokens"], batch["positions"], batch["segment_ids"], prefix=batch.get("prefix"), **how
+      )
+      aux = {name: x[None] for name, x in aux.items()}
     total, sums = chunked_loss(
-      model.unembed, hidden, batch["targets"], batch["loss_weights"],
-      chunk=c.loss_chunk, label_smoothing=c.label_smoothing, z_loss=c.z_loss,
+      functools.partial(model.unembed, table=gathered(model.table)), hidden, batch["targets"], batch["loss_weights"],
+      chunk=loss_chunk, label_smoothing=c.label_smoothing, z_loss=c.z_loss,
     )  # fmt: skip
-    return total, (sums, aux)
+    if "router_loss" in aux:  # of a mean over a microbatch's tokens, as the loss is once it is divided by their weight
+      weights = stages.by_microbatch(batch["loss_weights"]) if stages else batch["loss_weights"][None]
+      total += jnp.sum(aux["router_loss"].T * jnp.sum(weights, axis=(1, 2)))
+    return total, (sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), aux))
 
-  def accumulate(params, batch, key, telemetry):
+  def accumulate(params, base, batch, key, telemetry):
     """Gradients (f32, of the sum), sums and aux over `grad_accum` micro-batches."""
-    grad = jax.grad(loss_sum, has_aux=True)
+
+    def grad(params, base, batch, key, telemetry):
+      """Gradients in f32 that lie as their parameters, for every micro-batch."""
+      grads, sums = jax.grad(loss_sum, has_aux=True)(params, base, batch, key, telemetry)
+      return {name: sharding.shard(g, *trained[name].axes) for name, g in _f32(grads).items()}, sums
+
     if c.grad_accum == 1:
-      grads, (sums, aux) = grad(params, batch, key, telemetry)
-      return _f32(grads), sums, aux
-    # Micro-batch i takes rows i, i + A, ...: each has rows of every device of a data axis.
-    micro = jax.tree.map(lambda x: x.reshape(-1, c.grad_accum, *x.shape[1:]).swapaxes(0, 1), batch)
+      grads, (sums, aux) = grad(params, base, batch, key, telemetry)
+      return grads, sums, aux
+    micro = {name: pipeline.microbatches(x, c.grad_accum) for name, x in batch.items()}
 
     def body(total, piece):
       batch, key = piece
-      grads, (sums, aux) = grad(params, batch, key, telemetry)
-      return jax.tree.map(jnp.add, total, (_f32(grads), sums)), aux
+      grads, (sums, aux) = grad(params, base, batch, key, telemetry)
+      return jax.tree.map(jnp.add, total, (grads, sums)), aux
 
     one = jax.tree.map(lambda x: x[0], micro)
-    like = jax.eval_shape(lambda: grad(params, one, key, telemetry))
+    like = jax.eval_shape(lambda: grad(params, base, one, key, telemetry))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (like[0], like[1][0]))
     (grads, sums), aux = jax.lax.scan(body, zeros, (micro, jax.random.split(key, c.grad_accum)))
     return grads, sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
 
   def step(state: dict, batch: dict, *, telemetry: bool = False) -> tuple[dict, dict]:
     with sharding.use_layout(LAYOUT, mesh):
-      params = state["params"]
+      params, batch = state["params"], deal(batch)
       key = jax.random.fold_in(jax.random.key(config.seed), state["step"])  # nothing to restore on resume
-      grads, sums, aux = accumulate(params, batch, key, telemetry)
+      grads, sums, aux = accumulate(params, state.get("base"), batch, key, telemetry)
       weight = jnp.maximum(sums["weight"], 1.0)
       grads = jax.tree.map(lambda g: g / weight, grads)
+      errors = {name: grads[name] for name in rates}
+      grads |= {name: jnp.zeros_like(error) for name, error in errors.items()}
       updates, opt_state = optimizer.update(grads, state["opt_state"], _f32(params))
       new = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
+      new |= {name: params[name] - rate * jnp.sign(errors[name]) for name, rate in rates.items()}
       metrics = {
         "loss": sums["plain_loss"] / weight,
         "grad_norm": optax.tree.norm(grads),
@@ -100,6 +138,8 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
       }
       if c.z_loss:
         metrics["z"] = sums["z"] / weight
+      if "router_loss" in aux:
+        metrics["router_loss"] = jnp.sum(aux["router_loss"])
       if telemetry:
         ratio = lambda u, p: jnp.linalg.norm(u) / jnp.maximum(jnp.linalg.norm(p.astype(jnp.float32)), 1e-12)
         metrics["telemetry"] = aux | {
@@ -107,37 +147,80 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
           "update_ratio": jax.tree.map(ratio, updates, params),
         }
       out = {"params": new, "opt_state": opt_state, "step": state["step"] + 1}
+      if lora:
+        out["base"] = state["base"]
       if c.ema:
         out["ema"] = jax.tree.map(lambda e, p: c.ema * e + (1 - c.ema) * p.astype(jnp.float32), state["ema"], new)
+      sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+      out |= {name: _where(sound, out[name], state[name]) for name in ("params", "opt_state", "ema") if name in out}
+      # Of the state as it came in: what this step writes would be computed twice for it. A save looks at that.
+      whole = _finite({name: state[name] for name in state if name != "base"})
+      metrics["finite"] = {"update": sound, "state": whole}
       return out, metrics
 
   def evaluate(state: dict, batch: dict) -> dict:
     with sharding.use_layout(LAYOUT, mesh):
-      _, (sums, _) = loss_sum(eval_params(state), batch, None, False)
+      _, (sums, _) = loss_sum(eval_params(state), state.get("base"), deal(batch), None, False)
       return {"loss": sums["plain_loss"], "weight": sums["weight"]}
+
+  def export(state: dict) -> dict:
+    return lora.merge(state["base"], eval_params(state)) if lora else eval_params(state)
 
   shapes = jax.eval_shape(init)
   if mesh is None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed, batch_sharding = jax.tree.map(lambda _: device, shapes), None
   else:
-    sharding.find_layout("megatron", mesh)  # refuses a mesh of other axes
-    placed = _state_shardings(shapes, named, mesh)
+    sharding.check_axes("train", LAYOUT, mesh)
+    placed = _state_shardings(shapes, named | trained, mesh)
     batch_sharding = NamedSharding(
-      mesh, sharding.spec(("batch", "length"), (c.batch_size // c.grad_accum, c.seq_len), LAYOUT, mesh)
+      mesh, sharding.spec(TOKENS, (c.batch_size // c.grad_accum, c.seq_len), LAYOUT, mesh)
     )
   return TrainStep(
     init=jax.jit(init, out_shardings=placed),
     step=jax.jit(step, donate_argnums=0, static_argnames="telemetry", out_shardings=(placed, None)),
     evaluate=jax.jit(evaluate),
+    export=jax.jit(export) if lora else export,
     abstract_state=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed),
     batch_sharding=batch_sharding,
   )
 
 
+def _dealt(x: jax.Array, ring: int) -> jax.Array:
+  """The tokens of rows [B, T] in the order in which each device of a ring has as many causal pairs as any other.
+
+  Of 2 `ring` pieces, device i gets the i-th from the start and the i-th from the end (2407.21783, section 3.3.2).
+  Positions travel along, and nothing else says where a token stands.
+  """
+  if ring == 1:
+    return x
+  order = np.stack([np.arange(ring), 2 * ring - 1 - np.arange(ring)], axis=1).ravel()
+  return sharding.shard(x.reshape(x.shape[0], 2 * ring, -1)[:, order].reshape(x.shape), *TOKENS)
+
+
+def _by_index(model: ModelConfig) -> bool:
+  """Whether a token's place in its row matters, not its position alone: to what draws, takes the first, or recurs."""
+  blocks = model.blocks.values()
+  parts = [model.embed, *blocks, *(part for b in blocks for part in (b.mixer, b.ffn, getattr(b.ffn, "router", None)))]
+  named = ("dropout", "jitter", "capacity_factor")
+  return any(getattr(p, n, None) for p in parts for n in named) or not all(hasattr(b.mixer, "mask") for b in blocks)
+
+
 def eval_params(state: dict) -> dict:
-  """The parameters to evaluate, sample from and export: the moving average where there is one."""
+  """The trained parameters to evaluate, sample from and export: the moving average where there is one."""
   return state.get("ema", state["params"])
+
+
+def _where(sound: jax.Array, new, old):
+  """The new floats if the update is sound, else the old ones; counters go on, as the step does."""
+  return jax.tree.map(lambda n, o: jnp.where(sound, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n, new, old)
+
+
+def _finite(tree) -> jax.Array:
+  """Whether all numbers are finite. (A maximum keeps a NaN, and on a CPU runs at the speed of memory;
+  `isfinite(x).all()` at a third of it.)"""
+  floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.stack([jnp.max(jnp.abs(x)) < jnp.inf for x in floats]).all()
 
 
 def _f32(tree):

@@ -1,4 +1,4 @@
-"""Writes families.json: for each family a config.json, the shapes of its tensors, and the logits that transformers
+"""Writes families.json: for each family a config.json, the shapes of its tensors, and the logits that its peer
 computes after 13 tokens with the tensors of tests/test_convert.py:drawn.
 
 python tests/golden/make.py [FAMILY ...]     needs torch and transformers; without names, all
@@ -14,7 +14,6 @@ sys.path.insert(0, str(HERE.parent))
 
 import test_convert as tests  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
 
 from llmarch.convert import hf  # noqa: E402
 
@@ -24,12 +23,11 @@ def make(family: str) -> dict:
     folder = pathlib.Path(scratch)
     tests.peer(family, tests.VARIANTS[family][0]).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("transformers_version")
+    config.pop("transformers_version", None)
     shapes = {name: tensor.shape for name, tensor in hf.read_header(folder / hf.SINGLE)[0].items()}
     tests.write_drawn(folder, config, shapes)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     with torch.no_grad():
-      logits = model(torch.tensor(tests.batch((13,))[0])).logits[0, -1]
+      logits = tests.reopened(folder)(torch.tensor(tests.batch((13,))[0])).logits[0, -1]
   return {"config": config, "shapes": shapes, "logits": [float(f"{x:.8g}") for x in logits.tolist()]}
 
 

@@ -1,0 +1,196 @@
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1): the cache holds one small latent a token.
+
+A latent c of C numbers is the keys and values of all heads, k_n = c W^UK_n and v_n = c W^UV_n, but for R
+dimensions of the keys that turn with the position and are the same for every head.
+
+B batch, T length, D model, N heads, S cache length, C rank of the latents of keys and values, P and R dims of
+a query and key without and with positions, V dims of a value.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmarch.config import (
+  MixerConfig,
+  NormConfig,
+  PositionConfig,
+  check,
+  check_above,
+  check_at_least,
+  check_rate,
+  config_dataclass,
+)
+from llmarch.layers.attention import ATTENDING, BY_CHANNEL, PROJECTED, attend, mean_over
+from llmarch.layers.context import Context
+from llmarch.layers.norm import Norm, RMSNorm
+from llmarch.layers.param import Maker
+from llmarch.layers.position import RoPE, Rotary, YaRN
+from llmarch.ops import attention as ops
+from llmarch.ops import cache
+from llmarch.ops.einsum import Product, einsum, einsums
+from llmarch.ops.quant import FORMATS
+from llmarch.sharding import move
+
+LATENT = (*ATTENDING[:2], None)  # no heads to split: only attention over the batch divides the cache
+
+
+@config_dataclass
+class MLAConfig(MixerConfig, kind="mla"):
+  num_heads: int
+  kv_lora_rank: int  # C
+  qk_nope_head_dim: int  # P
+  qk_rope_head_dim: int  # R
+  v_head_dim: int  # V
+  q_lora_rank: int | None = None  # of the latent that queries are made of; None: they are made of the stream
+  latent_norm: NormConfig = RMSNorm()  # of both latents
+  position: PositionConfig = RoPE(interleaved=True)
+  query_scale: float | None = None  # None: (P + R)^-0.5
+  # With YaRN, the scores are multiplied by (0.1 m ln(factor) + 1)^2 as well, m as given here; the factor on the
+  # turned dimensions alone is the scaling's own attention_factor (DeepSeek: mscale / mscale_all_dim = 1).
+  mscale_all_dim: float | None = None
+  dropout: float = 0.0  # on the attention weights
+
+  mask, window = "causal", None
+
+  def __post_init__(self):
+    check_at_least(self, 1, "num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+    R = self.qk_rope_head_dim
+    check(R > 0 and R % 2 == 0, f"qk_rope_head_dim must be even and above 0, got {R}")
+    check_above(self, 0, "query_scale", "mscale_all_dim")
+    check_rate(self, "dropout")
+    check(
+      isinstance(self.position, Rotary) and self.position.dims is None,
+      "position must be rope or xpos without dims: qk_rope_head_dim says how many dimensions turn",
+    )
+    check(
+      self.mscale_all_dim is None or isinstance(getattr(self.position, "scaling", None), YaRN),
+      "mscale_all_dim belongs to position.scaling=yarn; leave it out or give that scaling",
+    )
+
+  def check_against(self, d_model: int, max_seq_len: int):
+    self.position.check_against(self.qk_rope_head_dim)
+
+  @property
+  def kv_heads(self) -> int:
+    """Every head has keys and values of its own, made of what the cache holds."""
+    return self.num_heads
+
+  def dim(self, d_model: int) -> int:
+    """Of a query and a key."""
+    return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+  def scale(self) -> float:
+    scale = self.dim(0) ** -0.5 if self.query_scale is None else self.query_scale
+    if self.mscale_all_dim is not None:
+      scale *= (0.1 * self.mscale_all_dim * math.log(self.position.scaling.factor) + 1) ** 2
+    return scale
+
+  def capacity(self, max_len: int, chunk: int, dtype: str) -> int:
+    """Slots of the cache."""
+    check(
+      not dtype.endswith(BY_CHANNEL),
+      f"precision.state={dtype}: latents are keys and values at once and have no scales by channel; use"
+      f" {dtype.removesuffix(BY_CHANNEL)}",
+    )
+    return max_len
+
+  def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> dict[str, cache.Spec]:
+    """The latents and the turned keys, each as of one head; quantised where dtype is a format."""
+
+    def of(dim):
+      shape = batch, 1, self.capacity(max_len, chunk, dtype), dim
+      spec = cache.Spec(shape, ("cache_batch", "cache_heads", "cache_length", "head_dim"), dtype)
+      return cache.quantised_spec(spec, dtype) if dtype in FORMATS else spec
+
+    return {"latent": of(self.kv_lora_rank), "rope": of(self.qk_rope_head_dim)}
+
+
+def absorbing_is_cheaper(T: int, S: int, C: int, inner: int) -> bool:
+  """Whether T queries on S cached latents of rank C take fewer FLOPs in the latent space; inner = P + V.
+
+  Multiply-adds a row and head, those of the R dimensions apart, which are the same:
+    naive     S C inner + T S inner    every latent becomes a key and a value, which attention then reads
+    absorbed  T C inner + 2 T S C      queries go through W^UK, what they gather through W^UV; between, each
+                                       head attends to the latents themselves
+  A decode step absorbs: a query on a long cache of DeepSeek-V3 (C = 512, inner = 256) saves 128 times. A prompt
+  of more than about C inner / (2 C - inner) tokens (171 there) does not.
+  """
+  return T * C * inner + 2 * T * S * C < S * C * inner + T * S * inner
+
+
+class MLA(nnx.Module):
+  """y, state, aux = mla(x, context, state, shared, key)."""
+
+  def __init__(self, config: MLAConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
+    self.config = config
+    D, N, C, Q = d_model, config.num_heads, config.kv_lora_rank, config.q_lora_rank
+    P, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    if Q is None:
+      self.q = make.weight("q", "embed heads head_dim", (D, N, P + R), fan_in="embed")
+    else:
+      self.q_down = make.weight("q_down", "embed rank", (D, Q), fan_in="embed")
+      self.q_norm = Norm(config.latent_norm, Q, make)
+      self.q_up = make.weight("q_up", "latent heads head_dim", (Q, N, P + R), fan_in="latent")
+    self.kv_down = make.weight("kv_down", "embed rank", (D, C), fan_in="embed")
+    self.kv_norm = Norm(config.latent_norm, C, make)
+    self.k_rope = make.weight("k_rope", "embed rank", (D, R), fan_in="embed")
+    self.k = make.weight("k", "latent heads head_dim", (C, N, P), fan_in="latent")
+    self.v = make.weight("v", "latent heads head_dim", (C, N, V), fan_in="latent", scale=init_scale)
+    self.o = make.weight("o", "heads head_dim embed", (N, V, D), "heads head_dim", init_scale * output_scale)
+
+  def __call__(self, x: jax.Array, context: Context, state: dict | None, shared, key: jax.Array | None):
+    """x [B, T, D]; state {"latent" [B, 1, S, C], "rope" [B, 1, S, R]} -> y [B, T, D], which the block finishes,
+    the new state, aux."""
+    c = self.config
+    if c.q_lora_rank is None:
+      queries = Product("btd,dnh->btnh", self.q, to=PROJECTED)
+    else:
+      queries = Product("btd,dc->btc", self.q_down, to=(*PROJECTED[:2], None))
+    into = (Product("btd,dc->btc", w, to=LATENT) for w in (self.kv_down, self.k_rope))
+    q, latent, k_rope = einsums(x, queries, *into)
+    if c.q_lora_rank is not None:
+      q = einsum("btc,cnh->btnh", self.q_norm(q, None), self.q_up, to=PROJECTED)
+    latent = self.kv_norm(latent, None)
+
+    inner = c.qk_nope_head_dim + c.v_head_dim
+    slots = None if state is None else state["latent"].shape[2]
+    # Without a state each latent is new, and every head needs its keys and values but once.
+    absorb = slots is not None and absorbing_is_cheaper(x.shape[1], slots, c.kv_lora_rank, inner)
+    R = c.qk_rope_head_dim
+    if absorb:
+      nope = einsum("btnh,cnh->btnc", q[..., :-R], self.k, to=(*PROJECTED[:3], None))
+      q = jnp.concatenate([nope, q[..., -R:]], axis=-1)
+    q = move(q, PROJECTED, ATTENDING)
+    nope, rope = q[..., :-R], q[..., -R:]
+    rope, k_rope = c.position.turn(rope, k_rope[:, :, None], context.queries.positions, context.length)
+
+    keys = context.queries
+    if state is None:
+      latent, k_rope = latent[:, None], k_rope.swapaxes(1, 2)  # [B, 1, T, C], [B, 1, T, R]
+    else:
+      buffer = context.buffers[slots]
+      keys = buffer.keys
+      new = {"latent": latent[:, :, None], "rope": k_rope}
+      state = {name: cache.write(state[name], buffer.slots, values) for name, values in new.items()}
+      latent, k_rope = (state[name].astype(x.dtype) for name in ("latent", "rope"))
+
+    options = dict(scale=c.scale(), softcap=None)
+    if absorb:
+      seen = ops.visible(context.queries, keys, mask=c.mask, window=c.window)
+      turned = jnp.einsum("btnh,bsh->bnts", rope, k_rope[:, 0], preferred_element_type=jnp.float32) * c.scale()
+      options |= dict(dropout=c.dropout, key=key, entropy=context.telemetry)
+      out, entropy = ops.attend(nope, latent, latent, seen, turned, None, **options)
+      aux = {"attention_entropy": mean_over(entropy, context)} if context.telemetry else {}
+      out = einsum("btnc,cnh->btnh", move(out, ATTENDING, PROJECTED), self.v, to=PROJECTED)
+    else:
+      place = dict(tokens=LATENT[:2], to=ATTENDING)
+      k, v = einsums(latent[:, 0], *(Product("btc,cnh->btnh", w, **place) for w in (self.k, self.v)))
+      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, N, S, P], [B, N, S, V]
+      k = jnp.concatenate([k, jnp.broadcast_to(k_rope, (*k.shape[:3], R))], axis=-1)
+      q = jnp.concatenate([nope, rope], axis=-1)
+      out, aux = attend(c, q, k, v, context, keys, None, None, None, key, **options)
+      out = move(out, ATTENDING, PROJECTED)
+    return einsum("btnh,nhd->btd", out, self.o, partial=True), state, aux

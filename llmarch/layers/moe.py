@@ -1,0 +1,206 @@
+"""Mixtures of experts: a router sends each token to a few of many feed-forwards.
+
+B batch, T length, D model, E experts, F hidden units of an expert, K experts a token.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmarch.config import (
+  FFNConfig,
+  UserError,
+  Variant,
+  check,
+  check_above,
+  check_at_least,
+  check_rate,
+  config_dataclass,
+)
+from llmarch.layers.context import Context
+from llmarch.layers.ffn import MLP, MLPConfig
+from llmarch.layers.param import Maker
+from llmarch.ops import moe as ops
+from llmarch.ops.einsum import einsum
+
+
+class RouterConfig(Variant):
+  """Which experts a token goes to, and with which weight (its gate)."""
+
+
+@config_dataclass
+class Groups:
+  """Experts in `num` groups of neighbours; a token chooses among those of its `top` best groups (on other devices,
+  in DeepSeek-V2, 2405.04434). A group scores as its best expert ("max", V2) or its best two ("top2", V3)."""
+
+  num: int
+  top: int
+  score: Literal["max", "top2"] = "top2"
+
+  def __post_init__(self):
+    check_at_least(self, 1, "num", "top")
+    check(self.top <= self.num, f"top={self.top} groups are more than num={self.num}; lower top")
+
+
+@config_dataclass
+class TopK(RouterConfig, kind="top_k"):
+  """Tokens choose: each goes to the `k` experts of the largest score, in f32.
+
+  A gate is the expert's score, or its share of those chosen ("renormalize"; a softmax over the chosen logits is
+  the renormalised softmax over all), times `scale`. Switch: k=1, renormalize=False, capacity_factor=1.25.
+
+  capacity_factor c: of the n tokens of a row, an expert takes the first ceil(c n / E) that choose it, first choices
+  before second ones; a token that nobody takes passes by (2101.03961, section 2.2; 2006.16668). Padding takes no
+  place. It limits training and whole-sequence calls alone: over a decoding state nothing is dropped, so that chunks
+  agree; decoding is the same function where the capacity sufficed. None: nothing is ever dropped.
+
+  balance_rate: each expert has a bias that enters the choice, not the gate; after each train step it moves by
+  this much against its load's error (2408.15664; DeepSeek-V3). 0 keeps it as it is, None: there is none.
+  """
+
+  k: int = 2
+  scores: Literal["softmax", "sigmoid"] = "softmax"
+  renormalize: bool = True
+  scale: float = 1.0
+  bias: bool = False  # on the router's logits (gpt-oss)
+  groups: Groups | None = None
+  balance_rate: float | None = None
+  capacity_factor: float | None = None
+  jitter: float = 0.0  # the router's input is scaled by 1 +- this where a key is given (Switch: 0.01)
+  aux_loss: float = 0.0  # times E sum f P over the tokens of a batch (Switch: 0.01)
+  sequence_loss: float = 0.0  # the same of each row, averaged (DeepSeek-V3: 1e-4)
+  z_loss: float = 0.0  # times the mean of log-sum-exp squared of the logits (ST-MoE: 1e-3)
+
+  def __post_init__(self):
+    check_at_least(self, 1, "k")
+    check_at_least(self, 0, "balance_rate", "aux_loss", "sequence_loss", "z_loss")
+    check_above(self, 0, "capacity_factor", "scale")
+    check_rate(self, "jitter")
+
+  def check_experts(self, num_experts: int) -> None:
+    """Raises UserError unless `num_experts` experts can be chosen from so."""
+    g, among = self.groups, num_experts
+    if g:
+      check(num_experts % g.num == 0, f"groups.num={g.num} must divide num_experts={num_experts}")
+      check(g.score == "max" or num_experts > g.num, "groups.score='top2' needs two experts a group; use 'max'")
+      among = num_experts // g.num * g.top
+    check(self.k <= among, f"k={self.k} is more than the {among} experts to choose from; lower k")
+
+
+@config_dataclass
+class ExpertChoice(RouterConfig, kind="expert_choice"):
+  """Experts choose: each takes floor(c n / E) of a document's n tokens, those of the largest softmax score, which is
+  their gate (2202.09368). A token may go to any number of experts. It sees the future: it cannot decode."""
+
+  capacity_factor: float = 2.0  # c, experts a token on average
+
+  def __post_init__(self):
+    check_above(self, 0, "capacity_factor")
+
+  def check_experts(self, num_experts: int) -> None:
+    c = self.capacity_factor
+    check(c <= num_experts, f"capacity_factor={c} is more than num_experts={num_experts}; lower it")
+
+
+@config_dataclass
+class MoEConfig(FFNConfig, kind="moe"):
+  """sum over the chosen experts of gate x expert(x), plus shared(x), which every token passes."""
+
+  num_experts: int
+  expert: MLPConfig  # each of them
+  router: RouterConfig = TopK()
+  shared: MLPConfig | None = None  # DeepSeekMoE (2401.06066): n shared experts are one of n times the width
+  shared_gate: bool = False  # the shared output is scaled by sigmoid(w x) (Qwen2-MoE)
+
+  def __post_init__(self):
+    check_at_least(self, 1, "num_experts")
+    check(self.shared is not None or not self.shared_gate, "shared_gate=True needs a shared expert; give shared")
+    try:
+      self.router.check_experts(self.num_experts)
+    except UserError as e:
+      raise UserError(f"router.{e}") from None
+
+  @property
+  def causal(self) -> bool:
+    return not isinstance(self.router, ExpertChoice)
+
+
+class MoE(nnx.Module):
+  """y, aux = moe(x, context, key)."""
+
+  def __init__(self, config: MoEConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
+    self.config = config
+    c, D, E, F = config.expert, d_model, config.num_experts, config.expert.d_ff
+    self.router = make.weight("router", "embed router", (D, E), fan_in="embed")
+    if getattr(config.router, "bias", False):
+      self.router_bias = make.constant("router", (E,), 0.0)
+    if (rate := getattr(config.router, "balance_rate", None)) is not None:
+      # In f32 whatever the rest is in: a step of it is small. The train step reads the rate.
+      bias = dataclasses.replace(make, dtype="float32").constant("router", (E,), 0.0)
+      self.selection_bias = bias.replace(balance_rate=rate)
+    for name in ("gate", "up") if c.gated else ("up",):
+      setattr(self, name, make.weight(name, "experts embed expert_mlp", (E, D, F), fan_in="embed", scale=init_scale))
+      if c.bias:
+        setattr(self, f"{name}_bias", make.constant("experts expert_mlp", (E, F), 0.0))
+    scale = init_scale * output_scale
+    self.down = make.weight("down", "experts expert_mlp embed", (E, F, D), fan_in="expert_mlp", scale=scale)
+    if c.bias:
+      self.down_bias = make.constant("experts embed", (E, D), 0.0)
+    if config.shared:
+      self.shared = MLP(config.shared, D, make.child("shared"), init_scale, output_scale)
+    if config.shared_gate:
+      self.shared_gate = make.weight("shared_gate", "embed one", (D, 1), fan_in="embed")
+
+  def __call__(self, x: jax.Array, context: Context, key: jax.Array | None):
+    """x [B, T, D] -> y [B, T, D], which the block finishes, and aux."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    route = self._tokens_choose if isinstance(self.config.router, TopK) else self._experts_choose
+    routes, aux = route(x, context, keys[0])
+    weights = ops.Experts(*(getattr(self, name, None) for name in ops.Experts._fields))
+    y = ops.experts(x, routes, weights, self.config.expert.activation)
+    if self.config.shared:
+      shared, _ = self.shared(x, context, keys[1])
+      if self.config.shared_gate:
+        gate = einsum("btd,dg->btg", x.astype(jnp.float32), self.shared_gate)
+        shared = shared * jax.nn.sigmoid(gate).astype(shared.dtype)
+      y = y + shared
+    return y, aux
+
+  def _logits(self, x: jax.Array) -> jax.Array:
+    """f32 [B, T, E]."""
+    return einsum("btd,de->bte", x.astype(jnp.float32), self.router, bias=getattr(self, "router_bias", None))
+
+  def _tokens_choose(self, x: jax.Array, context: Context, key: jax.Array | None):
+    c, E, real = self.config.router, self.config.num_experts, context.real
+    if key is not None and c.jitter:
+      x = x.astype(jnp.float32) * jax.random.uniform(key, x.shape, minval=1 - c.jitter, maxval=1 + c.jitter)
+    logits = self._logits(x)
+    scores = ops.scores(logits, c.scores)
+    choice = jax.lax.stop_gradient(scores)
+    if c.balance_rate is not None:
+      choice = choice + self.selection_bias[...]
+    if c.groups:
+      choice = ops.limit_to_groups(choice, c.groups.num, c.groups.top, c.groups.score)
+    routes = ops.top_k(scores, choice, real, c.k, renormalize=c.renormalize, scale=c.scale)
+    choices = ops.chosen(routes.expert, real, E)
+    load, buffers = jnp.sum(choices, axis=(0, 1)), None
+    if c.capacity_factor is not None and context.cursor is None:
+      routes, buffers = ops.limit_capacity(routes, E, c.capacity_factor)
+    aux, p = {}, scores / jnp.sum(scores, -1, keepdims=True)
+    loss = c.aux_loss and c.aux_loss * ops.balance_loss(p, choices, real, by_row=False)
+    loss += c.sequence_loss and c.sequence_loss * ops.balance_loss(p, choices, real, by_row=True)
+    loss += c.z_loss and c.z_loss * ops.z_loss(logits, real)
+    if c.balance_rate is not None:
+      loss += ops.pull_to_balance(self.selection_bias[...], load)
+    if isinstance(loss, jax.Array):
+      aux["router_loss"] = loss
+    if context.telemetry:
+      aux |= ops.statistics(load, jnp.sum(routes.taken), jnp.sum(load))
+    return routes if buffers is None else buffers, aux
+
+  def _experts_choose(self, x: jax.Array, context: Context, key: jax.Array | None):
+    scores = ops.scores(self._logits(x), "softmax")
+    return ops.expert_choice(scores, context.real, context.segments, self.config.router.capacity_factor), {}

@@ -1,0 +1,141 @@
+"""Meshes as text: which axes there are, and what they must divide (standard library only).
+
+What a mesh cannot do is refused here, from the config alone: before jax looks for devices.
+"""
+
+import math
+from collections.abc import Mapping
+
+from llmarch.config import ModelConfig, UserError, check, nearest
+
+# In the order of the mesh, the slowest network outermost: between slices go only gradients (data) or one
+# microbatch's activations (stage), and tensor, which talks several times a layer, has the nearest neighbours.
+TRAINING = ("data", "stage", "fsdp", "expert", "context", "sequence", "tensor")
+INFERENCE = ("x", "y", "z")
+MESH_AXES = (TRAINING, INFERENCE)
+MOST = 2**20
+
+# What training axes split, the major one first (sharding.py has the whole table).
+BATCH = ("data", "fsdp", "expert")
+LENGTH = ("context", "sequence", "tensor")
+HEADS = ("tensor", "sequence")  # where attention is
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """'fsdp=2,tensor=4' or 'x=2' -> the size of every axis of its family in order, 1 where it is not named.
+
+  '' is one device. Raises UserError.
+  """
+  given = {}
+  for part in filter(None, text.split(",")):
+    name, _, size = (s.strip() for s in part.partition("="))
+    if not any(name in family for family in MESH_AXES):
+      known = [axis for family in MESH_AXES for axis in family]
+      raise UserError(f"mesh={text!r} names the axis {name!r}{nearest(name, known)}")
+    check(name not in given, f"mesh={text!r} gives {name} twice; give each axis once")
+    if not (size.isascii() and size.isdecimal() and len(size) < 10 and int(size) > 0):
+      raise UserError(f"mesh={text!r}: cannot read {part!r}; write an axis as {name}=N, with N from 1")
+    given[name] = int(size)
+  need = math.prod(given.values())
+  check(need <= MOST, f"mesh={text!r} covers {need} devices, more than the {MOST} that any machine has")
+  for family in MESH_AXES:
+    if set(given) <= set(family):
+      return dict.fromkeys(family, 1) | given
+  raise UserError(f"mesh={text!r} mixes axes; give either {' or '.join(','.join(f) for f in MESH_AXES)}")
+
+
+def check_training(text: str, model: ModelConfig, train) -> None:
+  """Raises UserError, naming the field, its value and what it must be, for a mesh that cannot train this model so.
+
+  train: a TrainConfig.
+  """
+  mesh = parse_mesh(text)
+  names = ", ".join(axis for axis in mesh if axis in INFERENCE)
+  check(not names, f"mesh={text!r} has the axes {names} of inference; training has {', '.join(TRAINING)}")
+
+  def divides(what: str, size: int, axes: tuple[str, ...], times: int = 1, why: str = "") -> None:
+    axes = tuple(a for a in axes if mesh[a] > 1)
+    parts = times * math.prod(mesh[a] for a in axes)
+    by = "*".join(axes) + (f"={parts}" if times == 1 else f" wants {times} pieces each, {parts}")
+    check(size % parts == 0, f"{what}={size} is not divisible by mesh {by}{why}; make it a multiple of {parts}")
+
+  rows = train.batch_size // train.grad_accum
+  divides("train.batch_size/train.grad_accum", rows, BATCH, why=", which splits the batch")
+  divides("train.seq_len", train.seq_len, LENGTH, why=", which splits the length")
+  if mesh["context"] > 1:  # in a ring, each device has a piece from the start and one from the end
+    divides("train.seq_len", train.seq_len, ("context",), 2)
+  divides("model.d_model", model.d_model, ("fsdp",), why=", which splits the parameters")
+  for name, block in model.blocks.items():
+    try:
+      _check_mixer(block.mixer, mesh, divides)
+      _check_ffn(block.ffn, divides)
+    except UserError as e:
+      raise UserError(f"model.blocks.{name}.{e}") from None
+  check(
+    mesh["expert"] == 1 or any(hasattr(b.ffn, "num_experts") for b in model.blocks.values()),
+    f"mesh expert={mesh['expert']} has no experts to split: no block has a moe; use data or fsdp",
+  )
+  plan_pipeline(mesh, model, train)
+
+
+def _check_mixer(mixer, mesh: Mapping[str, int], divides) -> None:
+  ring, ulysses = mesh["context"], mesh["sequence"]
+  if not hasattr(mixer, "num_heads") or not hasattr(mixer, "mask"):
+    for axis in ("context", "sequence"):
+      check(mesh[axis] == 1, f"mixer={mixer.kind} is no attention, and mesh {axis}={mesh[axis]} is for that alone")
+    return
+  check(
+    ring == 1 or not mixer.dropout,
+    f"mixer.dropout={mixer.dropout} is not for mesh context={ring}: a ring keeps no weights to drop; set it to 0",
+  )
+  why = ", which splits heads in attention (an all-to-all over sequence)" if ulysses > 1 else ""
+  divides("mixer.num_heads", mixer.num_heads, HEADS, why=why)
+  ways = math.prod(mesh[a] for a in HEADS)
+  mine, group = mixer.num_heads // ways, mixer.num_heads // mixer.kv_heads
+  check(
+    mine % group == 0 or group % mine == 0,
+    f"mixer.num_heads={mixer.num_heads} over mesh {'*'.join(HEADS)}={ways} gives a device {mine} heads, neither a"
+    f" multiple nor a divisor of the {group} that share one of num_kv_heads={mixer.kv_heads}; change any of these",
+  )
+  for field in ("q_lora_rank", "kv_lora_rank"):
+    if getattr(mixer, field, None):
+      divides(f"mixer.{field}", getattr(mixer, field), ("fsdp",), why=", which splits the parameters")
+
+
+def _check_ffn(ffn, divides) -> None:
+  if hasattr(ffn, "d_ff"):
+    divides("ffn.d_ff", ffn.d_ff, ("tensor",))
+  if hasattr(ffn, "num_experts"):
+    divides("ffn.num_experts", ffn.num_experts, ("expert",))
+    divides("ffn.expert.d_ff", ffn.expert.d_ff, ("tensor",))
+    if ffn.shared:
+      divides("ffn.shared.d_ff", ffn.shared.d_ff, ("tensor",))
+
+
+def plan_pipeline(mesh: Mapping[str, int], model: ModelConfig, train) -> tuple[int, int, int] | None:
+  """Stages, microbatches and circuits of train/pipeline.py; None where the mesh has no stages. Raises UserError."""
+  S, V, M = mesh.get("stage", 1), train.circuits, train.microbatches
+  if S == 1:
+    for name, given in (("microbatches", M is not None), ("circuits", V > 1)):
+      check(
+        not given,
+        f"train.{name}={getattr(train, name)} is of a pipeline, and the mesh has no stages; give the mesh"
+        f" stage=2 or more, or leave train.{name} out",
+      )
+    return None
+  check(train.remat != "offload", f"train.remat='offload' is not for a pipeline (mesh stage={S}); take 'full'")
+  for pattern, repeat in model.segments:
+    check(
+      repeat % (S * V) == 0,
+      f"model.stack={model.stack!r} repeats {' '.join(pattern)!r} {repeat} times, which mesh stage={S} with"
+      f" train.circuits={V} cannot share; make the repeats of every term a multiple of {S * V}, or change mesh",
+    )
+  rows, parts = train.batch_size // train.grad_accum, math.prod(mesh.get(axis, 1) for axis in BATCH)
+  M = M or next((k * S for k in (4, 3, 2) if rows % (k * S * parts) == 0), S)
+  check(M % S == 0, f"train.microbatches={M} must be a multiple of the mesh's stage={S}")
+  check(
+    rows % (M * parts) == 0,
+    f"train.batch_size={train.batch_size} must be a multiple of {train.grad_accum * M * parts}: grad_accum="
+    f"{train.grad_accum} x {M} microbatches x {parts} devices that the mesh splits a batch over",
+  )
+  return S, M, V

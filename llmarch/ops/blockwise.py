@@ -1,0 +1,269 @@
+"""Attention block by block: no [T, S] array is ever held, and a block of keys that no query sees costs nothing.
+
+FlashAttention (2205.14135, 2307.08691) in plain JAX: an online softmax over blocks of keys, and a backward pass
+that computes the scores again from the log-sum-exp that the forward pass keeps. Where the length is split over a
+mesh axis, the blocks of keys of the other devices come round in a ring (2310.01889). `ops.attention.attend` is the
+oracle.
+
+B batch, T queries, S keys, N query heads, K key-value heads, G = N/K; H and H' the head dims of keys and values.
+A block has C tokens: [B, K, R = G C, H] of queries (a group's queries are rows of one matrix), [B, K, C, H] of keys.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llmarch.ops.attention import Keys, visible
+from llmarch.sharding import automatic, bound
+
+
+def block_length(length: int) -> int:
+  """64 to 1024 tokens; an eighth of the length, since half of each block on a causal diagonal is in vain."""
+  return min(length, 1024, max(64, length // 8))
+
+
+class _Options(NamedTuple):
+  mask: str
+  window: int | None
+  scale: float
+  softcap: float | None
+  bias: Callable | None = None  # (table, key minus query position int32 [B, C, C]) -> f32 [B, N, C, C]
+  entropy: bool = False
+  ring: str | None = None  # the mesh axis that splits the length, in manual mode
+  skip: bool = True  # pairs of blocks of which nothing is seen
+
+
+class _Held(NamedTuple):
+  """Blocks of keys: [blocks, B, K, C, H], [blocks, B, K, C, H'], [blocks, B, C]."""
+
+  k: jax.Array
+  v: jax.Array
+  keys: Keys
+
+
+class _Softmax(NamedTuple):
+  """An online softmax of blocks of queries: what the largest score so far weighs 1 in, f32 [blocks, B, K, R, ...]."""
+
+  out: jax.Array  # sum of weights times values
+  top: jax.Array  # the largest score so far
+  total: jax.Array  # sum of weights
+  mean: jax.Array | None  # sum of weights times scores, for the entropy
+
+
+def attend(
+  q: jax.Array,  # [B, T, N, H]
+  k: jax.Array,  # [B, K, S, H]
+  v: jax.Array,  # [B, K, S, H']
+  queries: Keys,  # [B, T]
+  keys: Keys,  # [B, S]
+  sinks: jax.Array | None,  # f32 [N]
+  table: jax.Array | None = None,  # the first argument of `bias`
+  *,
+  block: int,
+  **options,
+) -> tuple[jax.Array, jax.Array | None]:
+  """softmax(scale q k^T + bias) v over the keys that a query sees; options are those of `_Options`.
+
+  -> [B, T, N, H'], the entropy of the weights f32 [B, T, N] or None. As `attention.attend`: a query that sees no key
+  gets zeros, and the softmax is in f32. The entropy has no gradient.
+  """
+  B, T, N, H = q.shape
+  K = k.shape[1]
+  group = N // K
+  in_groups = lambda x: x.reshape(B, -1, block, K, group, H).transpose(1, 0, 3, 4, 2, 5)
+  to_rows = lambda x: in_groups(x).reshape(-1, B, K, group * block, H)
+  to_keys = lambda x: x.reshape(B, K, -1, block, x.shape[-1]).transpose(2, 0, 1, 3, 4)
+  q = to_rows(_padded(q, 1, block))
+  held = _Held(*(to_keys(_padded(x, 2, block)) for x in (k, v)), _tokens(keys, block))
+  sinks = jnp.full((N,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+  sinks = jnp.repeat(sinks.reshape(K, group), block, axis=1)[..., None]  # [K, R, 1]
+  options = _Options(**options)
+  # Over a mesh, in automatic mode, the devices would have to agree on what to skip, in a collective for each block.
+  options = options._replace(bias=options.bias and bound(options.bias), skip=not automatic())
+  out, _, entropy = _attend(options, q, held, _tokens(queries, block), sinks, table)
+
+  def from_rows(x):
+    x = x.reshape(-1, B, K, group, block, x.shape[-1]).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(B, -1, N, x.shape[-1])[:, :T]
+
+  return from_rows(out), None if entropy is None else from_rows(entropy)[..., 0]
+
+
+def _padded(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:
+  """Whole blocks along an axis."""
+  widths = [(0, -size % block if a == axis else 0) for a, size in enumerate(x.shape)]
+  return jnp.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
+
+
+def _tokens(of: Keys, block: int) -> Keys:
+  """[B, T] -> [blocks, B, C]; what is added is padding."""
+  cut = lambda x, fill=0: _padded(x, 1, block, fill).reshape(x.shape[0], -1, block).swapaxes(0, 1)
+  return Keys(cut(of.positions, -1), cut(of.segment_ids), None if of.prefix is None else cut(of.prefix))
+
+
+def _where_seen(options: _Options, queries: Keys, keys: Keys, work, carry):
+  """work(carry, bool [B, 1, 1, C, C]), or the carry itself where no query of the block sees a key of the other."""
+  seen = visible(queries, keys, mask=options.mask, window=options.window)
+  run = lambda carry: work(carry, seen[:, None, None])
+  return jax.lax.cond(jnp.any(seen), run, lambda carry: carry, carry) if options.skip else run(carry)
+
+
+def _products(options: _Options, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """f32 [B, K, R, C]: the scores before the bias, and their derivative by q k^T."""
+  scores = jnp.einsum("bkrh,bkch->bkrc", q, k, preferred_element_type=jnp.float32) * options.scale
+  slope = options.scale
+  if options.softcap is not None:
+    bent = jnp.tanh(scores / options.softcap)
+    scores, slope = options.softcap * bent, options.scale * (1 - bent * bent)
+  return scores, slope
+
+
+def _biases(options: _Options, queries: Keys, keys: Keys, shape: tuple[int, ...]) -> Callable:
+  """A function from the table to the biases f32 [B, K, R, C] of a pair of blocks."""
+  distance = keys.positions[:, None, :] - queries.positions[:, :, None]
+  B, K, R, C = shape
+  grouped = lambda bias: bias.reshape(-1, K, R // C, C, C)
+  return lambda table: jnp.broadcast_to(grouped(options.bias(table, distance)), (B, K, R // C, C, C)).reshape(shape)
+
+
+def _masked(scores: jax.Array, seen: jax.Array) -> jax.Array:
+  """-inf where a key is not seen."""
+  B, K, _, C = scores.shape
+  grouped = scores.reshape(B, K, -1, seen.shape[-2], C)
+  return jnp.where(seen, grouped, -jnp.inf).reshape(scores.shape)
+
+
+def _pass_on(options: _Options, tree):
+  """What this device holds, to the next one of the ring."""
+  n = jax.lax.axis_size(options.ring)
+  return jax.lax.ppermute(tree, options.ring, [(i, (i + 1) % n) for i in range(n)])
+
+
+def _fold(options: _Options, state: _Softmax, q: jax.Array, held: _Held, queries: Keys, table) -> _Softmax:
+  """All blocks of keys held here, into the softmax of every block of queries."""
+
+  def one(_, turn):
+    state, q, queries = turn
+
+    def step(state, turn):
+      k, v, keys = turn
+
+      def work(state, seen):
+        scores, _ = _products(options, q, k)
+        if options.bias is not None:
+          scores += _biases(options, queries, keys, scores.shape)(table)
+        scores = _masked(scores, seen)
+        top = jnp.maximum(state.top, jnp.max(scores, axis=-1, keepdims=True))
+        finite = jnp.where(top == -jnp.inf, 0.0, top)
+        weights, shrink = jnp.exp(scores - finite), jnp.exp(state.top - finite)
+        more = jnp.einsum("bkrc,bkch->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        total = state.total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+        mean = state.mean
+        if options.entropy:
+          products = jnp.where(weights > 0, weights * scores, 0.0)
+          mean = mean * shrink + jnp.sum(products, axis=-1, keepdims=True)
+        return _Softmax(state.out * shrink + more, top, total, mean)
+
+      return _where_seen(options, queries, keys, work, state), None
+
+    return None, jax.lax.scan(step, state, held)[0]
+
+  return jax.lax.scan(one, None, (state, q, queries))[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options: _Options, q, held: _Held, queries: Keys, sinks, table):
+  """-> out [blocks, B, K, R, H'], log-sum-exp f32 [blocks, B, K, R, 1] (0 where nothing is seen), entropy like it."""
+  rows = q.shape[:-1]
+  # The sink is a key that has been seen before all others, and whose value is zero.
+  top = jnp.broadcast_to(sinks, (*rows, 1))
+  seen = top > -jnp.inf
+  mean = jnp.where(seen, top, 0.0) if options.entropy else None
+  state = _Softmax(jnp.zeros((*rows, held.v.shape[-1]), jnp.float32), top, seen.astype(jnp.float32), mean)
+
+  def turn(carry, _):
+    state, held = carry
+    following = _pass_on(options, held)  # on its way while these are worked on
+    return (_fold(options, state, q, held, queries, table), following), None
+
+  if options.ring is not None:
+    (state, held), _ = jax.lax.scan(turn, (state, held), None, length=jax.lax.axis_size(options.ring) - 1)
+  state = _fold(options, state, q, held, queries, table)
+  total = jnp.where(state.total > 0, state.total, 1.0)
+  lse = jnp.where(state.top == -jnp.inf, 0.0, state.top) + jnp.log(total)
+  return (state.out / total).astype(held.v.dtype), lse, lse - state.mean / total if options.entropy else None
+
+
+def _forward(options, q, held, queries, sinks, table):
+  out, lse, entropy = _attend(options, q, held, queries, sinks, table)
+  return (out, lse, entropy), (q, held, queries, sinks, table, out, lse)
+
+
+def _backward(options, kept, gradient):
+  """With P the weights, O the output, L the log-sum-exp: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K,
+  dK = dS^T Q (2307.08691, algorithm 2). A sink's weight is exp(sink - L), and its value is zero. In a ring, the
+  gradients of keys and values travel with these."""
+  q, held, queries, sinks, table, out, lse = kept
+  grad, *_ = gradient  # nobody differentiates the others
+  own = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+
+  def fold(carry, held: _Held):
+    dq, dtable, dk, dv = carry
+
+    def one(carry, turn):
+      dq, dtable = carry
+      k, v, keys, dk, dv = turn
+
+      def step(carry, turn):
+        q, queries, grad, lse, own, dq = turn
+
+        def work(carry, seen):
+          dk, dv, dtable, dq = carry
+          scores, slope = _products(options, q, k)
+          if options.bias is not None:
+            bias, of_bias = jax.vjp(_biases(options, queries, keys, scores.shape), table)
+            scores += bias
+          weights = jnp.exp(_masked(scores, seen) - lse)
+          dv += jnp.einsum("bkrc,bkrh->bkch", weights.astype(grad.dtype), grad, preferred_element_type=jnp.float32)
+          dp = jnp.einsum("bkrh,bkch->bkrc", grad, v, preferred_element_type=jnp.float32)
+          ds = weights * (dp - own)
+          if options.bias is not None:
+            dtable = jax.tree.map(jnp.add, dtable, of_bias(ds)[0])
+          ds = (ds * slope).astype(q.dtype)
+          dq += jnp.einsum("bkrc,bkch->bkrh", ds, k, preferred_element_type=jnp.float32)
+          dk += jnp.einsum("bkrc,bkrh->bkch", ds, q, preferred_element_type=jnp.float32)
+          return dk, dv, dtable, dq
+
+        *carry, dq = _where_seen(options, queries, keys, work, (*carry, dq))
+        return tuple(carry), dq
+
+      (dk, dv, dtable), dq = jax.lax.scan(step, (dk, dv, dtable), (q, queries, grad, lse, own, dq))
+      return (dq, dtable), (dk, dv)
+
+    (dq, dtable), (dk, dv) = jax.lax.scan(one, (dq, dtable), (*held, dk, dv))
+    return dq, dtable, dk, dv
+
+  def turn(carry, _):
+    *mine, dk, dv, held = carry
+    following = _pass_on(options, held)
+    *mine, dk, dv = fold((*mine, dk, dv), held)
+    return (*mine, *_pass_on(options, (dk, dv)), following), None
+
+  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+  carry = zeros(q), jax.tree.map(zeros, table), zeros(held.k), zeros(held.v)
+  if options.ring is not None:
+    n = jax.lax.axis_size(options.ring)
+    (*carry, last), _ = jax.lax.scan(turn, (*carry, held), None, length=n - 1)
+    dq, dtable, *dkv = fold(tuple(carry), last)
+    dk, dv = _pass_on(options, tuple(dkv))  # home
+  else:
+    dq, dtable, dk, dv = fold(carry, held)
+  dsinks = -jnp.sum(jnp.exp(sinks - lse) * own, axis=(0, 1))
+  like = lambda g, x: g.astype(x.dtype)
+  return like(dq, q), _Held(like(dk, held.k), like(dv, held.v), None), None, dsinks, jax.tree.map(like, dtable, table)
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,436 @@
+"""Mixtures of experts: who goes where, and the matmuls of many experts.
+
+B rows, T tokens of a row, D model, E experts, F hidden units of one, K experts a token, C places of an expert.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+from llmarch import sharding
+from llmarch.ops.activation import activate
+from llmarch.ops.einsum import TOKENS, at_tokens, summed
+from llmarch.ops.quant import QTensor
+
+# ------------------------------------------------------------------------------------------------- the choice
+
+
+class Routes(NamedTuple):
+  """Every token's experts, the first choice first."""
+
+  expert: jax.Array  # int32 [B, T, K]
+  gate: jax.Array  # f32 [B, T, K]
+  taken: jax.Array  # bool [B, T, K], false at padding and where an expert has no place
+
+
+class Buffers(NamedTuple):
+  """Every expert's tokens of a row."""
+
+  token: jax.Array  # int32 [B, E, C]; T where a place is empty
+  gate: jax.Array  # f32 [B, E, C]
+
+
+def scores(logits: jax.Array, kind: str) -> jax.Array:
+  """softmax or sigmoid of router logits, in f32."""
+  logits = logits.astype(jnp.float32)
+  return jax.nn.softmax(logits, axis=-1) if kind == "softmax" else jax.nn.sigmoid(logits)
+
+
+def limit_to_groups(s: jax.Array, num: int, top: int, score: str) -> jax.Array:
+  """-inf for the experts outside of each token's `top` best of `num` groups.  [..., E] -> [..., E].
+
+  A group scores as its largest (DeepSeek-V2, 2405.04434, section 2.2.2) or its two largest together (V3).
+  """
+  grouped = s.reshape(*s.shape[:-1], num, -1)
+  of_group = jnp.max(grouped, -1) if score == "max" else jnp.sum(jax.lax.top_k(grouped, 2)[0], -1)
+  chosen = jax.nn.one_hot(jax.lax.top_k(of_group, top)[1], num, dtype=bool).any(-2)
+  return jnp.where(chosen[..., None], grouped, -jnp.inf).reshape(s.shape)
+
+
+def top_k(s: jax.Array, choice: jax.Array, real: jax.Array, k: int, *, renormalize: bool, scale: float) -> Routes:
+  """Tokens choose the `k` experts of the largest `choice`; gates come from the scores s, both [B, T, E] f32.
+
+  real: bool [B, T], not padding.
+  """
+  expert = jax.lax.top_k(choice, k)[1]
+  gate = jnp.take_along_axis(s, expert, axis=-1)
+  if renormalize:
+    gate = gate / (jnp.sum(gate, -1, keepdims=True) + 1e-20)
+  return Routes(expert, gate * scale, jnp.broadcast_to(real[..., None], expert.shape))
+
+
+def places(capacity_factor: float, num_experts: int, most: int, rounded: Callable) -> np.ndarray:
+  """Of an expert, for 0 .. `most` tokens: capacity_factor x tokens / experts, rounded; exact, for it is counted here.
+
+  `rounded`: math.ceil or math.floor.
+  """
+  return np.array([rounded(capacity_factor * n / num_experts) for n in range(most + 1)], np.int32)
+
+
+def limit_capacity(routes: Routes, num_experts: int, capacity_factor: float) -> tuple[Routes, Buffers]:
+  """Each expert takes the first ceil(c n / E) of a row's n tokens that choose it, first choices before second ones.
+
+  (2101.03961, eq. 3; 2006.16668, algorithm 1, with the row as its group.)
+  """
+  B, T, K = routes.expert.shape
+  real = jnp.sum(routes.taken[..., 0], axis=1)  # [B]
+  table = places(capacity_factor, num_experts, T, math.ceil)
+  C = int(table[-1])
+  flat = lambda a: a.swapaxes(1, 2).reshape(B, K * T)  # by choice, then by token
+  expert = flat(jnp.where(routes.taken, routes.expert, num_experts))
+  rank = _ranks(expert)
+  taken = (rank < jnp.asarray(table)[real][:, None]) & (expert < num_experts)
+  at = jnp.where(taken, expert * C + rank, num_experts * C)
+  rows = jnp.arange(B)[:, None]
+  fill = lambda value, x: (
+    jnp.full((B, num_experts * C), value, x.dtype).at[rows, at].set(x, mode="drop")
+  ).reshape(B, num_experts, -1)
+  token = jnp.broadcast_to(jnp.tile(jnp.arange(T), K), (B, K * T))
+  buffers = Buffers(fill(T, token), fill(0, flat(routes.gate)))
+  return routes._replace(taken=taken.reshape(B, K, T).swapaxes(1, 2)), buffers
+
+
+def expert_choice(s: jax.Array, real: jax.Array, segments: jax.Array, capacity_factor: float) -> Buffers:
+  """Experts choose: each the floor(c n / E) largest scores of a document's n tokens (2202.09368, section 3.2).
+
+  s f32 [B, T, E]; real bool [B, T]; segments int32 [B, T]. The gate is the score.
+  """
+  _, T, E = s.shape
+  table = places(capacity_factor, E, T, math.floor)
+  same = (segments[:, :, None] == segments[:, None, :]) & real[:, None, :]
+  quota = jnp.asarray(table)[jnp.sum(same, axis=2)]  # [B, T], of the document of each token
+  s = s.swapaxes(1, 2)  # [B, E, T]
+  # Padding is a document of its own, which no expert looks at.
+  document = jnp.broadcast_to(jnp.where(real, segments, jnp.iinfo(jnp.int32).max)[:, None], s.shape)
+  taken = (_ranks(document, -s) < quota[:, None]) & real[:, None]
+  gate, token = jax.lax.top_k(jnp.where(taken, s, -1), max(int(table[-1]), 1))
+  return Buffers(jnp.where(gate < 0, T, token), jnp.maximum(gate, 0))
+
+
+def _ranks(key: jax.Array, *then: jax.Array) -> jax.Array:
+  """The rank of each element among those of equal key along the last axis, by `then` and by place.  int32."""
+  order = jnp.lexsort((*then, key), axis=-1)
+  ordered = jnp.take_along_axis(key, order, axis=-1)
+  i = jnp.broadcast_to(jnp.arange(key.shape[-1]), key.shape)
+  first = jnp.concatenate([jnp.ones_like(i[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], -1)
+  rank = i - jax.lax.cummax(jnp.where(first, i, 0), axis=key.ndim - 1)
+  return jnp.put_along_axis(jnp.zeros_like(i), order, rank, axis=-1, inplace=False)
+
+
+# ----------------------------------------------------------------------------------------- losses and statistics
+
+
+def chosen(expert: jax.Array, real: jax.Array, num_experts: int) -> jax.Array:
+  """f32 [B, T, E], how often each token chooses each expert.  expert int32 [B, T, K], real bool [B, T]."""
+  return jnp.sum(jax.nn.one_hot(expert, num_experts) * real[..., None, None], axis=2)
+
+
+def balance_loss(p: jax.Array, choices: jax.Array, real: jax.Array, *, by_row: bool) -> jax.Array:
+  """E sum_i f_i P_i (2101.03961, eq. 4): 1 where both are uniform, E where one expert has all.
+
+  f_i: share of the choices that are of expert i; P_i: its mean probability. p [B, T, E] sums to 1 over E;
+  choices as `chosen` gives them. by_row: of each row that has tokens, averaged (2412.19437, eq. 17).
+  """
+  axes = 1 if by_row else (0, 1)
+  n = jnp.sum(real, axes)[..., None]
+  f = jnp.sum(choices, axes) / jnp.maximum(jnp.sum(choices, axes).sum(-1, keepdims=True), 1)
+  mean = jnp.sum(p * real[..., None], axes) / jnp.maximum(n, 1)
+  loss = p.shape[-1] * jnp.sum(jax.lax.stop_gradient(f) * mean, -1)
+  return jnp.sum(loss) / jnp.maximum(jnp.sum(n > 0), 1)
+
+
+def z_loss(logits: jax.Array, real: jax.Array) -> jax.Array:
+  """The mean of log-sum-exp squared over real tokens (2202.08906, eq. 5)."""
+  z = jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))
+  return jnp.sum(z * real) / jnp.maximum(jnp.sum(real), 1)
+
+
+def pull_to_balance(bias: jax.Array, load: jax.Array) -> jax.Array:
+  """0, whose gradient in each expert's bias is its load's error, load / mean - 1 (f32 [E]).
+
+  A step against that gradient's sign is the rule of 2408.15664: no auxiliary loss reaches the router.
+  """
+  pull = jnp.sum(bias * jax.lax.stop_gradient(load / jnp.maximum(jnp.mean(load), 1e-9) - 1))
+  return pull - jax.lax.stop_gradient(pull)
+
+
+def statistics(load: jax.Array, taken: jax.Array, wanted: jax.Array) -> dict[str, jax.Array]:
+  """Of the choices by expert, `load` f32 [E]: their entropy over log E, MaxVio = max / mean - 1 (2408.15664), and
+  the share of `wanted` assignments that were not taken."""
+  f = load / jnp.maximum(jnp.sum(load), 1)
+  entropy = -jnp.sum(jax.scipy.special.xlogy(f, f)) / math.log(max(len(f), 2))
+  dropped = 1 - taken / jnp.maximum(wanted, 1)
+  return {"router_entropy": entropy, "router_max_violation": jnp.max(f) * len(f) - 1, "router_dropped": dropped}
+
+
+# -------------------------------------------------------------------------------------------------- the experts
+
+
+class Experts(NamedTuple):
+  """Weights of E experts that are alike (those of this device)."""
+
+  up: jax.Array  # [E, D, F], as gate; or a QTensor
+  down: jax.Array  # [E, F, D]
+  gate: jax.Array | None = None  # where they are gated
+  up_bias: jax.Array | None = None  # [E, F]
+  gate_bias: jax.Array | None = None
+  down_bias: jax.Array | None = None  # [E, D]
+
+
+def _feed_forward(x, w: Experts, activation: str, matmul, bias_of, whole) -> jax.Array:
+  """The experts' outputs. matmul(x, w): rows by their experts' matrices; bias_of(b): their experts' rows of b;
+  whole(y): the sum of y over devices that hold parts of D."""
+  add = lambda y, b: y if b is None else y + bias_of(b).astype(y.dtype)
+  into = [(w.gate, w.gate_bias), (w.up, w.up_bias)]
+  inner = [add(whole(matmul(x, m)), b) for m, b in into if m is not None]
+  return add(matmul(activate(activation, *inner), w.down), w.down_bias)
+
+
+def experts(x: jax.Array, routes: Routes | Buffers, w: Experts, activation: str) -> jax.Array:
+  """The gated sum of each token's experts.  [B, T, D] -> [B, T, D].
+
+  w holds Params (arrays where there is no layout). In manual mode the sum over the mesh is left to `finish`.
+  """
+  if sharding.manual():
+    return _manual(x, routes, w, activation)
+  if sharding.automatic():
+    return _over_mesh(x, routes, w, activation)
+  return _apply(x, routes, _each(lambda p: p.get_value() if hasattr(p, "get_value") else p, w), activation)
+
+
+def _each(f: Callable, w: Experts) -> Experts:
+  return Experts(*(None if p is None else f(p) for p in w))
+
+
+def _apply(x, routes: Routes | Buffers, w: Experts, activation: str, **options) -> jax.Array:
+  return (grouped if isinstance(routes, Routes) else buffered)(x, routes, w, activation, **options)
+
+
+def _once(w: Experts, axes: tuple[str, ...]) -> Experts:
+  """With the last bias on one of the devices whose outputs are summed over these mesh axes."""
+  here = sharding.index(axes) == 0
+  return w if w.down_bias is None else w._replace(down_bias=jnp.where(here, w.down_bias, 0))
+
+
+def _manual(x, routes: Routes | Buffers, w: Experts, activation: str) -> jax.Array:
+  """Each device puts all its tokens through the experts (or parts of experts) that it holds."""
+  of, embed, hidden = at_tokens(w.up)[1]
+  x = sharding.relay(x, [sharding.mesh_axes(a) for a in (*TOKENS, "post_norm_embed")], [
+    *(sharding.mesh_axes(a) for a in TOKENS), embed
+  ])  # fmt: skip
+  here = _once(_each(lambda p: at_tokens(p)[0], w), hidden)
+  whole = lambda y: jax.lax.psum(y, embed) if embed else y
+  y = _apply(x, routes, here, activation, first=sharding.index(of) * here.up.shape[0], whole=whole)
+  return summed(y, "mlp") if sharding.loop() else y
+
+
+def _over_mesh(x, routes: Routes | Buffers, w: Experts, activation: str) -> jax.Array:
+  """Expert parallelism: one `shard_map`, its oracle the same function on one device.
+
+  Where mesh axes split both the tokens and the experts, buffers go to their experts and back in two all-to-alls
+  (2006.16668). Without a capacity nobody knows how many tokens will come, and buffers for all of them would be as
+  much as the tokens themselves, which are gathered over those axes, and outputs scattered. Hidden units may be split
+  over other axes; the width is gathered.
+  """
+  layout, mesh = sharding.active()
+  length = None if isinstance(routes, Buffers) else TOKENS[1]
+  tokens = sharding.spec((TOKENS[0], length, None), x.shape, layout, mesh)
+  names = lambda entry: (entry,) if isinstance(entry, str) else tuple(entry or ())
+  rows, busy = names(tokens[0]), names(tokens[0]) + names(tokens[1])
+  stored = dict(zip(w.up.axes, map(names, sharding.spec(w.up.axes, w.up.sizes, layout, mesh)), strict=True))
+  both = tuple(a for a in stored["experts"] if a in rows)
+  of = both or tuple(a for a in stored["experts"] if a not in busy)
+  hidden = tuple(a for a in stored["expert_mlp"] if a not in busy)
+  places = {"experts": of, "embed": (), "expert_mlp": hidden}
+
+  def spec(p, value):
+    place = lambda a: PartitionSpec(*(places[n] if m > 1 else () for n, m in zip(p.axes, a.shape, strict=True)))
+    return jax.tree.map(place, value)
+
+  def body(x, routes, w):
+    w = _once(w, hidden)
+    if isinstance(routes, Buffers) and both:
+      there = functools.partial(jax.lax.all_to_all, axis_name=both, split_axis=1, concat_axis=0, tiled=True)
+      back = functools.partial(jax.lax.all_to_all, axis_name=both, split_axis=0, concat_axis=1, tiled=True)
+      y = buffered(x, routes, w, activation, exchange=(there, back))
+    else:
+      gather = lambda a: jax.lax.all_gather(a, both, axis=0, tiled=True) if both else a
+      x, routes = jax.tree.map(gather, (x, routes))
+      y = _apply(x, routes, w, activation, first=sharding.index(of) * w.up.shape[0])
+      y = jax.lax.psum_scatter(y, both, scatter_dimension=0, tiled=True) if both else y
+    pending = hidden if both else of + hidden
+    return jax.lax.psum(y, pending) if pending else y
+
+  # Cast before anything is sent.
+  values = _each(lambda p: p.get_value() if isinstance(p.get_value(), QTensor) else p.get_value().astype(x.dtype), w)
+  of_routes = jax.tree.map(lambda a: PartitionSpec(*tokens[:2], None), routes)
+  free = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+  return jax.shard_map(
+    body, mesh=mesh, axis_names=free, check_vma=False, out_specs=tokens,
+    in_specs=(tokens, of_routes, Experts(*(None if p is None else spec(p, v) for p, v in zip(w, values, strict=True)))),
+  )(x, routes, values)  # fmt: skip
+
+
+def dense(x: jax.Array, routes: Routes, w: Experts, activation: str) -> jax.Array:
+  """Every expert on every token: the oracle of the functions below.  [B, T, D] -> [B, T, D]."""
+  matmul = lambda x, m: jnp.einsum(("btd,edf->btef" if x.ndim == 3 else "btef,efd->bted"), x, m.astype(x.dtype))
+  y = _feed_forward(x, w, activation, matmul, lambda b: b, lambda y: y)
+  weight = jax.nn.one_hot(routes.expert, y.shape[2]) * (routes.gate * routes.taken)[..., None]
+  return jnp.einsum("bted,btke->btd", y.astype(jnp.float32), weight).astype(x.dtype)
+
+
+def grouped(x, routes: Routes, w: Experts, activation: str, *, first=0, whole=lambda y: y) -> jax.Array:
+  """Each token through its experts from `first` on, those that w holds: tokens sorted by expert.
+
+  x [B, T, D] -> [B, T, D], in x's dtype, summed over a token's experts in f32.
+  """
+  B, T, D = x.shape
+  K, E = routes.expert.shape[2], w.up.shape[0]
+  mine = routes.taken & (routes.expert >= first) & (routes.expert < first + E)
+  expert = jnp.where(mine, routes.expert - first, E).reshape(-1)  # [B T K]; E: somewhere else
+  order = jnp.argsort(expert, stable=True)
+  back = jnp.argsort(order)
+  sizes = jnp.sum(jax.nn.one_hot(expert, E, dtype=jnp.int32), axis=0)
+  rows = jnp.broadcast_to(x[:, :, None], (B, T, K, D)).reshape(-1, D)
+  own = jnp.minimum(expert[order], E - 1)
+  matmul = lambda x, m: grouped_matmul(x, m, sizes)
+  y = _feed_forward(permute(rows, order, back), w, activation, matmul, lambda b: b[own], whole)
+  y = permute(y, back, order).reshape(B, T, K, -1)
+  gate = jnp.where(mine, routes.gate, 0)[..., None]
+  return jnp.sum(y.astype(jnp.float32) * gate, axis=2).astype(x.dtype)
+
+
+def buffered(
+  x, buffers: Buffers, w: Experts, activation: str, *, first=0, whole=lambda y: y, exchange=None
+) -> jax.Array:
+  """Each expert's tokens through it, of the experts from `first` on.  [B, T, D] -> [B, T, D].
+
+  exchange: two functions instead, which bring [B, E, C, D] of all experts to the devices that hold them, and back.
+  """
+  B, T, _ = x.shape
+  there, back = exchange or (lambda y: y, lambda y: y)
+  if not exchange:
+    buffers = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, w.up.shape[0], 1), buffers)
+  rows = jnp.arange(B)[:, None, None]
+  padded = jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1)
+  matmul = lambda x, m: jnp.einsum(
+    "becd,edf->becf", x, m.astype(x.dtype), preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
+  ).astype(x.dtype)
+  y = back(_feed_forward(there(padded[rows, buffers.token]), w, activation, matmul, lambda b: b[:, None], whole))
+  y = y.astype(jnp.float32) * buffers.gate[..., None]
+  out = jnp.zeros((B, T + 1, y.shape[-1]), jnp.float32).at[rows, buffers.token].add(y)
+  return out[:, :T].astype(x.dtype)
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+  """x[order], where order[back] counts up. Its gradient is a permutation too, not a scatter."""
+  return x[order]
+
+
+permute.defvjp(lambda x, order, back: (x[order], back), lambda back, g: (g[back], None, None))
+
+
+# ----------------------------------------------------------------------------------------------- grouped matmul
+
+
+def grouped_matmul(x: jax.Array, w, sizes: jax.Array) -> jax.Array:
+  """The first sizes[0] rows by w[0], the next sizes[1] by w[1] ...; the rest is 0.
+
+  x [R, D], w [E, D, F] (or a QTensor, without gradients), sizes int32 [E] -> [R, F] in x's dtype, accumulated in f32.
+
+  `jax.lax.ragged_dot` where the compiler skips what is not a row's (TPUs, but for its weight gradient before jax
+  0.11). Elsewhere XLA multiplies every row by every matrix, so blocks of rows are multiplied one after another.
+  """
+  return _grouped_matmul(x, w, sizes) if isinstance(w, jax.Array) else _forward(x, w, sizes)
+
+
+def _forward(x, w, sizes, transposed: bool = False):
+  """By w, or by its transposes."""
+  blocks = functools.partial(_in_blocks, size=_block_size(x, w), transposed=transposed)
+  ragged = functools.partial(_ragged, transposed=transposed)
+  return jax.lax.platform_dependent(x, w, sizes, tpu=ragged, default=blocks)
+
+
+def _ragged(x, w, sizes, transposed: bool):
+  w = w.astype(x.dtype)
+  w = w.swapaxes(1, 2) if transposed else w
+  return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _grouped_matmul(x, w, sizes):
+  return _forward(x, w, sizes)
+
+
+def _backward(saved, g):
+  x, w, sizes = saved
+  blocks = functools.partial(_outer_in_blocks, size=_block_size(x, w))
+  ragged = _ragged_outer if jax.__version_info__ >= (0, 11) else blocks
+  dw = jax.lax.platform_dependent(x, g, sizes, tpu=ragged, default=blocks)
+  return _forward(g, w, sizes, transposed=True), dw.astype(w.dtype), None
+
+
+_grouped_matmul.defvjp(lambda x, w, sizes: (_forward(x, w, sizes), (x, w, sizes)), _backward)
+
+
+def _ragged_outer(x, g, sizes):
+  """[R, D], [R, F] -> [E, D, F], x^T g of each group of rows."""
+  dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+  return jax.lax.ragged_dot_general(x, g, sizes, dims, preferred_element_type=jnp.float32)
+
+
+def _block_size(x, w) -> int:
+  """A power of two near the mean group, so that few rows are multiplied in vain: from 8 to 256."""
+  return 1 << max(3, min(8, (x.shape[0] // w.shape[0]).bit_length()))
+
+
+def _steps(sizes: jax.Array, size: int) -> tuple[jax.Array, Callable]:
+  """How many blocks of `size` rows cover the groups, and a function from a block to (its group, its first row)."""
+  last = jnp.cumsum(-(-sizes // size))
+  start = jnp.cumsum(sizes) - sizes
+
+  def step(i):
+    e = jnp.searchsorted(last, i, side="right")
+    return e, start[e] + (i - (last[e] - -(-sizes[e] // size))) * size
+
+  return last[-1], step
+
+
+def _in_blocks(x, w, sizes, size: int, transposed: bool):
+  """Rows past the end of a group, which its last block multiplies too, are those that the next group writes again."""
+  count, step = _steps(sizes, size)
+  padded = jnp.pad(x, ((0, size), (0, 0)))
+
+  def body(i, y):
+    e, r = step(i)
+    block = jax.lax.dynamic_slice_in_dim(padded, r, size)
+    matrix = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, e, keepdims=False), w).astype(x.dtype)
+    out = jnp.dot(block, matrix.T if transposed else matrix, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(y, out, r, 0)
+
+  y = jnp.zeros((padded.shape[0], w.shape[1 if transposed else 2]), x.dtype)
+  y = jax.lax.fori_loop(0, count, body, y)[: x.shape[0]]
+  return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes), y, 0)
+
+
+def _outer_in_blocks(x, g, sizes, size: int):
+  count, step = _steps(sizes, size)
+  end = jnp.cumsum(sizes)
+  x, g = (jnp.pad(a, ((0, size), (0, 0))) for a in (x, g))
+
+  def body(i, dw):
+    e, r = step(i)
+    inside = (r + jnp.arange(size) < end[e])[:, None]
+    a, b = (jax.lax.dynamic_slice_in_dim(m, r, size) for m in (x, g))
+    more = jnp.dot(jnp.where(inside, a, 0).T, b, preferred_element_type=jnp.float32)
+    old = jax.lax.dynamic_index_in_dim(dw, e, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(dw, old + more, e, 0)
+
+  return jax.lax.fori_loop(0, count, body, jnp.zeros((len(sizes), x.shape[1], g.shape[1]), jnp.float32))

@@ -1,0 +1,89 @@
+"""Blockwise attention is attention: values and gradients equal those of the plain op, whatever the blocks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmarch.ops import attention, blockwise
+from llmarch.ops.attention import Keys
+
+B, N, K, H, V = 3, 6, 2, 8, 5
+KINDS = {
+  "causal": {},
+  "window": {"window": 9},
+  "bidirectional": {"mask": "bidirectional", "window": 11},
+  "prefix": {"mask": "prefix"},
+  "softcap": {"softcap": 1.5},
+  "sinks": {"sinks": True},
+  "all": {"mask": "prefix", "window": 23, "softcap": 2.0, "sinks": True},
+}
+
+
+def case(T: int, S: int, seed: int = 0):
+  """Two documents a row and padding on the right; the last query stands on the last key; a row of padding alone."""
+  r = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(r.normal(size=shape), jnp.float32)
+  positions = np.tile(np.concatenate([np.arange(S // 3), np.arange(S - S // 3)]), (B, 1))
+  segments = np.tile((np.arange(S) >= S // 3).astype(int), (B, 1))
+  positions[0, -7:] = -1
+  positions[2] = -1
+  prefix = (positions >= 0) & (positions < 6)
+  keys = Keys(*(jnp.asarray(a) for a in (positions, segments, prefix)))
+  queries = jax.tree.map(lambda a: a[:, S - T :], keys)
+  q, k, v, sinks = normal(B, T, N, H), normal(B, K, S, H), normal(B, K, S, V), normal(N)
+  return q, k, v, sinks, queries, keys, normal(B, T, N, V)
+
+
+def value_and_gradients(f, weights, *args):
+  return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weights), argnums=range(len(args))))(*args)
+
+
+@pytest.mark.parametrize("T, S, block", [(40, 40, 16), (37, 37, 8), (19, 53, 16), (5, 64, 64)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blockwise_attention_is_attention(kind, T, S, block, cases):
+  options = {"mask": "causal", "window": None, "scale": 0.3, "softcap": None} | KINDS[kind]
+  q, k, v, sinks, queries, keys, weights = case(T, S)
+  args = (q, k, v, sinks) if options.pop("sinks", False) else (q, k, v)
+
+  def plain(q, k, v, sinks=None):
+    seen = attention.visible(queries, keys, mask=options["mask"], window=options["window"])
+    rest = {name: options[name] for name in ("scale", "softcap")}
+    return attention.attend(q, k, v, seen, None, sinks, dropout=0.0, key=None, **rest)[0]
+
+  def by_blocks(q, k, v, sinks=None):
+    return blockwise.attend(q, k, v, queries, keys, sinks, block=block, **options)[0]
+
+  np.testing.assert_allclose(by_blocks(*args), plain(*args), atol=1e-6)
+  assert not jnp.any(by_blocks(*args)[2]), "a query that sees nothing gets zeros"
+  want, got = (value_and_gradients(f, weights, *args)[1] for f in (plain, by_blocks))
+  for a, b in zip(want, got, strict=True):
+    np.testing.assert_allclose(b, a, atol=2e-6 * float(jnp.abs(a).max()))
+  cases("blockwise attention is attention")
+
+
+def test_keys_in_blocks_that_no_query_sees_are_not_read():
+  """NaN there would spread through any arithmetic: 0 times NaN is NaN."""
+  q, k, v, _, queries, keys, weights = case(32, 32)
+  keys = keys._replace(positions=keys.positions.at[:, :16].set(-1))
+  k, v = k.at[:, :, :16].set(jnp.nan), v.at[:, :, :16].set(jnp.nan)
+  options = dict(queries=queries, keys=keys, sinks=None, mask="causal", window=None, scale=1.0, softcap=None)
+  run = lambda q, k, v, block: blockwise.attend(q, k, v, block=block, **options)[0]
+  _, (dq, dk, dv) = value_and_gradients(functools.partial(run, block=16), weights, q, k, v)
+  assert all(jnp.isfinite(a).all() for a in (run(q, k, v, block=16), dq, dk, dv))
+  assert not jnp.isfinite(run(q, k, v, block=32)).all(), "the control: one block, which is read"
+
+
+def test_no_array_of_all_scores_is_held():
+  T = 64
+  q, k, v, _, queries, keys, weights = case(T, T)
+  options = dict(mask="causal", window=None, scale=1.0, softcap=None)
+  f = lambda *a: blockwise.attend(*a, queries, keys, None, block=8, **options)[0]
+  text = jax.jit(jax.grad(lambda *a: jnp.sum(f(*a) * weights), argnums=(0, 1, 2))).lower(q, k, v).as_text()
+  largest = max(
+    int(np.prod([int(n) for n in dims.split("x")[:-1]], dtype=np.int64))
+    for dims in __import__("re").findall(r"tensor<((?:\d+x)+[a-z]\w*)>", text)
+  )
+  assert largest < B * N * T * T / 2
