@@ -196,6 +196,22 @@ def llama_like(model_type: str, architecture: str, mixer: dict, **more) -> Famil
   return Family(model_type, architecture, more.pop("model", model(rms())), block, more.pop("rows", LLAMA), **more)
 
 
+def _granite(model_type: str, architecture: str, ffn: dict, **more) -> Family:
+  """A llama with four multipliers."""
+  return llama_like(
+    model_type,
+    architecture,
+    {"position": Rope(), "query_scale": Key("attention_multiplier", 1.0), **ATTENTION_BIAS},
+    model=model(
+      rms(),
+      embed={"scale": Key("embedding_multiplier", 1.0)},
+      head={"scale": inverse("logits_scaling", 1.0)},
+    ),
+    block={"ffn": ffn, "branch_scale": Key("residual_multiplier", 1.0)},
+    **more,
+  )
+
+
 def _after_max_window_layers(h, i) -> bool:
   return i >= h.get("max_window_layers", 28)
 
@@ -753,30 +769,11 @@ _FAMILIES = (
     (*ENDS, *PRE, *fused(f"{L}.self_attn.qkv_proj"), *output(f"{L}.self_attn.o_proj"), *fused_gate(f"{L}.mlp")),
     only={"attention_bias": (False,)},
   ),
-  llama_like(
-    "granite",
-    "GraniteForCausalLM",
-    {"position": Rope(), "query_scale": Key("attention_multiplier", 1.0), **ATTENTION_BIAS},
-    model=model(
-      rms(),
-      embed={"scale": Key("embedding_multiplier", 1.0)},
-      head={"scale": inverse("logits_scaling", 1.0)},
-    ),
-    block={"ffn": mlp(bias=Key("mlp_bias", False)), "branch_scale": Key("residual_multiplier", 1.0)},
-  ),
-  llama_like(
+  _granite("granite", "GraniteForCausalLM", mlp(bias=Key("mlp_bias", False))),
+  _granite(
     "granitemoe",
     "GraniteMoeForCausalLM",
-    {"position": Rope(), "query_scale": Key("attention_multiplier", 1.0), **ATTENTION_BIAS},
-    model=model(
-      rms(),
-      embed={"scale": Key("embedding_multiplier", 1.0)},
-      head={"scale": inverse("logits_scaling", 1.0)},
-    ),
-    block={
-      "ffn": mixture("num_local_experts", "intermediate_size"),
-      "branch_scale": Key("residual_multiplier", 1.0),
-    },
+    mixture("num_local_experts", "intermediate_size"),
     rows=(
       *ENDS,
       *PRE,

@@ -180,7 +180,7 @@ class MLA(nnx.Module):
     options = dict(scale=c.scale(), softcap=None)
     if absorb:
       seen = ops.visible(context.queries, keys, mask=c.mask, window=c.window)
-      turned = jnp.einsum("btnh,bsh->bnts", rope, k_rope[:, 0], preferred_element_type=jnp.float32) * c.scale()
+      turned = ops.shared_scores(rope, k_rope[:, 0], scale=c.scale())
       options |= dict(dropout=c.dropout, key=key, entropy=context.telemetry)
       out, entropy = ops.attend(nope, latent, latent, seen, turned, None, **options)
       aux = {"attention_entropy": mean_over(entropy, context)} if context.telemetry else {}

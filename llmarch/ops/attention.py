@@ -66,6 +66,11 @@ def t5_bucket(distance: jax.Array, *, num_buckets: int, max_distance: int, bidir
   return offset + jnp.asarray(table)[jnp.minimum(distance, len(table) - 1)]
 
 
+def shared_scores(q: jax.Array, k: jax.Array, *, scale: float) -> jax.Array:
+  """Scores with one key a token for all heads: q [B, T, N, H], k [B, S, H] -> scale q k^T, f32 [B, N, T, S]."""
+  return jnp.einsum("btnh,bsh->bnts", q, k, preferred_element_type=jnp.float32) * scale
+
+
 def attend(
   q: jax.Array,  # [B, T, N, H]
   k: jax.Array,  # [B, K, S, H]: the layout of the cache, so that a decode step reads it in place
