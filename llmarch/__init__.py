@@ -21,7 +21,7 @@ def load(directory: str | os.PathLike, **options):
     from llmarch.train.checkpoint import restore_params
 
     config, params, tokenizer = restore_params(os.fspath(directory), base=lambda folder: load(folder).arrays())
-    return lm.LM(config, params, load_tokenizer(tokenizer), **options)
+    return lm.LM(config, params, tokenizer and load_tokenizer(tokenizer), **options)
   has_tokenizer = os.path.exists(os.path.join(directory, lm.TOKENIZER))
   tokenizer = load_tokenizer(os.fspath(directory)) if has_tokenizer else None
   from llmarch.convert import hf

@@ -14,9 +14,24 @@ COMMANDS = {
   "regroup": "give a model fewer key-value heads (MHA to GQA or MQA), to train on from",
   "evaluate": "perplexity on a text, or tasks of lm-eval",
   "tokenizer": "train a BPE tokenizer, or encode a source to a token file",
+  "ablate": "run an experiment's arms and seeds, record every trial, judge its comparisons",
+  "claims": "what papers and surveys say, and what came of checking it",
+  "advise": "which architecture for a task, a context and a memory, and on what evidence",
   "bench": "measure train step, prefill and decode on given shapes",
   "compile": "compile for TPUs or GPUs that are not here: memory, FLOPs, collectives",
 }
+
+
+COMPUTE = {"train", "generate", "evaluate", "bench"}  # of these, on CPUs too, much time may go
+
+
+def cli() -> int:
+  """The command of a shell: `main`, in a process that asks for huge pages where they help."""
+  if sys.argv[1:] and sys.argv[1] in COMPUTE:
+    from llmarch.process import restart_with_huge_pages
+
+    restart_with_huge_pages()
+  return main()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,4 +65,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(cli())

@@ -10,11 +10,14 @@ import ast
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import math
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 config_dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
@@ -438,16 +441,22 @@ def to_dict(config: Any) -> Any:
 
 
 def override(data: dict, assignments: list[tuple[str, str]], path: str = "config") -> dict:
-  """A copy of nested `data` with each dotted key set to its parsed text, in order.
-
-  Only existing keys can be set, so that a typing error cannot pass; `build` then checks the value. A
-  variant may be switched by its name alone (`mixer.position=alibi`).
+  """A copy of nested `data` with each dotted key set to its parsed text, in order (see `assign`).
 
   >>> override({"a": {"b": 1}}, [("a.b", "2")])
   {'a': {'b': 2}}
   """
+  return assign(data, [(key, parse_value(text)) for key, text in assignments], path)
+
+
+def assign(data: dict, assignments: Iterable[tuple[str, Any]], path: str = "config") -> dict:
+  """A copy of nested `data` with each dotted key set to its value, in order.
+
+  Only existing keys can be set, so that a typing error cannot pass; `build` then checks the value. A
+  variant may be switched by its name alone (`mixer.position=alibi`).
+  """
   data = _copy(data)
-  for key, text in assignments:
+  for key, value in assignments:
     *parents, last = key.split(".")
     node, at = data, path
     for parent in parents:
@@ -455,7 +464,7 @@ def override(data: dict, assignments: list[tuple[str, str]], path: str = "config
     if isinstance(node, str):
       raise UserError(f"{at}={node!r} has no keys yet; write {at}='{{\"kind\": \"{node}\", \"{last}\": ...}}'")
     _child(node, last, at)
-    node[last] = parse_value(text)
+    node[last] = value
   return data
 
 
@@ -493,3 +502,22 @@ def differences(a: Any, b: Any, path: str = "config") -> list[str]:
     return []
   show = lambda v: "absent" if type(v) is object else repr(v)
   return [f"{path}: {show(a)} here, {show(b)} there"]
+
+
+def execute(path: str | os.PathLike, function: str, *args, flag: str) -> Any:
+  """What `function(*args)` of a Python file returns: configs and ablations are data that a file computes.
+
+  Raises UserError, which begins with the flag that named the file, where there is none, it has no such function, or
+  either fails.
+  """
+  if not os.path.isfile(path):
+    raise UserError(f"{flag}: there is no file {path}; give one that exists")
+  spec = importlib.util.spec_from_file_location(f"llmarch_file_{zlib.crc32(os.path.abspath(path).encode())}", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    return getattr(module, function)(*args)
+  except UserError:
+    raise
+  except Exception as e:
+    raise UserError(f"{flag}: {path} failed with {type(e).__name__}: {e}; mend the file") from e

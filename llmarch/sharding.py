@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -190,6 +191,24 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence | None = None) -> Mesh
   except NotImplementedError:  # jax wants leave to let two mesh axes share a side of a torus
     arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(arranged, tuple(sizes), axis_types=auto)
+
+
+def device_mesh(text: str, num_processes: int = 1) -> Mesh:
+  """A mesh, from "data=2,tensor=4" or "x=2,y=2,z=2", over the devices there are; a machine without accelerators
+  gets as many fake ones as it needs, and a line that says so. Before the first use of jax's devices, of which each
+  process (train/distributed.py) has as many."""
+  sizes = parse_mesh(text)
+  need = math.prod(sizes.values())
+  check(
+    need % num_processes == 0,
+    f"{num_processes} processes cannot share devices evenly, of which mesh {text!r} has {need}; make it a multiple of"
+    f" {num_processes}",
+  )
+  # Of the CPU backend alone. (Of more than these, `make_mesh` tells.)
+  jax.config.update("jax_num_cpu_devices", min(need // num_processes, 4096))
+  if jax.default_backend() == "cpu" and need > 1 and jax.process_index() == 0:
+    print(f"no accelerator: {need} fake devices on this CPU", file=sys.stderr)
+  return make_mesh(sizes)
 
 
 def _slices(devices: Sequence) -> set:

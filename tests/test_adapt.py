@@ -18,7 +18,7 @@ import llmarch
 from llmarch.__main__ import main
 from llmarch.analysis import cost
 from llmarch.commands.common import load_config
-from llmarch.commands.train import run as train_command
+from llmarch.lab.training import train_run as train_command
 from llmarch.config import BlockConfig, ModelConfig, UserError, build
 from llmarch.convert import hf, peft
 from llmarch.convert.tables import FAMILIES

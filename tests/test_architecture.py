@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted((ROOT / "llmarch").rglob("*.py"))
 
-# A room may import itself and these rooms. experiment.py and mesh.py are parts of config.
+# A room may import itself and these rooms. experiment.py, mesh.py and process.py are parts of config.
 BELOW_MODELS = {"config", "sharding", "ops", "layers", "models"}
 ARROWS = {
   "config": set(),
@@ -24,9 +24,10 @@ ARROWS = {
   "infer": BELOW_MODELS | {"data"},
   "convert": BELOW_MODELS | {"presets"},
   "analysis": BELOW_MODELS | {"presets", "train", "infer"},  # analysis/compile.py compiles their programs
-  "report": BELOW_MODELS | {"analysis"},
+  "lab": BELOW_MODELS | {"presets", "data", "train", "infer", "convert", "analysis", "__init__"},
+  "report": BELOW_MODELS | {"analysis", "lab"},
   "commands": BELOW_MODELS
-  | {"presets", "data", "train", "infer", "convert", "analysis", "report", "__main__", "__init__"},
+  | {"presets", "data", "train", "infer", "convert", "analysis", "lab", "report", "__main__", "__init__"},
   "__main__": {"config", "commands"},
   "__init__": {"data", "train", "infer", "convert"},
 }
@@ -46,7 +47,7 @@ def room(module: str) -> str:
   """llmarch.layers.attention -> layers; llmarch.experiment -> config."""
   parts = module.split(".")
   name = parts[1] if len(parts) > 1 else "__init__"
-  return {"experiment": "config", "mesh": "config"}.get(name, name)
+  return {"experiment": "config", "mesh": "config", "process": "config"}.get(name, name)
 
 
 def imports(path: pathlib.Path) -> set[str]:

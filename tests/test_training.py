@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import llmarch
-from llmarch.commands.train import run as train_command
+from llmarch.lab.training import train_run as train_command
 from llmarch.config import BlockConfig, ModelConfig, UserError, build, override, to_dict
 from llmarch.data.tokenizers import load_tokenizer, train_bpe
 from llmarch.experiment import (

@@ -8,7 +8,6 @@ README.md beside this file. About 3 minutes on one core.
 
 import pathlib
 
-from llmarch.commands.common import device_mesh
 from llmarch.config import BlockConfig, ModelConfig
 from llmarch.experiment import ExperimentConfig, TrainConfig
 from llmarch.layers.attention import AttentionConfig
@@ -31,6 +30,7 @@ def temporaries(mesh: str, **train) -> float:
   """MiB of one device that a train step holds at its worst moment, besides its state and batch."""
   import jax
 
+  from llmarch.sharding import device_mesh
   from llmarch.train.step import make_train_step
 
   config = ExperimentConfig(model=MODEL, mesh=mesh, train=TrainConfig(batch_size=ROWS, seq_len=LENGTH, **train))

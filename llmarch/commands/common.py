@@ -1,6 +1,5 @@
 """What the commands share: flags, configs from files and overrides, JSON or tables."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -8,11 +7,21 @@ from collections.abc import Callable
 
 from absl import flags
 
-from llmarch.config import UserError, build, check, nearest, override, to_dict
+from llmarch.config import UserError, build, execute, nearest, override, to_dict
 
 
 def parse_flags(argv: list[str], define: Callable[[flags.FlagValues], None], usage: str) -> flags.FlagValues:
   """Parses a command's own flags. `--help` prints usage and exits 0; a bad flag raises UserError."""
+  values, rest = parse_words(argv, define, usage)
+  if rest:
+    raise UserError(f"{rest[0]!r} is not a flag; write --name=value (--help lists the flags)")
+  return values
+
+
+def parse_words(
+  argv: list[str], define: Callable[[flags.FlagValues], None], usage: str
+) -> tuple[flags.FlagValues, list[str]]:
+  """`parse_flags` of a command that takes words as well, which may stand anywhere: -> the flags, the words."""
   values = flags.FlagValues()
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
   define(values)
@@ -23,9 +32,7 @@ def parse_flags(argv: list[str], define: Callable[[flags.FlagValues], None], usa
   if values.help:
     print(f"usage: {usage}\n{_flag_help(values)}")
     raise SystemExit(0)
-  if rest:
-    raise UserError(f"{rest[0]!r} is not a flag; write --name=value (--help lists the flags)")
-  return values
+  return values, rest
 
 
 def _flag_help(values: flags.FlagValues) -> str:
@@ -108,42 +115,8 @@ def _of_model(folder: str, model) -> dict:
 
 
 def _run_config(path: str, argument: str) -> dict:
-  if not os.path.isfile(path):
-    raise UserError(f"--config: there is no file {path}; give an existing config such as configs/tiny.py")
-  spec = importlib.util.spec_from_file_location("llmarch_config_file", path)
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    config = module.get_config(argument) if argument else module.get_config()
-  except UserError:
-    raise
-  except Exception as e:
-    raise UserError(f"--config: {path} failed with {type(e).__name__}: {e}; mend the file") from e
+  config = execute(path, "get_config", *([argument] if argument else []), flag="--config")
   return config.to_dict() if hasattr(config, "to_dict") else config
-
-
-def device_mesh(text: str, num_processes: int = 1):
-  """A mesh, from "data=2,tensor=4" or "x=2,y=2,z=2", over the devices there are; a machine without accelerators
-  gets as many fake ones as it needs, and a line that says so. Before the first use of jax's devices, of which each
-  process (train/distributed.py) has as many."""
-  import math
-
-  import jax
-
-  from llmarch import sharding
-
-  sizes = sharding.parse_mesh(text)
-  need = math.prod(sizes.values())
-  check(
-    need % num_processes == 0,
-    f"{num_processes} processes cannot share devices evenly, of which mesh {text!r} has {need}; make it a multiple of"
-    f" {num_processes}",
-  )
-  # Of the CPU backend alone. (Of more than these, `make_mesh` tells.)
-  jax.config.update("jax_num_cpu_devices", min(need // num_processes, 4096))
-  if jax.default_backend() == "cpu" and need > 1 and jax.process_index() == 0:
-    print(f"no accelerator: {need} fake devices on this CPU", file=sys.stderr)
-  return sharding.make_mesh(sizes)
 
 
 def print_table(rows: list[dict], as_json: bool, *, title: str = "") -> None:

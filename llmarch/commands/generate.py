@@ -5,7 +5,7 @@ import time
 
 from absl import flags
 
-from llmarch.commands.common import device_mesh, parse_flags, print_table
+from llmarch.commands.common import parse_flags, print_table
 from llmarch.config import UserError
 
 USAGE = "llmarch generate --from=DIR --prompt=TEXT [--max_new_tokens=N] [--temperature=T] ..."
@@ -54,11 +54,12 @@ def main(argv: list[str]) -> int:
   if not prompts:
     raise UserError("--prompt is missing; give a text to continue, or a --prompt_file")
   import llmarch
+  from llmarch import sharding
   from llmarch.infer.lm import Text
 
   place = {}
   if args.mesh:
-    place = {"mesh": device_mesh(args.mesh)}
+    place = {"mesh": sharding.device_mesh(args.mesh)}
     place |= {"prefill_layout": args["layout.prefill"].value, "decode_layout": args["layout.decode"].value}
   elif args["layout.prefill"].present or args["layout.decode"].present:
     raise UserError("--layout.prefill and --layout.decode are of a mesh; give --mesh=x=2,y=2,z=2, or leave them out")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmarch.ops.attention import Keys, visible
 from llmarch.sharding import automatic, bound
@@ -105,10 +106,37 @@ def _tokens(of: Keys, block: int) -> Keys:
 
 
 def _where_seen(options: _Options, queries: Keys, keys: Keys, work, carry):
-  """work(carry, bool [B, 1, 1, C, C]), or the carry itself where no query of the block sees a key of the other."""
-  seen = visible(queries, keys, mask=options.mask, window=options.window)
-  run = lambda carry: work(carry, seen[:, None, None])
-  return jax.lax.cond(jnp.any(seen), run, lambda carry: carry, carry) if options.skip else run(carry)
+  """work(carry, bool [B, 1, 1, C, C]), or the carry itself where no query of the block can see a key of the other."""
+
+  def run(carry):
+    return work(carry, visible(queries, keys, mask=options.mask, window=options.window)[:, None, None])
+
+  if not options.skip:
+    return run(carry)
+  return jax.lax.cond(may_see(queries, keys, mask=options.mask, window=options.window), run, lambda carry: carry, carry)
+
+
+def may_see(queries: Keys, keys: Keys, *, mask: str, window: int | None) -> jax.Array:
+  """A bool that is true wherever some query of a block sees some key of another (`attention.visible`), [B, C] each.
+
+  From the blocks' extreme positions and segments alone: C tokens a pair of blocks, and not C^2, so that a row of T
+  tokens is surveyed in T^2 / C steps. Where it is true in vain, the work adds nothing.
+  """
+  far = jnp.iinfo(jnp.int32).max
+
+  def extremes(x, of: Keys):
+    valid = of.positions >= 0
+    return jnp.min(x, axis=1, where=valid, initial=far), jnp.max(x, axis=1, where=valid, initial=-1)
+
+  (q, k), (q_segment, k_segment) = (
+    [extremes(getattr(block, name), block) for block in (queries, keys)] for name in ("positions", "segment_ids")
+  )
+  may = (q[1] >= 0) & (k[1] >= 0) & (q_segment[0] <= k_segment[1]) & (k_segment[0] <= q_segment[1])
+  if mask == "causal":
+    may &= k[0] <= q[1]
+  if window is not None:
+    may &= (q[0] - k[1] < window) & (k[0] - q[1] < window)
+  return jnp.any(may)
 
 
 def _products(options: _Options, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -149,9 +177,10 @@ def _fold(options: _Options, state: _Softmax, q: jax.Array, held: _Held, queries
     state, q, queries = turn
 
     def step(state, turn):
-      k, v, keys = turn
+      at, keys = turn
 
       def work(state, seen):
+        k, v = held.k[at], held.v[at]  # here, and not among what is scanned: blocks that are skipped are not copied
         scores, _ = _products(options, q, k)
         if options.bias is not None:
           scores += _biases(options, queries, keys, scores.shape)(table)
@@ -169,7 +198,7 @@ def _fold(options: _Options, state: _Softmax, q: jax.Array, held: _Held, queries
 
       return _where_seen(options, queries, keys, work, state), None
 
-    return None, jax.lax.scan(step, state, held)[0]
+    return None, jax.lax.scan(step, state, (np.arange(len(held.k)), held.keys))[0]
 
   return jax.lax.scan(one, None, (state, q, queries))[1]
 

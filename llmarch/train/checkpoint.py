@@ -25,6 +25,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from llmarch.config import UserError
+from llmarch.data.synthetic import TASKS
 from llmarch.experiment import CheckpointConfig, ExperimentConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract
@@ -259,6 +260,8 @@ def steps_of(folder: Path) -> list[int]:
 def restore_params(workdir: str, *, step: int | None = None, base: Callable[[str], dict] | None = None):
   """(ModelConfig, nnx.State of its Decoder, tokenizer spec) of a run, the moving average where there is one.
 
+  The spec is None for a synthetic task, whose ids are no text.
+
   step: None is the newest that is whole. The tokenizer is the one that the run keeps, where it does. Parameters
   only: the optimizer's state is not read. Nothing is moved or written. base(folder): the parameters by name of the
   model there, for a run of adapters, which are merged with it.
@@ -271,7 +274,8 @@ def restore_params(workdir: str, *, step: int | None = None, base: Callable[[str
   abstract_params = nnx.state(abstract(config.model))
   flat = {name: flat[name].astype(p.dtype) for name, p in flatten(abstract_params).items()}
   own = (Path(workdir) / "tokenizer.json").exists()
-  return config.model, unflatten(abstract_params, flat), str(workdir) if own else config.data.tokenizer
+  spec = None if type(config.data.source) in TASKS else str(workdir) if own else config.data.tokenizer
+  return config.model, unflatten(abstract_params, flat), spec
 
 
 def restore_trained(workdir: str, *, step: int | None = None) -> tuple[ExperimentConfig, dict, dict]:

@@ -85,10 +85,11 @@ def read(path: Path) -> list[dict]:
     lines = path.read_bytes().split(b"\n")
   except FileNotFoundError:
     return []
-  return [row for line in lines if (row := _parse(line)) is not None]
+  return [row for line in lines if (row := parse(line)) is not None]
 
 
-def _parse(line: bytes) -> dict | None:
+def parse(line: bytes) -> dict | None:
+  """A line of a journal; None if it is not whole."""
   text, mark, crc = line.rpartition(b', "crc32": ')
   if not mark or crc != f"{zlib.crc32(text + b'}')}}}".encode():
     return None

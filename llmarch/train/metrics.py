@@ -77,7 +77,7 @@ class LiveLine:
     text = (
       f"step {row['step']}/{self.steps}  loss {row['loss']:.4f}  {row['bits_per_byte']:.3f} bits/byte  "
       f"|g| {row['grad_norm']:.2f}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s{mfu}"
-      f"  {_clock(left)} left"
+      f"  {clock(left)} left"
     )
     self._print(text, "" if self.live and row["step"] < self.steps else "\n")
 
@@ -90,7 +90,7 @@ class LiveLine:
     print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
   minutes, seconds = divmod(math.ceil(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

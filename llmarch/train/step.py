@@ -65,8 +65,8 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
   def model_of(params: dict, base: dict | None) -> Decoder:
     return nnx.merge(graph, unflatten(abstract_params, lora.attach(base, params) if lora else params))
 
-  def init(params: dict | None = None) -> dict:
-    key = jax.random.key(config.seed)
+  def init(seed: jax.Array, params: dict | None = None) -> dict:
+    key = jax.random.key(seed)
     params = flatten(nnx.state(Decoder(config.model, key))) if params is None else params
     base = {}
     if lora:
@@ -166,7 +166,8 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
   def export(state: dict) -> dict:
     return lora.merge(state["base"], eval_params(state)) if lora else eval_params(state)
 
-  shapes = jax.eval_shape(init)
+  seed = np.uint32(config.seed)  # an argument, so that one compiled program draws the parameters of every seed
+  shapes = jax.eval_shape(init, seed)
   if mesh is None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed, batch_sharding = jax.tree.map(lambda _: device, shapes), None
@@ -177,7 +178,7 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
       mesh, sharding.spec(TOKENS, (c.batch_size // c.grad_accum, c.seq_len), LAYOUT, mesh)
     )
   return TrainStep(
-    init=jax.jit(init, out_shardings=placed),
+    init=functools.partial(jax.jit(init, out_shardings=placed), seed),
     step=jax.jit(step, donate_argnums=0, static_argnames="telemetry", out_shardings=(placed, None)),
     evaluate=jax.jit(evaluate),
     export=jax.jit(export) if lora else export,

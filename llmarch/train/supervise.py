@@ -1,7 +1,6 @@
 """A supervisor that starts a run again when it dies, and an account of where the time went (standard library only)."""
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from llmarch.process import dies_with
 from llmarch.train.faults import FINAL
 from llmarch.train.journal import NAME, Journal, read
 
@@ -36,7 +36,7 @@ def supervise(command: list[str], workdir: str) -> int:
   deaths, delay, newest = 0, FIRST, _newest(workdir)
   try:
     while True:
-      child = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with(os.getpid()))
+      child = subprocess.Popen(command, start_new_session=True, preexec_fn=dies_with(os.getpid()))
       if asked:  # in between
         child.send_signal(signal.SIGTERM)
       code = child.wait()
@@ -67,19 +67,6 @@ def supervise(command: list[str], workdir: str) -> int:
     (Path(workdir) / "goodput.json").write_text(json.dumps(account, indent=1) + "\n")
     _say(describe(account))
   return code if code >= 0 else 128 - code
-
-
-def _die_with(parent: int):
-  """What a child does before it becomes the command: it asks the kernel to be killed when its parent is gone."""
-  libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-  def ask():
-    if libc is not None:
-      libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-      os._exit(1)
-
-  return ask
 
 
 def _newest(workdir: str) -> int:

@@ -1,0 +1,119 @@
+"""The least time of a decode step on one chip, for every mixer and feed-forward: from analysis/cost.py alone.
+
+A step does the FLOPs of one token a row, and reads each weight that they need and the whole decoding state once.
+Overlapped perfectly it takes the longer of the two (2211.05102, section 2). That is a lower bound: it knows peaks and
+no kernels, and counts neither activations nor what a step writes. The planner prices layouts of many chips, for
+attention and dense feed-forwards; this is its single chip for the rest of the space.
+"""
+
+import dataclasses
+
+from llmarch.analysis import cost, planner
+from llmarch.analysis.hardware import CHIPS, Chip
+from llmarch.config import BlockConfig, ModelConfig, UserError, check, nearest
+from llmarch.layers.mla import MLAConfig
+from llmarch.layers.moe import MoEConfig, TopK
+
+# Bytes of a weight at rest. A format's include the scales of its groups; those of channels are few and not counted.
+WEIGHTS = {"bfloat16": 2.0, "float32": 4.0, **planner.BYTES}
+
+# Three chips whose balance differs: 206, 240 and 419 FLOPs a byte of memory traffic.
+POINTS = ("h200", "tpu_v5e", "l40s")
+
+
+def decode_seconds(
+  config: ModelConfig, chip: Chip, *, batch: int, context: int, weights: str | None = None, kv: str = "bfloat16"
+) -> float:
+  """Seconds that one decode step of `batch` rows takes at least, each at its token number `context`.
+
+  max(FLOPs / peak, (bytes of weights + bytes of state) / memory bandwidth). Weights take 16 bits unless a format is
+  given (a name of WEIGHTS), and are multiplied in 16 bits whatever they are stored in; `kv` is what the state is held
+  in (a name of cost.BYTES), whatever config.precision says. Whether it all fits the chip is not looked at. The masks
+  are causal, and experts are expected to be chosen evenly. Raises UserError for a size below 1 or an unknown format.
+  """
+  moved = weight_bytes_read(config, batch, weights) + cost.state_bytes(hold(config, kv), batch, context)
+  return max(batch * decode_flops(config, context) / chip.flops, moved / chip.hbm_bandwidth)
+
+
+def read_seconds(config: ModelConfig, chip: Chip, *, batch: int, context: int, weights: str | None = None) -> float:
+  """Seconds that one pass over `batch` whole sequences of `context` tokens takes at least, with neither state nor
+  logits: what an encoder does. Bytes and errors are those of `decode_seconds`."""
+  check(context >= 1, f"context must be at least 1 token, got {context}")
+  tokens = batch * context
+  flops = tokens * (cost.flops_per_token(config, context) - 2 * cost.head_macs(config))
+  read = weight_bytes_read(config, tokens, weights) - cost.head_macs(config) * _width(weights)
+  return max(flops / chip.flops, read / chip.hbm_bandwidth)
+
+
+def decode_ms_at(config: ModelConfig, *, batch: int, context: int) -> dict[str, float]:
+  """{chip of POINTS: milliseconds between two tokens of a row}, a lower bound; weights and state in 16 bits.
+
+  That is of one decode step: each of the `batch` rows gets a token in it.
+  """
+  return {name: 1e3 * decode_seconds(config, CHIPS[name], batch=batch, context=context) for name in POINTS}
+
+
+def decode_flops(config: ModelConfig, context: int) -> float:
+  """FLOPs of a row's token number `context`: those of so many tokens less those of one fewer.
+
+  A latent attention, whose two forms differ in cost, decodes with its keys and values absorbed: N (2 C + R)
+  multiply-adds for each key, where whole sequences take N (P + R + V) (2405.04434, section 2.1.2).
+  """
+  check(context >= 1, f"context must be at least 1 token, got {context}")
+  upto = lambda length: length * cost.flops_per_token(config, length) if length else 0.0
+  flops = upto(context) - upto(context - 1)
+  for count, block, _, _ in cost.layers(config):
+    c = block.mixer
+    if isinstance(c, MLAConfig):
+      expanded = c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+      absorbed = c.num_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+      flops += 2 * count * (absorbed - expanded) * min(context, c.window or context)
+  return flops
+
+
+def weight_bytes(config: ModelConfig, weights: str | None = None) -> float:
+  """Bytes of all parameters at rest, in 16 bits or in a format of WEIGHTS. Raises UserError for an unknown one."""
+  return cost.params(config)["total"] * _width(weights)
+
+
+def weight_bytes_read(config: ModelConfig, batch: int, weights: str | None = None) -> float:
+  """Bytes of the weights that a decode step of `batch` rows reads: all but tables of which it looks up rows, and the
+  experts to which no row goes, in expectation (see `distinct_experts`)."""
+  check(batch >= 1, f"batch must be at least 1, got {batch}")
+  count = cost.params(config)
+  rows = 0 if config.head.tied else config.vocab_size * (config.embed.dim or config.d_model)
+  unread = sum(n * _unread(block, config.d_model, batch) for n, block, _, _ in cost.layers(config))
+  return (count["total"] - count["position"] - rows - unread) * _width(weights)
+
+
+def _unread(block: BlockConfig, d_model: int, batch: int) -> float:
+  """Parameters of a layer's experts to which none of `batch` rows goes."""
+  if not isinstance(block.ffn, MoEConfig):
+    return 0.0
+  expert = cost.mlp(block.ffn.expert, d_model)
+  return (block.ffn.num_experts - distinct_experts(block.ffn, batch)) * (expert.matrices + expert.vectors)
+
+
+def distinct_experts(config: MoEConfig, tokens: int) -> float:
+  """Experts that `tokens` tokens reach together, in expectation: E (1 - (1 - k / E)^tokens).
+
+  Tokens choose independently, and each expert is as likely as the next; of all ways to choose that one reaches the
+  most experts, and training balances towards it. Where experts choose, all of them do (such a model cannot decode;
+  the number is of one that does the same work).
+  """
+  E = config.num_experts
+  return E * (1 - (1 - config.router.k / E) ** tokens) if isinstance(config.router, TopK) else float(E)
+
+
+def hold(config: ModelConfig, kv: str) -> ModelConfig:
+  """The same model with its decoding state in `kv`. Raises UserError for an unknown name."""
+  if kv not in cost.BYTES:
+    raise UserError(f"kv: there is no {kv!r}{nearest(kv, cost.BYTES)}")
+  return dataclasses.replace(config, precision=dataclasses.replace(config.precision, state=kv))
+
+
+def _width(weights: str | None) -> float:
+  name = weights or "bfloat16"
+  if name not in WEIGHTS:
+    raise UserError(f"weights: there is no {name!r}{nearest(name, WEIGHTS)}")
+  return WEIGHTS[name]

@@ -1,0 +1,104 @@
+"""`llmarch ablate`: runs the arms of experiments, records every trial once, and prints the verdicts of their rules."""
+
+import sys
+
+from absl import flags
+
+from llmarch.commands.common import parse_words, print_table
+from llmarch.config import check
+
+USAGE = """llmarch ablate FOLDER [FOLDER ...] [--flags]
+
+  llmarch ablate experiments/glu                          what is not recorded yet, in trials of half a minute
+  llmarch ablate experiments --budget=tiny --out=runs/again     all experiments, recorded elsewhere
+  llmarch ablate experiments/glu --budget=gpu --backend=slurm --gpus_per_trial=1"""
+
+
+def _define(values: flags.FlagValues) -> None:
+  def number(name, default, help, low=1):
+    flags.DEFINE_integer(name, default, help, lower_bound=low, flag_values=values)
+
+  flags.DEFINE_enum(
+    "backend", "local", ["local", "slurm"], "this machine, or an array of Slurm jobs", flag_values=values
+  )
+  flags.DEFINE_string("budget", "tiny", "the sizes and steps, of those in the experiment's file", flag_values=values)
+  number("seeds", None, "of every arm, in place of the budget's")
+  number("workers", None, "trials at a time on this machine (default: one a GPU, else one a core, at most 8)")
+  flags.DEFINE_string("out", None, "a folder for the records, in place of the experiments' own", flag_values=values)
+  flags.DEFINE_bool("retry_failed", False, "try the trials again that failed", flag_values=values)
+  flags.DEFINE_bool("keep", False, "keep the folders of finished trials (checkpoints, metrics)", flag_values=values)
+  flags.DEFINE_bool("list", False, "print the trials, and run nothing", flag_values=values)
+  flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
+  flags.DEFINE_string("partition", None, "Slurm: partition", flag_values=values)
+  number("minutes", None, "Slurm: time limit of a trial (default: the budget's)")
+  number("gpus_per_trial", None, "Slurm: GPUs of a trial")
+  number("cpus_per_trial", 2, "Slurm: cores of a trial")
+  number("parallel", 64, "Slurm: trials of an array that run at a time")
+
+
+def main(argv: list[str]) -> int:
+  """Raises UserError for what cannot be run. 1 if a trial failed that was recorded in this call, else 0."""
+  args, folders = parse_words(argv, _define, USAGE)
+  check(bool(folders), "which experiment? Give its folder, such as experiments/glu, or experiments for all")
+  from llmarch.lab import results, runner
+
+  found = runner.find(folders)
+  if args.list:
+    print_table([row for folder in found for row in _planned(folder, args)], args.json)
+    return 0
+  slurm = {k: args[k].value for k in ("partition", "minutes", "gpus_per_trial", "cpus_per_trial", "parallel")}
+  failed = []
+  sweeps = runner.run_all(
+    found,
+    budget=args.budget,
+    out=args.out,
+    seeds=args.seeds,
+    workers=args.workers,
+    backend=args.backend,
+    retry_failed=args.retry_failed,
+    keep=args.keep,
+    slurm=slurm,
+    on_record=lambda sweep, row: failed.append(row) if row["status"] == "failed" else None,
+  )
+  summaries = [results.summarize(s.folder, budget=args.budget, out=s.out) for s in sweeps]
+  rows = [_verdict(s, c) for s in summaries if s for c in s["comparisons"]]
+  if rows:
+    print_table(rows, args.json)
+  elif args.json:
+    print("[]")
+  if failed:
+    print(f"llmarch: {len(failed)} trials failed; the records say why", file=sys.stderr)
+  return 1 if failed else 0
+
+
+def _planned(folder: str, args) -> list[dict]:
+  from llmarch.lab import ablation as ablations
+
+  one = ablations.load(folder)
+  plan = ablations.tuning(one, folder, args.budget) + ablations.trials(one, folder, args.budget, seeds=args.seeds)
+  return [
+    {
+      "experiment": folder,
+      "arm": t.arm,
+      "seed": t.seed,
+      "phase": t.phase,
+      "changes": ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in t.overrides.items()) or "-",
+      "mismatch": t.match and t.match["residual"],
+      "key": t.key,
+    }
+    for t in plan
+  ]
+
+
+def _verdict(summary: dict, c: dict) -> dict:
+  interval = None if c["low"] is None else f"[{c['low']:.3g}, {c['high']:.3g}]"
+  return {
+    "experiment": summary["name"],
+    "statement": c["statement"],
+    "verdict": c["verdict"],
+    "effect": c["effect"],
+    "interval": interval,
+    "pairs": c["n"],
+    "noise floor": c["floor"],
+    "why": c["why"] or None,
+  }

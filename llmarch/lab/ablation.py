@@ -1,0 +1,330 @@
+"""An ablation as data: a question, arms that differ from a baseline in named keys, rules written before the run.
+
+A folder of experiments/ holds `ablation.py`, whose `get_ablation()` returns an `Ablation`. Its trials are the product
+of arms and seeds; a seed decides the initial weights and the order of the data, so that arms are compared in pairs.
+
+  Ablation(
+    title="Gated feed-forwards", question="...", config="../byte_lm.py",
+    arms=(Arm("relu"), *arms(grid({FFN + ".activation": ["silu", "gelu"]}), match=Match("params"))),
+    comparisons=(Comparison("silu-below-relu", "...", arm="activation=silu", expect="less", by=0.03),),
+    budgets={"tiny": Budget(seeds=3)},
+  )
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from llmarch.config import (
+  FrozenDict,
+  UserError,
+  assign,
+  build,
+  check,
+  check_above,
+  check_at_least,
+  differences,
+  execute,
+  nearest,
+  to_dict,
+)
+from llmarch.experiment import ExperimentConfig
+from llmarch.lab.match import Match, matched
+
+FILE = "ablation.py"
+ZERO = "0"  # as a comparison's baseline_metric: the number itself, for statements about one metric alone
+Overrides = Mapping[str, Any]  # dotted key of the config -> plain value
+
+
+# --------------------------------------------------------------------------------------------------- sweeps
+
+
+def grid(values: Mapping[str, Sequence]) -> list[Overrides]:
+  """Every combination: {"a": [1, 2], "b": [3, 4]} is four overrides."""
+  return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
+
+
+def zipped(values: Mapping[str, Sequence]) -> list[Overrides]:
+  """Side by side: {"a": [1, 2], "b": [3, 4]} is two overrides. Raises UserError for lists of unequal length."""
+  lengths = {key: len(list(v)) for key, v in values.items()}
+  check(len(set(lengths.values())) <= 1, f"zipped lists must be of one length, got {lengths}")
+  return [dict(zip(values, row)) for row in zip(*values.values())]
+
+
+def chain(*sweeps: Sequence[Overrides]) -> list[Overrides]:
+  """One sweep after another."""
+  return [dict(one) for sweep in sweeps for one in sweep]
+
+
+def arms(sweep: Sequence[Overrides], *, match: Match | None = None) -> tuple["Arm", ...]:
+  """An arm for each of a sweep, named by what it sets: "num_kv_heads=1"."""
+  label = lambda one: " ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in one.items())
+  return tuple(Arm(label(one), one, match=match) for one in sweep)
+
+
+# ------------------------------------------------------------------------------------------------- the nouns
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """A variant of the config. `match` then changes its size, until it costs what the baseline does."""
+
+  name: str
+  overrides: Overrides = dataclasses.field(default_factory=dict)
+  match: Match | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """A statement about the difference `arm` minus `baseline` of a metric, and the rule that will decide it.
+
+  expect "less": supported if the whole interval is below -by; "greater": above by; "equal": within by of `to`. The
+  full rule is statistics.verdict's. A side may be another metric (`baseline_metric`) of the same arm.
+  """
+
+  id: str
+  statement: str
+  arm: str
+  expect: Literal["less", "greater", "equal"]
+  by: float = 0.0
+  to: float = 0.0  # of "equal"
+  metric: str = "loss"
+  baseline: str = ""  # "": the ablation's
+  baseline_metric: str = ""  # "": metric
+
+  def __post_init__(self):
+    check_at_least(self, 0, "by")
+    check(self.expect == "equal" or not self.to, f"comparison {self.id}: to={self.to} is of expect='equal'")
+
+  @property
+  def rule(self) -> str:
+    """In words, for tables."""
+    side = self.baseline_metric or self.metric
+    what = f"{self.metric} of {self.arm} - {side} of {self.baseline or 'the baseline'}"
+    if self.expect == "equal":
+      return f"{what}: within {self.by:g} of {self.to:g}"
+    return f"{what}: {'below' if self.expect == 'less' else 'above'} {'-' if self.expect == 'less' else ''}{self.by:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """How much a sweep may take. `overrides` go before an arm's; the baseline runs with `noise_seeds` seeds, for the
+  noise floor, and every arm with the first `seeds` of them."""
+
+  seeds: int = 3
+  noise_seeds: int = 0  # 0: seeds
+  overrides: Overrides = dataclasses.field(default_factory=dict)
+  limit: float = 3600.0  # seconds of a trial
+
+  def __post_init__(self):
+    check_at_least(self, 1, "seeds")
+    check_at_least(self, 0, "noise_seeds")
+    check_above(self, 0, "limit")
+
+
+def budgets(seeds: int = 3, noise_seeds: int = 0, **overrides) -> dict[str, Budget]:
+  """The three that an experiment on text offers: tiny, its config as it is, for CPU cores; small and gpu, longer runs
+  of more tokens a step, for many cores and for a GPU."""
+  small = {"train.steps": 2000, "train.batch_size": 16, "checkpoint.every": 500}
+  gpu = small | {"train.steps": 10_000, "train.batch_size": 64, "model.precision.compute": "bfloat16"}
+  return {
+    "tiny": Budget(seeds, noise_seeds, overrides),
+    "small": Budget(seeds, noise_seeds, overrides | small, limit=4 * 3600),
+    "gpu": Budget(max(seeds, 5), noise_seeds, overrides | gpu, limit=12 * 3600),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+  """See the module. The first arm is the baseline. `measures` are functions of a trial.Trained to {metric: number};
+  `trial` may replace training as a whole: (ExperimentConfig, workdir) -> {metric: number}."""
+
+  title: str
+  question: str
+  config: str  # a config file, relative to the ablation's
+  arms: tuple[Arm, ...]
+  comparisons: tuple[Comparison, ...]
+  budgets: Mapping[str, Budget]
+  measures: tuple[Callable, ...] = ()
+  trial: Callable | None = None
+  metric: str = "loss"  # of tables and curves, lower is better
+  learning_rates: tuple[float, ...] = ()  # tried for each arm, at a seed of their own; () is the config's
+  floors: Mapping[str, float] = dataclasses.field(default_factory=dict)  # least noise floor of a metric
+  notes: str = ""  # what a reader should know beside the question
+
+  def __post_init__(self):
+    names = [arm.name for arm in self.arms]
+    check(bool(names), "an ablation needs arms; the first is the baseline")
+    ids = [c.id for c in self.comparisons]
+    for what, found in (("arm", names), ("comparison", ids)):
+      twice = next((name for name in found if found.count(name) > 1), None)
+      check(twice is None, f"{what} {twice!r} is there twice; give each a name of its own")
+    for c in self.comparisons:
+      for name in (c.arm, c.baseline or names[0]):
+        check(name in names, f"comparison {c.id} names the arm {name!r}, which is not there{nearest(name, names)}")
+      same = (c.arm, c.metric) == (c.baseline or names[0], c.baseline_metric or c.metric)
+      check(not same, f"comparison {c.id} compares {c.arm} with itself; name another baseline or metric")
+
+  @property
+  def baseline(self) -> Arm:
+    return self.arms[0]
+
+
+def load(folder: str | Path) -> Ablation:
+  """The ablation of a folder. Raises UserError for a folder without one, or a file that fails."""
+  found = execute(Path(folder) / FILE, "get_ablation", flag="llmarch ablate")
+  check(isinstance(found, Ablation), f"{Path(folder) / FILE}: get_ablation must return an Ablation, got {found!r:.80}")
+  return found
+
+
+# ------------------------------------------------------------------------------------------------ its trials
+
+TUNING_SEED = 1000  # plus nothing: no arm's result is from the seed that its learning rate was chosen on
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One run of one arm: what `key` names, and everything that it takes to run it, as plain data."""
+
+  key: str  # of what is computed: the resolved config and the functions applied to it
+  folder: str  # of the ablation
+  arm: str
+  seed: int
+  budget: str
+  phase: Literal["tune", "main"]
+  overrides: dict  # those of the arm, its matched sizes and its learning rate
+  match: dict | None
+  config: dict
+  limit: float
+
+
+def trials(
+  ablation: Ablation,
+  folder: str | Path,
+  budget: str,
+  *,
+  seeds: int | None = None,
+  rates: Mapping[str, float] = FrozenDict(),
+) -> list[Trial]:
+  """All trials of the main phase, those of the noise floor first. rates: the learning rate chosen for each arm.
+
+  Raises UserError for a budget that is not there, an override that the config refuses, or an impossible match,
+  naming the arm.
+  """
+  found = _budget(ablation, folder, budget)
+  count = found.seeds if seeds is None else seeds
+  check(count >= 1, f"--seeds must be at least 1, got {count}")
+  plan = []
+  for arm in ablation.arms:
+    n = max(count, found.noise_seeds if seeds is None else 0) if arm is ablation.baseline else count
+    rate = {"optimizer.learning_rate": rates[arm.name]} if arm.name in rates else {}
+    plan += [_trial(ablation, folder, budget, arm, seed, "main", rate) for seed in range(n)]
+  return plan
+
+
+def tuning(ablation: Ablation, folder: str | Path, budget: str) -> list[Trial]:
+  """A trial of each arm and learning rate, at TUNING_SEED."""
+  _budget(ablation, folder, budget)
+  rates = [{"optimizer.learning_rate": rate} for rate in ablation.learning_rates]
+  return [_trial(ablation, folder, budget, arm, TUNING_SEED, "tune", rate) for arm in ablation.arms for rate in rates]
+
+
+def chosen_rates(ablation: Ablation, records: Sequence[Mapping]) -> dict[str, float]:
+  """The learning rate of the lowest metric for each arm, from the records of its tuning trials.
+
+  Raises UserError where no rate of an arm gave a number.
+  """
+  if not ablation.learning_rates:
+    return {}
+  best = {}
+  for row in records:
+    value = row["metrics"].get(ablation.metric) if row["status"] == "ok" else None
+    if row["phase"] == "tune" and value is not None:
+      candidate = (value, row["overrides"]["optimizer.learning_rate"])
+      best[row["arm"]] = min(candidate, best.get(row["arm"], candidate))
+  for arm in ablation.arms:
+    check(
+      arm.name in best, f"no learning rate of {ablation.learning_rates} trained the arm {arm.name!r}; give lower ones"
+    )
+  return {name: rate for name, (_, rate) in best.items()}
+
+
+def _budget(ablation: Ablation, folder, name: str) -> Budget:
+  check(name in ablation.budgets, f"--budget: {folder} has no budget {name!r}{nearest(name, ablation.budgets)}")
+  return ablation.budgets[name]
+
+
+def _trial(ablation, folder, budget: str, arm: Arm, seed: int, phase: str, rate: Overrides) -> Trial:
+  data, overrides, match = resolve(ablation, folder, budget, arm)
+  overrides = {**overrides, **rate}
+  config = _build(assign(data, [("seed", seed), *rate.items()]), folder, arm)
+  functions = [f.__name__ for f in (ablation.trial, *ablation.measures) if f]
+  return Trial(
+    key=trial_key(to_dict(config), functions),
+    folder=str(folder),
+    arm=arm.name,
+    seed=seed,
+    budget=budget,
+    phase=phase,
+    overrides=overrides,
+    match=match,
+    config=to_dict(config),
+    limit=ablation.budgets[budget].limit,
+  )
+
+
+def resolve(ablation: Ablation, folder, budget: str, arm: Arm) -> tuple[dict, dict, dict | None]:
+  """The plain config of an arm, its overrides (matched sizes included), and how well it matches the baseline."""
+  base = base_config(ablation, folder, budget)
+  config = _build(_assign(base, arm.overrides, folder, arm), folder, arm)
+  if arm.match is None:
+    return to_dict(config), dict(arm.overrides), None
+  target = _build(_assign(base, ablation.baseline.overrides, folder, ablation.baseline), folder, ablation.baseline)
+  try:
+    config, sizes, report = matched(arm.match, config, target)
+  except UserError as e:
+    raise UserError(f"{folder}: arm {arm.name!r}: {e}") from None
+  return to_dict(config), {**arm.overrides, **sizes}, report
+
+
+def base_config(ablation: Ablation, folder, budget: str) -> dict:
+  """The config of a budget before any arm, complete."""
+  import llmarch.layers.registry  # noqa: F401  the kinds join their families
+
+  data = execute(Path(folder) / ablation.config, "get_config", flag="llmarch ablate")
+  data = data.to_dict() if hasattr(data, "to_dict") else data
+  complete = to_dict(build(ExperimentConfig, data, "config"))
+  changed = _assign(complete, ablation.budgets[budget].overrides, folder, None)
+  return to_dict(build(ExperimentConfig, changed, f"{folder}: the budget {budget!r}: config"))
+
+
+def _assign(data: dict, overrides: Overrides, folder, arm: Arm | None) -> dict:
+  try:
+    return assign(data, overrides.items())
+  except UserError as e:
+    raise UserError(f"{folder}: {f'arm {arm.name!r}' if arm else 'the budget'}: {e}") from None
+
+
+def _build(data: dict, folder, arm: Arm) -> ExperimentConfig:
+  try:
+    return build(ExperimentConfig, data, "config")
+  except UserError as e:
+    raise UserError(f"{folder}: arm {arm.name!r}: {e}") from None
+
+
+def trial_key(config: dict, functions: Sequence[str]) -> str:
+  """Names what a trial computes; where it runs and caches does not matter to it."""
+  from llmarch.lab.records import VERSION
+
+  what = {"version": VERSION, "config": config, "functions": list(functions)}
+  return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def config_differences(ablation: Ablation, folder, budget: str) -> dict[str, list[str]]:
+  """For each arm, sentences of what differs from the baseline's config."""
+  first = resolve(ablation, folder, budget, ablation.baseline)[0]
+  return {arm.name: differences(resolve(ablation, folder, budget, arm)[0], first) for arm in ablation.arms[1:]}

@@ -1,0 +1,60 @@
+"""The records of an ablation: FOLDER/records.jsonl, a line for each trial, the only source of truth.
+
+A line is on the disk when `add` returns, and carries its own checksum (train/journal.py). A trial is recorded once:
+writers of several processes hold a lock and look first. A trial that failed may be tried again, as another `attempt`;
+then the last counts.
+"""
+
+import fcntl
+import sys
+from pathlib import Path
+
+from llmarch.config import UserError
+from llmarch.train import journal
+
+NAME = "records.jsonl"
+VERSION = 1  # of a row, and of what a trial's key means
+
+
+def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -> list[dict]:
+  """The records of a folder ([] without any). A half-written or damaged line is left out, and said.
+
+  Raises UserError for records of another version.
+  """
+  path = Path(folder) / NAME
+  rows = journal.read(path)
+  other = next((row.get("version") for row in rows if row.get("version") != VERSION), VERSION)
+  if other != VERSION:
+    raise UserError(
+      f"{path} has records of version {other}, and this llmarch writes version {VERSION}; move the file away, or give"
+      " another --out"
+    )
+  lost = damaged(path)
+  if lost:
+    which = ", ".join(map(str, lost))
+    say(f"llmarch: {path}: line {which} is half-written or damaged and is left out; its trial runs again")
+  return rows
+
+
+def damaged(path: Path) -> list[int]:
+  """The numbers, from 1, of the lines that `read` leaves out."""
+  lines = path.read_bytes().split(b"\n") if path.exists() else []
+  return [i for i, line in enumerate(lines, 1) if line and journal.parse(line) is None]
+
+
+def latest(rows: list[dict]) -> dict[str, dict]:
+  """{key: row}: the last attempt of each trial."""
+  return {row["key"]: row for row in rows}
+
+
+def add(folder: str | Path, row: dict) -> bool:
+  """Appends a record, unless its trial (and attempt) is there: whether it did. Raises OSError where it cannot."""
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / f".{NAME}.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # of a file system without locks, the single writer of --backend=local is enough
+    same = lambda r: (r["key"], r.get("attempt", 1)) == (row["key"], row.get("attempt", 1))
+    if any(same(r) for r in journal.read(folder / NAME)):
+      return False
+    journal.append(folder / NAME, {"version": VERSION, **row})
+    return True

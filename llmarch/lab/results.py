@@ -1,0 +1,207 @@
+"""What the records of an ablation say: its arms, what each costs, and the verdict of every comparison.
+
+Everything is computed from the records and the ablation's file; nothing is stored that could go stale beside them.
+"""
+
+import statistics as stats
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from llmarch.analysis import cost, roofline
+from llmarch.config import UserError, build, check
+from llmarch.experiment import ExperimentConfig
+from llmarch.lab import records
+from llmarch.lab.ablation import (
+  ZERO,
+  Ablation,
+  Comparison,
+  Trial,
+  chosen_rates,
+  config_differences,
+  load,
+  resolve,
+  trials,
+  tuning,
+)
+from llmarch.lab.statistics import INCONCLUSIVE, noise_floor, paired, verdict
+
+
+def summarize(folder: str | Path, *, budget: str | None = None, out: str | Path | None = None) -> dict | None:
+  """The results of the ablation of `folder`, from the records of `out` (None: its own); None without any.
+
+  budget: None is that of the newest record. Plain data: name, title, question, notes, budget, metric, baseline;
+  arms: a row each (see `_arm`); comparisons: a row each (see `_compare`); hardware, versions, seconds, trials;
+  stale: records of trials that the file no longer describes; missing: trials without a record.
+  """
+  ablation, out = load(folder), out or folder
+  rows = records.read(out)
+  budgets = [row["budget"] for row in rows]
+  if not budgets or (budget is not None and budget not in budgets):
+    return None
+  budget = budget or budgets[-1]
+  rows = [row for row in rows if row["budget"] == budget]
+  current = records.latest(rows)
+  plan = _plan(ablation, folder, budget, current)
+  keys = {trial.key for trial in plan}
+  mine = {key: row for key, row in current.items() if key in keys}
+  main = [row for row in mine.values() if row["phase"] == "main"]
+  by_arm = {arm.name: [row for row in main if row["arm"] == arm.name] for arm in ablation.arms}
+  differ = config_differences(ablation, folder, budget)
+  return {
+    "name": Path(folder).resolve().name,
+    "title": ablation.title,
+    "question": ablation.question,
+    "notes": ablation.notes,
+    "budget": budget,
+    "metric": ablation.metric,
+    "baseline": ablation.baseline.name,
+    "arms": [
+      _arm(ablation, folder, budget, arm, by_arm[arm.name]) | {"differences": differ.get(arm.name, [])}
+      for arm in ablation.arms
+    ],
+    "comparisons": [_compare(ablation, c, by_arm) for c in ablation.comparisons],
+    "tuning": [
+      {
+        "arm": row["arm"],
+        "learning_rate": row["overrides"]["optimizer.learning_rate"],
+        "status": row["status"],
+        ablation.metric: row["metrics"].get(ablation.metric),
+      }
+      for row in mine.values()
+      if row["phase"] == "tune"
+    ],
+    "hardware": sorted({row["hardware"] for row in main if "hardware" in row}),
+    "workers": sorted({row["workers"] for row in main if "workers" in row}),
+    "versions": next((row["versions"] for row in main if "versions" in row), {}),
+    "seconds": sum(row.get("seconds", 0) for row in mine.values() if "from" not in row),
+    "trials": len(mine),
+    "stale": len(current) - len(mine),
+    "missing": len(plan) - len(mine),
+  }
+
+
+def comparison(folder: str | Path, id: str, budget: str | None = None) -> dict | None:
+  """One comparison of the ablation of `folder` (see `_compare`); None without records.
+
+  Raises UserError for a comparison that is not there.
+  """
+  known = [c.id for c in load(folder).comparisons]
+  check(id in known, f"{folder} has no comparison {id!r} (known: {', '.join(known)})")
+  found = summarize(folder, budget=budget)
+  return found and next(c for c in found["comparisons"] if c["id"] == id)
+
+
+def _plan(ablation: Ablation, folder, budget: str, current: Mapping[str, dict]) -> list[Trial]:
+  """The trials that the ablation describes, with as many seeds as the records have."""
+  first = tuning(ablation, folder, budget)
+  tried = [current[t.key] for t in first if t.key in current]
+  if len(tried) < len(first):
+    return first
+  try:
+    rates = chosen_rates(ablation, tried)
+  except UserError:
+    return first
+  plan = trials(ablation, folder, budget, rates=rates)
+  most = max((row["seed"] for row in current.values() if row["phase"] == "main"), default=-1) + 1
+  more = trials(ablation, folder, budget, seeds=most, rates=rates) if most else []
+  known = {t.key for t in plan}
+  return first + plan + [t for t in more if t.key not in known and t.key in current]
+
+
+def values(rows: Iterable[Mapping], metric: str) -> dict[int, float]:
+  """{seed: value} of a metric, of the trials that have it; ZERO is the number for every seed."""
+  if metric == ZERO:
+    return {row["seed"]: 0.0 for row in rows}
+  return {row["seed"]: float(row["metrics"][metric]) for row in rows if metric in row["metrics"]}
+
+
+def _arm(ablation: Ablation, folder, budget: str, arm, rows: list[dict]) -> dict:
+  """arm, n and failures (reasons), metrics {name: {mean, sd (None of one), n, values {seed: value}}}, curves and
+  eval_curves {seed: [[step, loss], ...]}, step_ms {median, low, high} (of the seeds' medians, and the widest
+  quartiles), cost (see `costs`), match, overrides, samples."""
+  good = [row for row in rows if row["status"] == "ok"]
+  names = dict.fromkeys(name for row in good for name in row["metrics"])
+  config, overrides, match = resolve(ablation, folder, budget, arm)
+  times = [row["step_ms"] for row in good if "step_ms" in row]
+  overrides = good[0]["overrides"] if good else overrides  # the learning rate too, where it was chosen
+  return {
+    "arm": arm.name,
+    "n": len(good),
+    "failures": [f"seed {row['seed']}: {row['reason']}" for row in rows if row["status"] == "failed"],
+    "metrics": {name: _spread(values(good, name)) for name in names},
+    "curves": {row["seed"]: row["curve"] for row in rows if row.get("curve")},
+    "eval_curves": {row["seed"]: row["eval_curve"] for row in rows if row.get("eval_curve")},
+    "step_ms": {
+      "median": stats.median(t["median"] for t in times),
+      "low": min(t["low"] for t in times),
+      "high": max(t["high"] for t in times),
+    }
+    if times
+    else None,
+    "cost": costs(build(ExperimentConfig, config, "config")),
+    "match": match,
+    "overrides": overrides,
+    "samples": {row["seed"]: row["sample"] for row in rows if row.get("sample")},
+  }
+
+
+def _spread(found: Mapping[int, float]) -> dict:
+  numbers = list(found.values())
+  sd = stats.stdev(numbers) if len(numbers) > 1 else None
+  return {"mean": stats.fmean(numbers), "sd": sd, "n": len(numbers), "values": dict(found)}
+
+
+def costs(config: ExperimentConfig) -> dict:
+  """What an arm costs by formula: params, active_params, train_flops_per_token, state_bytes_per_token (by which one
+  more token lengthens the decoding state), state_bytes (of a row of train.seq_len), decode_ms {chip: milliseconds of a
+  token, batch 1, a lower bound}."""
+  model, length = config.model, config.train.seq_len
+  return {
+    "params": cost.params(model)["total"],
+    "active_params": cost.active_params(model),
+    "train_flops_per_token": cost.train_flops_per_token(model, length),
+    "state_bytes_per_token": cost.kv_bytes_per_token(model, cost.BYTES[model.precision.state]),
+    "state_bytes": cost.state_bytes(model, 1, length),
+    "decode_ms": roofline.decode_ms_at(model, batch=1, context=length),
+  }
+
+
+def _compare(ablation: Ablation, c: Comparison, by_arm: Mapping[str, list[dict]]) -> dict:
+  """id, statement, rule, arm, baseline, metric, baseline_metric; n pairs, effect, low, high; floor; verdict, and why
+  where numbers are missing."""
+  other, side = c.baseline or ablation.baseline.name, c.baseline_metric or c.metric
+  good = lambda name: [row for row in by_arm[name] if row["status"] == "ok"]
+  effect = paired(values(good(c.arm), c.metric), values(good(other), side))
+  # Two metrics of the same weights: the noise is that arm's own.
+  runs = values(good(c.arm if c.arm == other else ablation.baseline.name), c.metric)
+  floor = noise_floor(list(runs.values()), ablation.floors.get(c.metric, 0.0))
+  recorded = {row["seed"] for row in by_arm[c.arm]}
+  failed = [name for name in dict.fromkeys((c.arm, other)) if any(r["status"] == "failed" for r in by_arm[name])]
+  why = f"trials of {' and '.join(failed)} failed" if failed else ""
+  metrics = {name for rows in by_arm.values() for row in rows if row["status"] == "ok" for name in row["metrics"]}
+  for metric in (c.metric, side):
+    if metrics and metric not in metrics and metric != ZERO:
+      raise UserError(
+        f"comparison {c.id} wants the metric {metric!r}, which the trials do not record; add a measure, or name one of"
+        f" {', '.join(sorted(metrics))}"
+      )
+  return {
+    "id": c.id,
+    "statement": c.statement,
+    "rule": c.rule,
+    "arm": c.arm,
+    "baseline": other,
+    "metric": c.metric,
+    "baseline_metric": side,
+    "expect": c.expect,
+    "by": c.by,
+    "to": c.to,
+    "n": effect.n,
+    "effect": effect.mean if effect.n else None,
+    "low": effect.low,
+    "high": effect.high,
+    "values": list(effect.values),
+    "floor": floor if floor != float("inf") else None,
+    "verdict": verdict(effect, floor, c.expect, c.by, c.to) if effect.n else INCONCLUSIVE,
+    "why": why or ("" if recorded else "not run"),
+  }

@@ -1,0 +1,367 @@
+"""Runs the trials of ablations: one process each, several at a time on this machine, or as arrays of Slurm.
+
+A sweep that is killed goes on where its records end. A trial that fails is recorded with its reason, and the others go
+on. A trial whose key is in the records of a sibling folder is not computed again: its numbers are the same.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmarch.config import UserError, check
+from llmarch.lab import records
+from llmarch.lab.ablation import FILE, Ablation, Trial, chosen_rates, load, trials, tuning
+from llmarch.lab.trial import LOG, RESULT, RUN, TRIAL, summary
+from llmarch.process import dies_with, huge_pages
+from llmarch.train.faults import CONFIG, NUMBERS
+
+TRIALS = "trials"  # the folder of what runs, and of what failed
+MOST_WORKERS = 8  # by default; each needs a gigabyte or so
+
+
+class Sweep:
+  """The trials of one ablation and budget, and which of them are recorded in `out`."""
+
+  def __init__(self, folder: str, out: str, budget: str, seeds: int | None, *, retry_failed: bool, say: Callable):
+    self.folder, self.out, self.budget, self.seeds = folder, Path(out), budget, seeds
+    self.name = Path(folder).resolve().name
+    self.ablation: Ablation = load(folder)
+    self.rows = records.latest(records.read(out, say=say))
+    self.failed_before = {key for key, row in self.rows.items() if row["status"] == "failed"} if retry_failed else set()
+    self.tuning = tuning(self.ablation, folder, budget)
+    self._main: list[Trial] | None = None
+    if not self.tuning:
+      self.plan()  # refuses a bad arm before anything runs
+
+  def done(self, trial: Trial) -> bool:
+    return trial.key in self.rows and trial.key not in self.failed_before
+
+  def plan(self) -> list[Trial]:
+    """All trials known so far: those of the main phase once every learning rate has been tried."""
+    if not all(map(self.done, self.tuning)):
+      return self.tuning
+    if self._main is None:
+      rates = chosen_rates(self.ablation, [self.rows[t.key] for t in self.tuning])
+      self._main = trials(self.ablation, self.folder, self.budget, seeds=self.seeds, rates=rates)
+    return self.tuning + self._main
+
+  def total(self) -> int:
+    """Trials of this sweep, those that cannot be planned yet included."""
+    if self._main is None:
+      return len(self.tuning) + len(trials(self.ablation, self.folder, self.budget, seeds=self.seeds))
+    return len(self.plan())
+
+  def pending(self) -> list[Trial]:
+    return [t for t in self.plan() if not self.done(t)]
+
+  def record(self, trial: Trial, row: dict) -> dict:
+    """Appends the row of a trial, once."""
+    before = self.rows.get(trial.key)
+    attempt = before.get("attempt", 1) + 1 if before and trial.key in self.failed_before else 1
+    row = header(trial, self.name) | row | {"attempt": attempt}
+    records.add(self.out, row)
+    self.rows[trial.key] = row
+    self.failed_before.discard(trial.key)
+    return row
+
+  def refresh(self) -> None:
+    """Takes in what other processes have recorded."""
+    fresh = records.latest(records.read(self.out, say=lambda text: None))
+    for key in self.failed_before & fresh.keys():
+      if fresh[key].get("attempt", 1) > self.rows[key].get("attempt", 1):
+        self.failed_before.discard(key)
+    self.rows = fresh
+
+
+def header(trial: Trial, name: str) -> dict:
+  """What a row says of its trial."""
+  fields = {f: getattr(trial, f) for f in ("key", "arm", "seed", "budget", "phase", "overrides", "match")}
+  return {"ablation": name, **fields}
+
+
+def find(paths: Sequence[str]) -> list[str]:
+  """The folders of ablations among and below the given ones, sorted. Raises UserError where there is none."""
+  found = []
+  for path in paths:
+    here = Path(path)
+    below = sorted(str(p.parent) for p in here.glob(f"*/{FILE}")) if here.is_dir() else []
+    own = [str(here)] if (here / FILE).is_file() else below
+    check(bool(own), f"{path} has no {FILE}, and no folder in it has; give experiments/NAME, or experiments for all")
+    found += own
+  return found
+
+
+def run_path(folder: str, *, budget: str = "tiny", **options) -> list[Sweep]:
+  """Runs the ablation, or all ablations, of a folder, and records them there. See `run_all`."""
+  return run_all(find([folder]), budget=budget, **options)
+
+
+def run_all(
+  folders: Sequence[str],
+  *,
+  budget: str,
+  out: str | None = None,
+  seeds: int | None = None,
+  workers: int | None = None,
+  backend: str = "local",
+  retry_failed: bool = False,
+  keep: bool = False,
+  slurm: dict | None = None,
+  say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+  on_record: Callable[["Sweep", dict], None] = lambda sweep, row: None,
+) -> list[Sweep]:
+  """Runs what is not recorded yet. out: a folder of folders for the records (None: each ablation's own).
+
+  workers: trials at a time (None: one a GPU, else one a core, at most MOST_WORKERS). keep: the folders of finished
+  trials. slurm: submitit's parameters. Raises UserError for what cannot be run; what is recorded is never lost.
+  """
+  sweeps = [
+    Sweep(f, str(Path(out) / Path(f).resolve().name) if out else f, budget, seeds, retry_failed=retry_failed, say=say)
+    for f in folders
+  ]
+  if backend == "slurm":
+    from llmarch.lab.slurm import run_array
+
+    run_array(sweeps, slurm or {}, say=say, on_record=on_record)
+  else:
+    _run_local(sweeps, workers or default_workers(), keep=keep, say=say, on_record=on_record)
+  return sweeps
+
+
+def default_workers() -> int:
+  """One a GPU, one on a TPU, else one a core, at most MOST_WORKERS."""
+  gpus = gpu_count()
+  if gpus or any(Path("/dev").glob("accel*")):
+    return max(gpus, 1)
+  return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+def gpu_count() -> int:
+  return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+# ---------------------------------------------------------------------------------------------- this machine
+
+
+@dataclasses.dataclass
+class Running:
+  """A trial's process."""
+
+  sweep: Sweep
+  trial: Trial
+  folder: Path
+  process: subprocess.Popen
+  began: float
+
+  def late(self) -> bool:
+    return time.monotonic() - self.began > self.trial.limit
+
+
+def _run_local(sweeps: list[Sweep], workers: int, *, keep: bool, say, on_record) -> None:
+  running: dict[int, Running] = {}
+  progress = Progress(sweeps, workers, say)
+  try:
+    while True:
+      for slot in sorted(set(range(workers)) - running.keys()):
+        found = _next(
+          sweeps, [r.trial.key for r in running.values()], lambda s, row: (progress.show(row), on_record(s, row))
+        )
+        if found is None:
+          break
+        running[slot] = _start(*found, slot, workers)
+        progress.began(found[1])
+      if not running:
+        break
+      time.sleep(0.05)
+      for slot, one in list(running.items()):
+        late = one.late()
+        if late:
+          _end(one.process)
+        if one.process.poll() is None:
+          continue
+        del running[slot]
+        row = one.sweep.record(
+          one.trial, finished(one.folder, one.process.returncode, one.trial, late, one.began) | {"workers": workers}
+        )
+        if row["status"] == "ok" and not keep:
+          shutil.rmtree(one.folder, ignore_errors=True)
+        progress.show(row, one.folder)
+        on_record(one.sweep, row)
+  finally:
+    for one in running.values():
+      _end(one.process)
+    progress.close()
+
+
+def _next(sweeps: list[Sweep], busy: list[str], on_record) -> tuple[Sweep, Trial] | None:
+  """The next trial to run, not one that runs already for another sweep. What a sibling has recorded is taken over."""
+  for sweep in sweeps:
+    for trial in sweep.pending():
+      if trial.key in busy:
+        continue
+      known = _known(sweep, trial, sweeps)
+      if known is None:
+        return sweep, trial
+      on_record(sweep, sweep.record(trial, known))
+  return None
+
+
+SHARED = ("status", "metrics", "curve", "eval_curve", "step_ms", "sample", "seconds", "hardware", "versions", "workers")
+
+
+def _known(sweep: Sweep, trial: Trial, sweeps: list[Sweep]) -> dict | None:
+  """What a sibling's records say of the trial, if it went well there."""
+  for other in sweeps:
+    row = other.rows.get(trial.key) if other is not sweep else None
+    if row and row["status"] == "ok":
+      return {name: row[name] for name in SHARED if name in row} | {"from": row.get("from", other.name)}
+  return None
+
+
+def _start(sweep: Sweep, trial: Trial, slot: int, workers: int) -> Running:
+  folder = sweep.out / TRIALS / trial.key
+  prepare(folder, trial)
+  cores, gpus = sorted(os.sched_getaffinity(0)), gpu_count()
+  mine = cores[slot::workers] if workers <= len(cores) else cores
+  environment = (
+    {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ else {}
+  )
+  with (folder / LOG).open("wb") as log:
+    process = subprocess.Popen(
+      command(folder, mine),
+      stdin=subprocess.DEVNULL,
+      stdout=log,
+      stderr=log,
+      env=os.environ | huge_pages() | environment,
+      start_new_session=True,
+      preexec_fn=dies_with(os.getpid()),
+    )
+  return Running(sweep, trial, folder, process, time.monotonic())
+
+
+def prepare(folder: Path, trial: Trial) -> None:
+  """An empty folder for the trial. What a killed sweep left of one without checkpoints is of no use."""
+  if not trial.config["checkpoint"]["every"]:
+    shutil.rmtree(folder, ignore_errors=True)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
+    (folder / TRIAL).write_text(json.dumps(dataclasses.asdict(trial)))
+  except OSError as e:
+    raise UserError(f"--out: cannot write {folder} ({e.strerror}); give a folder that can be written") from None
+
+
+def command(folder: Path, cores: Sequence[int] = ()) -> list[str]:
+  return [sys.executable, "-m", "llmarch.lab.trial", str(folder), *([",".join(map(str, cores))] if cores else [])]
+
+
+def _end(process: subprocess.Popen) -> None:
+  if process.poll() is None:
+    try:
+      os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+      pass
+    process.wait()
+
+
+def finished(folder: Path, code: int, trial: Trial, late: bool, began: float) -> dict:
+  """The row of a trial whose process has ended."""
+  row = {"seconds": time.monotonic() - began}
+  if code == 0 and (folder / RESULT).exists():
+    return {"status": "ok", **json.loads((folder / RESULT).read_text()), **row}
+  kind, reason = why(folder, code, trial.limit if late else None)
+  rows = _rows(folder / RUN / "metrics.jsonl")
+  train = trial.config["train"]
+  found = summary(rows, train["batch_size"] * train["seq_len"])
+  found["metrics"] = {k: v for k, v in found["metrics"].items() if k not in ("loss", "bits_per_byte")}
+  return {"status": "failed", "failure": kind, "reason": reason, **found, **row}
+
+
+def why(folder: Path, code: int, limit: float | None) -> tuple[str, str]:
+  """(kind, sentence) of a failure: "time", "memory", "numbers", "refused" or "died"."""
+  text = (folder / LOG).read_text(errors="replace").strip() if (folder / LOG).exists() else ""
+  last = text.splitlines()[-1] if text else "it said nothing"
+  if limit is not None:
+    return "time", f"it took longer than the {limit:g} s of its budget"
+  if "RESOURCE_EXHAUSTED" in text or "MemoryError" in text or "bad_alloc" in text:
+    return "memory", f"out of memory: {last}"
+  if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+    return "memory", "killed by the system, as it does where memory runs out"
+  if code == NUMBERS:
+    return "numbers", last
+  return ("refused" if code == CONFIG else "died"), f"exit code {code}: {last}"
+
+
+def _rows(path: Path) -> list[dict]:
+  """The whole rows of a metrics file that a process may have left in the middle of a line."""
+  found = []
+  for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    try:
+      found.append(json.loads(line))
+    except ValueError:
+      continue
+  return found
+
+
+class Progress:
+  """What a sweep says while it runs: a line a trial, and on a terminal a bar with the time left."""
+
+  def __init__(self, sweeps: list[Sweep], workers: int, say: Callable[[str], None]):
+    self.sweeps, self.workers, self.say = sweeps, workers, say
+    self.total = sum(s.total() for s in sweeps)
+    self.done = sum(sum(map(s.done, s.plan())) for s in sweeps)
+    self.start, self.work, self.began_at = self.done, 0.0, time.monotonic()
+    self.bar = self.task = None
+    if sys.stderr.isatty():
+      from rich.console import Console
+      from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+      from rich.progress import Progress as Bar
+
+      self.bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]} left"),
+        console=Console(stderr=True),
+      )
+      self.task = self.bar.add_task("trials", total=self.total, completed=self.done, left="?")
+      self.bar.start()
+    if self.start:
+      say(f"{self.start} of {self.total} trials are recorded already")
+
+  def left(self) -> str:
+    """Seconds left, from those of the trials so far."""
+    from llmarch.train.metrics import clock
+
+    done = self.done - self.start
+    return clock((time.monotonic() - self.began_at) / done * (self.total - self.done)) if done else "?"
+
+  def began(self, trial: Trial) -> None:
+    if self.bar:
+      self.bar.update(self.task, description=f"{trial.arm} seed {trial.seed}")
+
+  def show(self, row: dict, folder: Path | None = None) -> None:
+    self.done += 1
+    what = f"{row['ablation']}: {row['arm']} seed {row['seed']}" + (" (tuning)" if row["phase"] == "tune" else "")
+    if row["status"] == "failed":
+      result = f"failed ({row['reason']}; see {folder})"
+    else:
+      result = ", ".join(f"{k} {v:.4g}" for k, v in list(row["metrics"].items())[:4] if isinstance(v, (int, float)))
+    again = f", recorded in {row['from']}" if "from" in row else f", {row.get('seconds', 0):.0f} s"
+    text = f"[{self.done}/{self.total}] {what}: {result}{again}; {self.left()} left"
+    if self.bar:
+      self.bar.update(self.task, completed=self.done, left=self.left())
+      self.bar.console.print(text, markup=False, highlight=False)
+    else:
+      self.say(text)
+
+  def close(self) -> None:
+    if self.bar:
+      self.bar.stop()
