@@ -15,6 +15,7 @@ COMMANDS = {
   "evaluate": "perplexity on a text, or tasks of lm-eval",
   "tokenizer": "train a BPE tokenizer, or encode a source to a token file",
   "ablate": "run an experiment's arms and seeds, record every trial, judge its comparisons",
+  "report": "one page, without network, that compares experiments or runs",
   "claims": "what papers and surveys say, and what came of checking it",
   "advise": "which architecture for a task, a context and a memory, and on what evidence",
   "bench": "measure train step, prefill and decode on given shapes",

@@ -31,11 +31,11 @@ def get_ablation() -> Ablation:
     "data.source": {"kind": "recall", "num_pairs": 12, "num_symbols": 32},
     "train.seq_len": 48,
     "train.batch_size": 64,
-    "train.steps": 400,
+    "train.steps": 800,
     "model.embed_init": {"kind": "normal", "stddev": 1.0},
     "optimizer.algorithm": {"kind": "muon", "adam_learning_rate_ratio": 0.2},
     "optimizer.learning_rate": 0.02,
-    "eval.every": 100,
+    "eval.every": 200,
     "eval.batches": 8,
   }
   return Ablation(

@@ -104,7 +104,8 @@ class Comparison:
   def rule(self) -> str:
     """In words, for tables."""
     side = self.baseline_metric or self.metric
-    what = f"{self.metric} of {self.arm} - {side} of {self.baseline or 'the baseline'}"
+    less = "" if side == ZERO else f" - {side} of {self.baseline or 'the baseline'}"
+    what = f"{self.metric} of {self.arm}{less}"
     if self.expect == "equal":
       return f"{what}: within {self.by:g} of {self.to:g}"
     return f"{what}: {'below' if self.expect == 'less' else 'above'} {'-' if self.expect == 'less' else ''}{self.by:g}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from llmarch.config import UserError, check
 from llmarch.lab import records
 from llmarch.lab.ablation import FILE, Ablation, Trial, chosen_rates, load, trials, tuning
-from llmarch.lab.trial import LOG, RESULT, RUN, TRIAL, summary
+from llmarch.lab.trial import LOG, RESULT, RUN, TRIAL, read_rows, summary
 from llmarch.process import dies_with, huge_pages
 from llmarch.train.faults import CONFIG, NUMBERS
 
@@ -277,7 +277,7 @@ def finished(folder: Path, code: int, trial: Trial, late: bool, began: float) ->
   if code == 0 and (folder / RESULT).exists():
     return {"status": "ok", **json.loads((folder / RESULT).read_text()), **row}
   kind, reason = why(folder, code, trial.limit if late else None)
-  rows = _rows(folder / RUN / "metrics.jsonl")
+  rows = read_rows(folder / RUN / "metrics.jsonl")
   train = trial.config["train"]
   found = summary(rows, train["batch_size"] * train["seq_len"])
   found["metrics"] = {k: v for k, v in found["metrics"].items() if k not in ("loss", "bits_per_byte")}
@@ -297,17 +297,6 @@ def why(folder: Path, code: int, limit: float | None) -> tuple[str, str]:
   if code == NUMBERS:
     return "numbers", last
   return ("refused" if code == CONFIG else "died"), f"exit code {code}: {last}"
-
-
-def _rows(path: Path) -> list[dict]:
-  """The whole rows of a metrics file that a process may have left in the middle of a line."""
-  found = []
-  for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-    try:
-      found.append(json.loads(line))
-    except ValueError:
-      continue
-  return found
 
 
 class Progress:

@@ -36,7 +36,18 @@ class Trained:
   @cached_property
   def rows(self) -> list[dict]:
     """metrics.jsonl."""
-    return [json.loads(line) for line in (Path(self.workdir) / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(Path(self.workdir) / "metrics.jsonl")
+
+
+def read_rows(path: Path) -> list[dict]:
+  """The whole rows of a metrics file, which a process may have left in the middle of a line; [] of none."""
+  found = []
+  for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    try:
+      found.append(json.loads(line))
+    except ValueError:
+      continue
+  return found
 
 
 def train_trial(config: ExperimentConfig, workdir: str, measures=()) -> dict:

@@ -12,12 +12,7 @@ def pareto_chart(points: Sequence[dict], path: str, *, title: str) -> list[Path]
   points: rows with phase, latency_s, chip_ms_per_token, ffn, attention, mesh, chips, batch, mfu, front (bool).
   Raises UserError where the libraries are not installed or the folder cannot be written.
   """
-  try:
-    import altair as alt
-    import vl_convert  # noqa: F401  renders the PNG, and the libraries inside the page
-  except ImportError as e:
-    raise UserError(f"plots need the {e.name} package; pip install 'llmarch[report]'") from None
-
+  alt = need_altair()
   log = alt.Scale(type="log", nice=False, padding=10)
   x = alt.X("latency_s:Q", scale=log, title="latency of the phase (s)")
   y = alt.Y("chip_ms_per_token:Q", scale=log, title="chip-milliseconds per token")
@@ -43,6 +38,17 @@ def pareto_chart(points: Sequence[dict], path: str, *, title: str) -> list[Path]
   except OSError as e:
     raise UserError(f"cannot write {png.parent} ({e.strerror}); give another folder") from None
   return [png, html]
+
+
+def need_altair():
+  """The library of all charts. Raises UserError where it, or what renders them, is not installed."""
+  try:
+    import altair
+    import PIL  # noqa: F401  makes small files of PNGs
+    import vl_convert  # noqa: F401  renders PNG and SVG, and the libraries inside a page
+  except ImportError as e:
+    raise UserError(f"plots need the {e.name} package; pip install 'llmarch[report]'") from None
+  return altair
 
 
 FORMATS = {"latency_s": ".4g", "chip_ms_per_token": ".4g", "mfu": ".1%"}

@@ -1,0 +1,29 @@
+// Tables: a click (or Enter) on a heading sorts by it, numbers as numbers; a word in the box hides rows without it.
+for (const box of document.querySelectorAll(".tablebox")) {
+  const body = box.querySelector("tbody");
+  const heads = [...box.querySelectorAll("th")];
+  const value = (row, i) => row.cells[i].dataset.value ?? row.cells[i].textContent;
+  heads.forEach((head, i) => head.querySelector("button")?.addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    heads.forEach((other) => other.setAttribute("aria-sort", "none"));
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const numeric = [...body.rows].some((row) => row.cells[i].dataset.value !== undefined);
+    const order = (a, b) => {
+      const [x, y] = [value(a, i), value(b, i)];
+      if (!numeric) return x.localeCompare(y);
+      const [n, m] = [parseFloat(x), parseFloat(y)];
+      return Number.isNaN(n) - Number.isNaN(m) || n - m;  // what has no number comes last
+    };
+    body.append(...[...body.rows].sort((a, b) => (up ? order(a, b) : order(b, a))));
+  }));
+  box.querySelector("input")?.addEventListener("input", (event) => {
+    const word = event.target.value.toLowerCase();
+    for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(word);
+  });
+}
+// What a mark of a chart stands for, as a tooltip.
+for (const mark of document.querySelectorAll("svg [aria-label]")) {
+  const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
+  title.textContent = mark.getAttribute("aria-label");
+  mark.prepend(title);
+}

@@ -1,0 +1,225 @@
+"""A page that compares ablations, or runs: one HTML file that needs no network and runs no chart library."""
+
+import html
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+from llmarch.lab.statistics import OPPOSITE, SUPPORTED
+from llmarch.report import charts
+
+esc = lambda value: html.escape(str(value), quote=True)
+
+
+def page(title: str, sections: Sequence[str], index: str = "") -> str:
+  """The document around sections of HTML; what they show of users' text is escaped by then."""
+  read = lambda name: resources.files("llmarch.report").joinpath(name).read_text()
+  return (
+    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title>\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    f"<style>\n{read('page.css')}</style></head>\n<body><main><h1>{esc(title)}</h1>\n{index}"
+    + "\n".join(sections)
+    + f"\n</main><script>\n{read('page.js')}</script></body></html>\n"
+  )
+
+
+def index(summaries: Sequence[Mapping]) -> str:
+  """A row for each ablation: its question, and how its comparisons came out."""
+  rows = []
+  for s in summaries:
+    counts = Counter(c["verdict"] for c in s["comparisons"])
+    said = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()) or "-"
+    rows.append(
+      {
+        "experiment": _Raw(f'<a href="#{esc(s["name"])}">{esc(s["title"])}</a>'),
+        "question": s["question"],
+        "verdicts": said,
+        "trials": s["trials"],
+      }
+    )
+  return f"<section><h2>Experiments</h2>{table(rows)}</section>\n"
+
+
+class _Raw(str):
+  """Text that is HTML already."""
+
+
+def table(rows: Sequence[Mapping], *, sortable: bool = False, caption: str = "") -> str:
+  """Rows of equal keys. Numbers are right-aligned and sort as numbers; sortable ones get a filter box."""
+  if not rows:
+    return ""
+  keys = list(rows[0])
+  head = "".join(_head(key, sortable) for key in keys)
+  body = "\n".join("<tr>" + "".join(_cell(row[key]) for key in keys) + "</tr>" for row in rows)
+  box = '<label class="filter">filter <input type="search"></label>' if sortable and len(rows) > 3 else ""
+  title = f"<caption>{esc(caption)}</caption>" if caption else ""
+  inner = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+  return f'<div class="tablebox">{box}<div class="scroll">{inner}</div></div>'
+
+
+def _head(key: str, sortable: bool) -> str:
+  name = f'<button type="button">{esc(key)}</button>' if sortable else esc(key)
+  return f'<th scope="col"{" aria-sort=none" if sortable else ""}>{name}</th>'
+
+
+def _cell(value) -> str:
+  if isinstance(value, _Raw):
+    return f"<td>{value}</td>"
+  if isinstance(value, tuple):  # (number to sort by, what is shown)
+    return f'<td class="number" data-value="{esc(value[0])}">{esc(value[1])}</td>'
+  if value is None:
+    return '<td class="number">-</td>'
+  if isinstance(value, (int, float)) and not isinstance(value, bool):
+    return f'<td class="number" data-value="{esc(value)}">{esc(number(value))}</td>'
+  return f"<td>{esc(value)}</td>"
+
+
+def number(value: float | None) -> str:
+  """Four digits; whole numbers in full."""
+  if value is None:
+    return "-"
+  return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def interval(c: Mapping) -> str:
+  return "-" if c["low"] is None else f"[{c['low']:.3g}, {c['high']:.3g}]"
+
+
+def ablation(summary: Mapping) -> str:
+  """The section of one ablation."""
+  s, id = summary, esc(summary["name"])
+  drawn = {name: chart for name, make in charts.CHARTS.items() if (chart := make(s)) is not None}
+  figures = "".join(
+    f"<figure>{charts.svg(chart, f'{id}-{name}')}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
+    for name, chart in drawn.items()
+  )
+  failures = [f"{arm['arm']}, {why}" for arm in s["arms"] for why in arm["failures"]]
+  samples = "".join(
+    f"<details><summary>{esc(arm['arm'])}, seed {esc(seed)}</summary><pre>{esc(text)}</pre></details>"
+    for arm in s["arms"]
+    for seed, text in arm["samples"].items()
+  )
+  parts = [
+    f'<section id="{id}"><h2>{esc(s["title"])}</h2>',
+    f'<p class="question">{esc(s["question"])}</p>',
+    f"<p>{esc(s['notes'])}</p>" if s["notes"] else "",
+    _loud("trials that failed", failures),
+    _loud("what is missing", _missing(s)),
+    table([_comparison(c) for c in s["comparisons"]], caption="comparisons, and the rules that were written before"),
+    f'<div class="figures">{figures}</div>',
+    table(arms(s), sortable=True, caption="arms: means over seeds, ± one deviation; costs by formula"),
+    table(_differences(s), caption="what differs from the baseline"),
+    table(s["tuning"], caption="learning rates that were tried"),
+    f"<h3>Samples</h3>{samples}" if samples else "",
+    f"<p class=where>{esc(where(s))}</p>",
+    f"<pre class=command>{esc(commands(s))}</pre></section>",
+  ]
+  return "\n".join(part for part in parts if part)
+
+
+CAPTIONS = {
+  "curves": "The mean over seeds, and their range.",
+  "effects": "Paired differences, seed by seed.",
+  "lengths": "Rows of more tokens than were trained on.",
+  "costs": "Quality against cost; filled: no other arm is better and cheaper.",
+}
+
+
+def _loud(what: str, lines: Sequence[str]) -> str:
+  if not lines:
+    return ""
+  items = "".join(f"<li>{esc(x)}</li>" for x in lines)
+  return f'<div class="loud" role="note"><strong>{esc(what)}</strong><ul>{items}</ul></div>'
+
+
+def _missing(s: Mapping) -> list[str]:
+  found = [f"{s['missing']} trials have not run"] if s["missing"] else []
+  stale = f"{s['stale']} records are of trials that the experiment no longer describes; they do not count"
+  return found + ([stale] if s["stale"] else [])
+
+
+def _comparison(c: Mapping) -> dict:
+  good = {SUPPORTED: "good", OPPOSITE: "bad"}.get(c["verdict"], "open")
+  why = f" ({c['why']})" if c["why"] else ""
+  return {
+    "statement": c["statement"],
+    "verdict": _Raw(f'<span class="verdict {good}">{esc(c["verdict"])}</span>{esc(why)}'),
+    "effect": c["effect"],
+    "95 % interval": interval(c),
+    "pairs": c["n"],
+    "noise floor": c["floor"],
+    "rule": c["rule"],
+  }
+
+
+def arms(s: Mapping) -> list[dict]:
+  """A row an arm: seeds, each metric, each cost."""
+  names = dict.fromkeys(name for arm in s["arms"] for name in arm["metrics"])
+  shown = [s["metric"], *(name for name in names if name != s["metric"])][:14]
+  rows = []
+  for arm in s["arms"]:
+    row = {"arm": arm["arm"], "seeds": arm["n"]}
+    for name in (n for n in shown if n in names):
+      m = arm["metrics"].get(name)
+      row[name] = m and (m["mean"], number(m["mean"]) + ("" if m["sd"] is None else f" ± {m['sd']:.2g}"))
+    cost, step = arm["cost"], arm["step_ms"]
+    row |= {
+      "parameters": cost["params"],
+      "training FLOPs a token": int(cost["train_flops_per_token"]),
+      "bytes of state a token": int(cost["state_bytes_per_token"]),
+      "ms a step [quartiles]": step
+      and (step["median"], f"{step['median']:.3g} [{step['low']:.3g}, {step['high']:.3g}]"),
+    }
+    row |= {f"ms a token on {chip}, at least": ms for chip, ms in cost["decode_ms"].items()}
+    row["mismatch"] = arm["match"] and (
+      arm["match"]["residual"],
+      f"{arm['match']['residual']:+.2%} {arm['match']['quantity']}",
+    )
+    rows.append(row)
+  return rows
+
+
+def _differences(s: Mapping) -> list[dict]:
+  return [{"arm": arm["arm"], "difference": line} for arm in s["arms"] for line in arm["differences"]]
+
+
+def where(s: Mapping) -> str:
+  """Hardware, versions and cost of a sweep, in a line."""
+  versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
+  workers = "/".join(map(str, s["workers"])) or "?"
+  hardware = "; ".join(s["hardware"]) or "unknown hardware"
+  work = f"{s['trials']} trials, {s['seconds'] / 60:.1f} minutes of them together"
+  return f"{hardware}, {workers} trials at a time; {versions}; {work}; budget {s['budget']}"
+
+
+def commands(s: Mapping) -> str:
+  folder = f"experiments/{s['name']}"
+  return f"llmarch ablate {folder} --budget={s['budget']}\nllmarch report {folder}"
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+
+def runs(found: Sequence[Mapping]) -> str:
+  """Runs of `llmarch train` side by side. found: {"name", "curve", "eval_curve", "last", "differences", "sample"}."""
+  as_summary = {
+    "metric": "loss",
+    "arms": [
+      {"arm": r["name"], "curves": {0: r["curve"]}, "eval_curves": {0: r["eval_curve"]} if r["eval_curve"] else {}}
+      for r in found
+    ],
+  }
+  chart = charts.curves(as_summary)
+  figure = f'<div class="figures"><figure>{charts.svg(chart, "runs")}</figure></div>' if chart is not None else ""
+  keys = dict.fromkeys(key for r in found for key in r["last"])
+  rows = [{"run": r["name"], **{key: r["last"].get(key) for key in keys}} for r in found]
+  differ = [{"run": r["name"], "difference": line} for r in found for line in r["differences"]]
+  return "\n".join(
+    [
+      "<section><h2>Runs</h2>",
+      figure,
+      table(rows, sortable=True, caption="the last row of each"),
+      table(differ, caption=f"what differs from the config of {found[0]['name']}"),
+      "</section>",
+    ]
+  )
