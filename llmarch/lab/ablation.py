@@ -22,6 +22,7 @@ from typing import Any, Literal
 from llmarch.config import (
   FrozenDict,
   UserError,
+  Variant,
   assign,
   build,
   check,
@@ -265,7 +266,7 @@ def _trial(ablation, folder, budget: str, arm: Arm, seed: int, phase: str, rate:
   config = _build(assign(data, [("seed", seed), *rate.items()]), folder, arm)
   functions = [f.__name__ for f in (ablation.trial, *ablation.measures) if f]
   return Trial(
-    key=trial_key(to_dict(config), functions),
+    key=trial_key(config, functions),
     folder=str(folder),
     arm=arm.name,
     seed=seed,
@@ -317,12 +318,27 @@ def _build(data: dict, folder, arm: Arm) -> ExperimentConfig:
     raise UserError(f"{folder}: arm {arm.name!r}: {e}") from None
 
 
-def trial_key(config: dict, functions: Sequence[str]) -> str:
-  """Names what a trial computes; where it runs and caches does not matter to it."""
+def trial_key(config: ExperimentConfig, functions: Sequence[str]) -> str:
+  """Names what a trial computes: the config and the functions applied to it.
+
+  Of the config, what is not a default, so that a new field with a default leaves old records as they are. (A default
+  that changes what is computed wants a new records.VERSION.)
+  """
   from llmarch.lab.records import VERSION
 
-  what = {"version": VERSION, "config": config, "functions": list(functions)}
+  what = {"version": VERSION, "config": _chosen(config), "functions": list(functions)}
   return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _chosen(value: Any) -> Any:
+  """A config as plain data, without the fields that have their default."""
+  if dataclasses.is_dataclass(value):
+    kind = {"kind": value.kind} if isinstance(value, Variant) else {}
+    fields = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value)}
+    return kind | {name: _chosen(v) for name, (v, default) in fields.items() if v != default}
+  if isinstance(value, Mapping):
+    return {name: _chosen(v) for name, v in value.items()}
+  return [_chosen(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def config_differences(ablation: Ablation, folder, budget: str) -> dict[str, list[str]]:

@@ -1,0 +1,552 @@
+"""Ablations: sweeps, matching, statistics and records against oracles; sweeps that are killed, and trials that fail."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import llmarch.layers.registry  # noqa: F401
+from llmarch.__main__ import main as llmarch_main
+from llmarch.analysis import cost
+from llmarch.config import UserError, assign, build, to_dict
+from llmarch.experiment import ExperimentConfig
+from llmarch.lab import ablation as ab
+from llmarch.lab import records, results, runner
+from llmarch.lab.ablation import Match
+from llmarch.lab.match import matched
+from llmarch.lab.statistics import (
+  INCONCLUSIVE,
+  NOT_SUPPORTED,
+  OPPOSITE,
+  SUPPORTED,
+  different,
+  noise_floor,
+  paired,
+  verdict,
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny.py"
+
+# ------------------------------------------------------------------------------------------------ sweeps, arms
+
+
+def test_grid_zip_and_chain_are_products_rows_and_sums():
+  values = {"a": [1, 2, 3], "b.c": ["x", "y"]}
+  assert ab.grid(values) == [{"a": a, "b.c": b} for a, b in itertools.product(*values.values())]
+  assert ab.zipped({"a": [1, 2], "b": [3, 4]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+  assert ab.chain(ab.grid(values), ab.zipped({"d": [5]})) == [*ab.grid(values), {"d": 5}]
+  assert [arm.name for arm in ab.arms(ab.grid(values))][:2] == ["a=1 c=x", "a=1 c=y"]
+  with pytest.raises(UserError, match="one length"):
+    ab.zipped({"a": [1, 2], "b": [3]})
+
+
+def base(**changes) -> ExperimentConfig:
+  from llmarch.commands.common import load_config
+
+  return build(ExperimentConfig, assign(to_dict(load_config(str(TINY))), changes.items()))
+
+
+FFN = "model.blocks.layer.ffn"
+
+
+@pytest.mark.parametrize("quantity", ["params", "flops"])
+@pytest.mark.parametrize(
+  "change", [{f"{FFN}.gated": False}, {"model.d_model": 96}, {"model.blocks.layer.mixer.num_kv_heads": 1}]
+)
+def test_the_matched_width_is_the_nearest_of_all(quantity, change, cases):
+  target, config = base(), base(**change)
+  of = {
+    "params": lambda c: cost.params(c.model)["total"],
+    "flops": lambda c: (
+      c.train.steps * c.train.batch_size * c.train.seq_len * cost.train_flops_per_token(c.model, c.train.seq_len)
+    ),
+  }[quantity]
+  found, sizes, report = matched(Match(quantity, multiple=8, tolerance=0.5), config, target)
+  widths = range(8, 2048, 8)
+  errors = {n: abs(of(base(**change, **{f"{FFN}.d_ff": n})) - of(target)) for n in widths}
+  best = min(errors.values())
+  assert errors[sizes[f"{FFN}.d_ff"]] == best and found.model.blocks["layer"].ffn.d_ff == sizes[f"{FFN}.d_ff"]
+  assert report["residual"] == pytest.approx(of(found) / of(target) - 1) and report["value"] == of(found)
+  cases("matched widths are the nearest of all", len(errors))
+
+
+def test_depth_and_steps_are_matched_too():
+  narrow, target = base(**{"model.d_model": 64}), base()
+  found, sizes, _ = matched(Match("params", by="depth", tolerance=0.3), narrow, target)
+  of = lambda n: abs(
+    cost.params(base(**{"model.d_model": 64, "model.stack": f"{n}*layer"}).model)["total"]
+    - cost.params(target.model)["total"]
+  )
+  assert sizes == {"model.stack": f"{min(range(1, 200), key=of)}*layer"} == {"model.stack": found.model.stack}
+  found, sizes, report = matched(Match("tokens", by="steps"), base(**{"train.batch_size": 16}), target)
+  assert sizes == {"train.steps": target.train.steps // 2} and report["residual"] == 0
+
+
+@pytest.mark.parametrize(
+  ("match", "change", "sentence"),
+  [
+    (Match("params"), {"model.d_model": 512}, "cannot match .* params by d_ff: the nearest"),
+    (Match("params", by="depth"), {"model.stack": "1*layer 2*layer"}, "more than one term"),
+    (Match("params"), {f"{FFN}": None}, "no block has a d_ff"),
+  ],
+)
+def test_impossible_matches_are_refused(match, change, sentence):
+  with pytest.raises(UserError, match=sentence):
+    matched(match, base(**change), base())
+
+
+def test_quantities_and_knobs_that_do_not_go_together_are_refused():
+  for bad in ({"quantity": "tokens"}, {"quantity": "params", "by": "steps"}, {"quantity": "weight"}):
+    with pytest.raises(UserError):
+      Match(**bad)
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_paired_intervals_are_those_of_scipy(n, cases):
+  rng = np.random.default_rng(n)
+  a, b = rng.normal(size=n), rng.normal(size=n)
+  effect = paired(dict(enumerate(a)), dict(enumerate(b)) | {99: 5.0})
+  theirs = stats.ttest_rel(a, b).confidence_interval(0.95)
+  assert effect.n == n and np.allclose([effect.low, effect.high], theirs, rtol=1e-12)
+  cases("paired intervals against scipy")
+
+
+def test_intervals_cover_the_true_effect_as_often_as_they_say(cases):
+  rng, trials, hits = np.random.default_rng(7), 4000, 0
+  for values in rng.normal(0.3, 1.0, size=(trials, 4)):
+    e = paired(dict(enumerate(values)), dict.fromkeys(range(4), 0.0))
+    hits += e.low <= 0.3 <= e.high
+  assert abs(hits / trials - 0.95) < 4 * math.sqrt(0.95 * 0.05 / trials)
+  cases("coverage of the interval", trials)
+
+
+def effect_of(*values):
+  return paired(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0))
+
+
+@pytest.mark.parametrize(
+  ("values", "floor", "rule", "expected"),
+  [
+    ((-0.10, -0.11, -0.12), 0.04, ("less", 0.03), SUPPORTED),
+    ((-0.10, -0.11, -0.12), 0.04, ("greater", 0.0), OPPOSITE),
+    ((-0.10, -0.11, -0.12), 0.20, ("less", 0.03), INCONCLUSIVE),  # below the noise floor
+    ((-0.10, -0.11, -0.12), math.inf, ("less", 0.0), INCONCLUSIVE),  # whose size is not known
+    ((-0.10, 0.11, -0.12), 0.04, ("less", 0.0), INCONCLUSIVE),  # the interval contains zero
+    ((-0.010, -0.011, -0.012), 0.001, ("less", 0.03), NOT_SUPPORTED),  # there, and smaller than claimed
+    ((0.001, -0.001, 0.0005), 0.04, ("less", 0.03), NOT_SUPPORTED),
+    ((0.001, -0.001, 0.0005), 0.04, ("equal", 0.03), SUPPORTED),
+    ((0.101, 0.099, 0.1005), 0.04, ("equal", 0.03), NOT_SUPPORTED),
+    ((0.101, 0.099, 0.1005), 0.04, ("equal", 0.03, 0.1), SUPPORTED),
+    ((0.101, 0.039, 0.0105), 0.04, ("equal", 0.03), INCONCLUSIVE),
+    ((-5.0,), 0.01, ("less", 0.0), INCONCLUSIVE),  # one seed is no verdict
+    ((-5.0, -5.0), 0.01, ("less", 0.0), INCONCLUSIVE),
+    ((math.nan, 1.0, 1.0), 0.01, ("less", 0.0), INCONCLUSIVE),
+  ],
+)
+def test_the_rule(values, floor, rule, expected):
+  assert verdict(effect_of(*values), floor, *rule) == expected
+
+
+def test_less_is_greater_turned_round(cases):
+  rng = np.random.default_rng(3)
+  for _ in range(300):
+    values, floor, by = (
+      rng.normal(rng.normal(), 0.3, size=rng.integers(2, 7)),
+      abs(rng.normal()) / 3,
+      abs(rng.normal()) / 3,
+    )
+    flipped = verdict(effect_of(*(-values)), floor, "greater", by)
+    assert verdict(effect_of(*values), floor, "less", by) == flipped
+  cases("the rule is symmetric", 300)
+
+
+def recorded_noise() -> list[float]:
+  rows = records.latest(records.read(ROOT / "experiments" / "noise")).values()
+  return [row["metrics"]["loss"] for row in rows if row["budget"] == "tiny" and row["status"] == "ok"]
+
+
+@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("of", ["recorded", "drawn"])
+def test_identical_arms_are_never_called_different(of, n, cases):
+  """100 pairs of arms of the same config, other seeds each: those recorded in experiments/noise, or drawn. An effect of
+  twice the floor is seen in all of them (else the rule would only be blind)."""
+  rng, told, seen = np.random.default_rng(11), 0, 0
+  for _ in range(100):
+    runs = np.array(recorded_noise()) if of == "recorded" else rng.normal(1.8, 0.015, size=16)
+    chosen = rng.permutation(len(runs))[: 2 * n]
+    a, b = runs[chosen[:n]], runs[chosen[n:]]
+    floor = noise_floor(list(runs))
+    told += different(paired(dict(enumerate(a)), dict(enumerate(b))), floor)
+    shifted = paired(dict(enumerate(b + 2 * floor)), dict(enumerate(b + rng.normal(0, floor / 20, size=n))))
+    seen += different(shifted, floor)
+  assert (told, seen) == (0, 100)
+  cases("identical arms are not different", 100)
+
+
+def test_the_noise_floor_is_two_deviations_of_a_difference():
+  values = [1.0, 1.1, 0.95, 1.02]
+  assert noise_floor(values) == pytest.approx(2 * np.sqrt(2) * np.std(values, ddof=1))
+  assert noise_floor(values, least=5.0) == 5.0 and noise_floor(values[:2]) == math.inf
+
+
+# ---------------------------------------------------------------------------------------------------- records
+
+
+def row(key: str, **fields) -> dict:
+  return {"key": key, "arm": "a", "seed": 0, "budget": "tiny", "phase": "main", "status": "ok", "metrics": {}} | fields
+
+
+def test_a_trial_is_recorded_once_by_any_number_of_writers(tmp_path, cases):
+  code = (
+    "import sys; from llmarch.lab import records\n"
+    "for i in range(20): records.add(sys.argv[1], {'key': str(i), 'metrics': {}, 'by': sys.argv[2]})"
+  )
+  writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)], cwd=ROOT) for i in range(3)]
+  assert [w.wait() for w in writers] == [0, 0, 0]
+  assert sorted(int(r["key"]) for r in records.read(tmp_path)) == list(range(20))
+  cases("records are written once", 60)
+
+
+def test_damaged_lines_are_left_out_and_said_and_nothing_else_is_lost(tmp_path, cases):
+  for i in range(4):
+    assert records.add(tmp_path, row(str(i)))
+  assert not records.add(tmp_path, row("2")) and records.add(tmp_path, row("2", attempt=2))
+  whole, said = (tmp_path / records.NAME).read_bytes(), []
+  lines = whole.split(b"\n")
+  rng = random.Random(5)
+  for _ in range(60):
+    which = rng.randrange(5)
+    line = bytearray(lines[which])
+    line[rng.randrange(len(line))] ^= 1 << rng.randrange(8)
+    damaged = [*lines[:which], bytes(line), *lines[which + 1 :]]
+    (tmp_path / records.NAME).write_bytes(b"\n".join(damaged))
+    kept = records.read(tmp_path, say=said.append)
+    assert len(kept) == 4 and "half-written or damaged" in said[-1]
+  for cut in range(1, len(lines[4])):
+    (tmp_path / records.NAME).write_bytes(whole[:-1][:-cut])
+    assert len(records.read(tmp_path, say=said.append)) == 4
+  assert records.add(tmp_path, row("new")) and [r["key"] for r in records.read(tmp_path)][-1] == "new"
+  cases("damaged records are left out", 60 + len(lines[4]) - 1)
+
+
+def test_records_of_another_version_are_refused_and_kept(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, "VERSION", 99)
+  records.add(tmp_path, row("0"))
+  before = (tmp_path / records.NAME).read_bytes()
+  monkeypatch.undo()
+  with pytest.raises(UserError, match="has records of version 99"):
+    records.read(tmp_path)
+  assert (tmp_path / records.NAME).read_bytes() == before
+
+
+# ----------------------------------------------------------------------------------------------- whole sweeps
+
+ABLATION = """
+import os, signal, time
+from llmarch.lab.ablation import Ablation, Arm, Budget, Comparison, grid, arms
+from llmarch.train.faults import Fault
+
+def play(config, workdir):
+  width = config.model.blocks["layer"].ffn.d_ff
+  if width == {nan}: raise Fault("the loss is nan at step 3")
+  if width == {memory}: os.kill(os.getpid(), signal.SIGKILL)
+  if width == {slow}: time.sleep(60)
+  if width == {broken}: raise RuntimeError("a bug")
+  time.sleep({seconds})
+  return {{"loss": 1 / width + 0.001 * ((config.seed * 7919 + width) % 13), "width": float(width)}}
+
+def get_ablation():
+  return Ablation(
+    title="Widths", question="Does width help?", config={config!r},
+    arms=(Arm("first"), *arms(grid({{"model.blocks.layer.ffn.d_ff": {widths}}}))),
+    comparisons=(Comparison("wider", "Wider is lower", "d_ff={widths[0]}", "less", 0.001),),
+    budgets={{"tiny": Budget(seeds={seeds}, limit={limit})}},
+    trial=play, learning_rates={rates},
+  )
+"""
+
+
+def write_ablation(folder: pathlib.Path, **fields) -> str:
+  defaults = dict(nan=0, memory=0, slow=0, broken=0, seconds=0, widths=[32, 64], seeds=3, limit=50.0, rates=())
+  folder.mkdir(parents=True)
+  (folder / "ablation.py").write_text(ABLATION.format(**(defaults | fields), config=str(TINY)))
+  return str(folder)
+
+
+VOLATILE = ("seconds", "workers", "crc32", "hardware")
+
+
+def table(folder) -> dict:
+  """The records without what differs from run to run, by trial."""
+  rows = records.read(folder)
+  counts = collections.Counter(r["key"] for r in rows)
+  assert set(counts.values()) == {1}, "a trial is there twice"
+  return {r["key"]: {k: v for k, v in r.items() if k not in VOLATILE} for r in rows}
+
+
+def test_r21_a_sweep_killed_at_random_ends_with_the_same_table(request, tmp_path, cases):
+  kills = 10 if request.config.getoption("--nightly") else 3
+  fields = dict(widths=[32, 48, 64], seeds=3, seconds=0.2)
+  whole = write_ablation(tmp_path / "whole" / "widths", **fields)
+  runner.run_all([whole], budget="tiny", workers=2, say=lambda text: None)
+  killed = write_ablation(tmp_path / "killed" / "widths", **fields)
+  command = [sys.executable, "-m", "llmarch", "ablate", killed, "--workers=2"]
+  rng, done = random.Random(21), 0
+  for _ in range(kills):
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = len(records.read(killed, say=lambda text: None))
+    time.sleep(rng.uniform(2.0, 7.0))
+    done += driver.poll() is None
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert len(records.read(killed, say=lambda text: None)) >= before
+  assert done >= 2, "the sweep ended before it was killed"
+  assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+  strip = lambda t: sorted((r["arm"], r["seed"], json.dumps(r["metrics"])) for r in t.values())
+  assert strip(table(killed)) == strip(table(whole)) and len(table(killed)) == 12
+  a, b = (results.summarize(folder) for folder in (killed, whole))
+  assert a["comparisons"] == b["comparisons"] and a["missing"] == b["missing"] == 0
+  left = [p for p in pathlib.Path("/proc").glob("[0-9]*/cmdline") if killed.encode() in _read(p)]
+  assert not left, "a trial outlived its driver"
+  cases("R21: kills of a sweep", done)
+
+
+def _read(path) -> bytes:
+  try:
+    return path.read_bytes()
+  except OSError:
+    return b""
+
+
+def test_failed_trials_are_recorded_and_the_others_go_on(tmp_path):
+  folder = write_ablation(
+    tmp_path / "widths", widths=[32, 40, 48, 56, 64], nan=32, memory=40, slow=48, broken=56, seeds=1, limit=12.0
+  )
+  (sweep,) = runner.run_all([folder], budget="tiny", workers=3, say=lambda text: None)
+  rows = {r["arm"]: r for r in records.read(folder)}
+  kinds = {arm: r.get("failure", r["status"]) for arm, r in rows.items()}
+  assert kinds == {
+    "first": "ok", "d_ff=32": "numbers", "d_ff=40": "memory", "d_ff=48": "time", "d_ff=56": "died", "d_ff=64": "ok",
+  }  # fmt: skip
+  assert "the loss is nan at step 3" in rows["d_ff=32"]["reason"] and "a bug" in rows["d_ff=56"]["reason"]
+  assert not sweep.pending()
+  found = results.summarize(folder)
+  assert [c["verdict"] for c in found["comparisons"]] == [INCONCLUSIVE] and "failed" in found["comparisons"][0]["why"]
+  assert [len(a["failures"]) for a in found["arms"]] == [0, 1, 1, 1, 1, 0]
+  # Again, in vain, then mended: the failure stays in the book, the last attempt counts.
+  (tmp_path / "widths" / "ablation.py").write_text(
+    ABLATION.format(
+      widths=[32, 40, 48, 56, 64],
+      nan=0,
+      memory=0,
+      slow=0,
+      broken=0,
+      seeds=1,
+      limit=12.0,
+      seconds=0,
+      rates=(),
+      config=str(TINY),
+    )
+  )
+  runner.run_all([folder], budget="tiny", workers=3, say=lambda text: None)
+  assert len(records.read(folder)) == 6
+  runner.run_all([folder], budget="tiny", workers=3, retry_failed=True, say=lambda text: None)
+  rows = records.read(folder)
+  assert len(rows) == 10 and {r["status"] for r in records.latest(rows).values()} == {"ok"}
+  assert sorted(r["attempt"] for r in rows) == [1] * 6 + [2] * 4
+
+
+def test_a_sibling_s_trial_is_not_computed_again(tmp_path):
+  first, second = (write_ablation(tmp_path / name, widths=[32], seeds=1) for name in ("one", "two"))
+  runner.run_all([first, second], budget="tiny", workers=2, say=lambda text: None)
+  ones, twos = table(first), table(second)
+  assert ones.keys() == twos.keys() and len(ones) == 2
+  metrics = lambda t: {key: row["metrics"] for key, row in t.items()}
+  assert metrics(ones) == metrics(twos)
+  sources = [r["from"] for r in (*ones.values(), *twos.values()) if "from" in r]
+  assert len(sources) == 2 and set(sources) <= {"one", "two"}
+
+
+def test_every_arm_runs_at_the_best_of_its_own_learning_rates(tmp_path):
+  folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1, rates=(1e-3, 2e-3))
+  text = (tmp_path / "widths" / "ablation.py").read_text()
+  # The loss is lowest at a rate that depends on the arm.
+  text = text.replace(
+    '"loss": 1 / width', '"loss": abs(config.optimizer.learning_rate - (1e-3 if width == 32 else 2e-3)) + 1 / width'
+  )
+  (tmp_path / "widths" / "ablation.py").write_text(text)
+  runner.run_all([folder], budget="tiny", workers=2, say=lambda text: None)
+  rows = records.read(folder)
+  rates = {r["arm"]: r["overrides"]["optimizer.learning_rate"] for r in rows if r["phase"] == "main"}
+  assert rates == {"first": 2e-3, "d_ff=32": 1e-3}
+  assert {r["seed"] for r in rows if r["phase"] == "tune"} == {ab.TUNING_SEED} and len(rows) == 6
+  assert len(results.summarize(folder)["tuning"]) == 4
+
+
+def test_a_trial_trains_and_its_numbers_are_those_of_the_same_run(tmp_path):
+  """The record of a trained trial equals `llmarch train` of the resolved config."""
+  from llmarch.lab.training import train_run
+
+  small = {"train.steps": 4, "train.batch_size": 2, "train.seq_len": 16, "train.log_every": 1, "eval.every": 2,
+           "eval.batches": 2, "eval.sample_tokens": 4, "model.stack": "1*layer", "checkpoint.every": 0,
+           "optimizer.schedule": {"kind": "constant"}}  # fmt: skip
+  folder = tmp_path / "trained"
+  folder.mkdir()
+  (folder / "ablation.py").write_text(
+    "from llmarch.lab.ablation import Ablation, Arm, Budget\n"
+    "from llmarch.lab.measures import losses_at_lengths, partition\n"
+    "def get_ablation():\n"
+    f"  return Ablation('t', 'q', {str(TINY)!r}, (Arm('a'),), (), {{'tiny': Budget(1, overrides={small!r})}},"
+    " measures=(losses_at_lengths(2), partition))\n"
+  )
+  said = []
+  runner.run_all([str(folder)], budget="tiny", workers=1, say=said.append)
+  (record,) = records.read(folder)
+  assert record["status"] == "ok", record
+  (trial,) = ab.trials(ab.load(folder), folder, "tiny")
+  last = train_run(build(ExperimentConfig, trial.config), str(tmp_path / "run"))
+  found = record["metrics"]
+  # The process of the trial compiles with all optimisations, this one with none.
+  assert found["loss"] == pytest.approx(last["eval/loss"], rel=1e-4)
+  assert found["loss_1x"] == pytest.approx(found["loss"], rel=1e-4)
+  assert found["rise_2x"] == pytest.approx(found["loss_2x"] - found["loss_1x"], abs=1e-9)
+  assert [step for step, _ in record["eval_curve"]] == [2, 4] and len(record["curve"]) == 4
+  assert record["sample"].startswith("def ") and record["step_ms"]["low"] <= record["step_ms"]["median"]
+  assert "1 of 1" in said[-1] or "[1/1]" in said[-1]
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "sentence"),
+  [
+    ('d_ff": [32]', 'dff": [32]', "comparison wider names the arm 'd_ff=32', which is not there"),
+    ('Arm("first"),', 'Arm("first"), Arm("d_ff=32"),', "arm 'd_ff=32' is there twice"),
+    ('Arm("first")', 'Arm("first", {"model.d_modle": 1})', "arm 'first': config.model.d_modle: no such key;"),
+    ('Arm("first")', 'Arm("first", {"model.d_model": -1})', "arm 'first': config.model.d_model must be at least 1"),
+    ("return Ablation(", "return dict(", "get_ablation must return an Ablation"),
+    ('"less", 0.001)', '"less", 0.001, metric="los")', "wants the metric 'los', which the trials do not record"),
+    ('"less", 0.001)', '"less", 0.001, baseline="d_ff=32")', "compares d_ff=32 with itself"),
+    ("def play", "1 / 0\ndef play", "failed with ZeroDivisionError"),
+    ('"tiny"', '"small"', "has no budget 'tiny'"),
+  ],
+)
+def test_bad_ablations_are_refused_in_one_sentence(tmp_path, old, new, sentence):
+  folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1)
+  path = tmp_path / "widths" / "ablation.py"
+  assert old in path.read_text()
+  path.write_text(path.read_text().replace(old, new, 1))
+  with pytest.raises(UserError, match=sentence) as error:
+    runner.run_all([folder], budget="tiny", workers=1, say=lambda text: None)
+    results.summarize(folder)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("words", "sentence"),
+  [
+    ([], "which experiment"),
+    (["nowhere"], "has no ablation.py"),
+    (["experiments/glu", "--budget=huge"], "has no budget 'huge'"),
+    (["experiments/glu", "--seeds=0"], "seeds"),
+    (["experiments/glu", "--backend=slrm"], "backend"),
+  ],
+)
+def test_bad_flags_end_with_2_and_a_sentence(words, sentence, capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  assert llmarch_main(["ablate", *words]) == 2
+  assert sentence in capsys.readouterr().err
+
+
+def test_slurm_that_is_not_there_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
+  folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1)
+  monkeypatch.setenv("PATH", str(tmp_path))
+  assert llmarch_main(["ablate", folder, "--backend=slurm"]) == 2
+  error = capsys.readouterr().err
+  assert "Slurm" in error or "submitit" in error
+  assert not records.read(folder)
+
+
+EXPERIMENTS = sorted(p.parent.name for p in (ROOT / "experiments").glob("*/ablation.py"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_can_be_planned_and_has_current_records(name, cases):
+  """All budgets resolve (matching included); the tiny records are those of the file as it is, at least 3 seeds."""
+  folder = ROOT / "experiments" / name
+  one = ab.load(folder)
+  for budget in one.budgets:
+    plan = ab.trials(one, folder, budget)
+    assert len({(t.arm, t.seed) for t in plan}) == len(plan)
+    for t in plan:
+      assert t.match is None or abs(t.match["residual"]) <= 0.02
+    cases("trials planned", len(plan))
+  found = results.summarize(folder, budget="tiny")
+  assert found["missing"] == 0 and found["stale"] == 0
+  assert all(c["verdict"] and (c["n"] >= 3 or c["why"]) for c in found["comparisons"])
+  assert dataclasses.asdict(one.arms[0])["name"] == found["baseline"]
+
+
+# ------------------------------------------------------------------------------------------------------- Slurm
+
+
+def test_an_array_of_slurm_records_what_this_machine_does(tmp_path, cases):
+  """The same trials through sbatch, a failing one among them; a second call submits nothing."""
+  pytest.importorskip("submitit", reason="SUBMITIT IS NOT INSTALLED (pip install 'llmarch[slurm]')")
+  try:
+    idle = subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%n"], capture_output=True, text=True).stdout.strip()
+  except OSError:
+    idle = ""
+  if not idle:
+    pytest.skip("THERE IS NO SLURM WITH AN IDLE NODE (tests/slurm.sh)")
+  fields = dict(widths=[32, 40, 48], nan=40, seeds=2, seconds=0.1)
+  here, there = (write_ablation(tmp_path / name / "widths", **fields) for name in ("local", "slurm"))
+  runner.run_all([here], budget="tiny", workers=2, say=lambda text: None)
+  command = [sys.executable, "-m", "llmarch", "ablate", there, "--backend=slurm", "--cpus_per_trial=1"]
+  assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1  # a trial failed
+  outcome = lambda folder: sorted(
+    (r["arm"], r["seed"], r["status"], r["metrics"].get("loss")) for r in table(folder).values()
+  )
+  assert outcome(there) == outcome(here) and len(outcome(there)) == 8
+  submitted = (pathlib.Path(there) / "trials" / "submitted.jsonl").read_text()
+  assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+  assert (pathlib.Path(there) / "trials" / "submitted.jsonl").read_text() == submitted
+  cases("trials through Slurm", 8)
+
+
+def test_a_trial_s_key_is_of_what_it_computes_and_blind_to_new_defaults(cases):
+  config = base()
+  key = ab.trial_key(config, ("f",))
+  changes = {
+    "seed": 1,
+    "train.steps": 7,
+    f"{FFN}.d_ff": 8,
+    "model.blocks.layer.mixer.position": {"kind": "alibi"},
+    f"{FFN}.bias": True,
+  }
+  keys = {ab.trial_key(base(**{k: v}), ("f",)) for k, v in changes.items()} | {ab.trial_key(config, ("g",))}
+  assert len(keys) == len(changes) + 1 and key not in keys
+  # A new field with a default: the same data, one more key in it.
+  grown = dataclasses.make_dataclass(
+    "Grown", [("extra", int, 3)], bases=(type(config.train),), frozen=True, kw_only=True
+  )
+  train = grown(**{f.name: getattr(config.train, f.name) for f in dataclasses.fields(config.train)})
+  assert ab.trial_key(dataclasses.replace(config, train=train), ("f",)) == key
+  assert ab.trial_key(dataclasses.replace(config, train=dataclasses.replace(train, extra=4)), ("f",)) != key
+  cases("keys of trials", len(changes) + 3)
