@@ -35,6 +35,10 @@ def test_facts_come_out_as_the_sources_read(claim, tmp_path, cases):
   cases("facts against the sources", 1)
 
 
+def test_every_fact_says_when_it_holds():
+  assert [c.id for c in FACTS if "Holds if " not in c.rule] == []
+
+
 def test_measured_claims_name_comparisons_that_exist(cases):
   for claim in CLAIMS:
     if isinstance(claim.check, Measured):
@@ -92,11 +96,15 @@ def test_a_run_is_recorded_and_a_changed_rule_makes_it_not_run(tmp_path):
   assert state() == {"a": "holds", "b": "refuted"}
   registry(tmp_path, "claim('a', Fact('yes'), rule='another')", "claim('b', Fact('no'))")
   assert state() == {"a": "not run", "b": "refuted"}
+  facts = path.parent / claims.FACTS
+  facts.write_text(facts.read_text().replace("1 < 2", "1 < 3"))
+  assert state() == {"a": "not run", "b": "not run"}
   assert len(journal.read(path.parent / claims.RECORDS)) == 2
 
 
 def test_tests_pass_fail_and_are_not_there(tmp_path):
   (tmp_path / "tests").mkdir()
+  (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")  # as this project's own
   (tmp_path / "tests" / "test_x.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
   path = registry(tmp_path, *(f"claim('{n}', Test(('tests/test_x.py::test_{n}',)))" for n in "ab"))
   assert [claims.run(c, path.parent)["status"] for c in claims.load(path)] == ["passes", "fails"]

@@ -4,7 +4,8 @@
 by a function of the `facts.py` beside it, a Test is a unit test, Measured is a comparison of an ablation, and Cited is
 all that is left where nothing can be computed here. What ran is appended to `claims.jsonl` beside them.
 
-A run counts for a claim as it stands: if its statement, rule or check has changed since, it has not run.
+A run counts for a claim as it stands: if its statement, rule or check has changed since, or its fact's code, it has not
+run.
 """
 
 import ast
@@ -118,11 +119,6 @@ class Claim:
         return f"{ablation}: {comparison}"
     return "cited"
 
-  @property
-  def fingerprint(self) -> str:
-    """Of what a run decided."""
-    return f"{zlib.crc32(repr((self.statement, self.rule, self.check)).encode()):08x}"
-
 
 # -------------------------------------------------------------------------------------------------- reading
 
@@ -165,14 +161,25 @@ def _check_target(claim: Claim, folder: Path) -> None:
       check(ablation in there, f"claim {claim.id!r}: there is no experiment {ablation!r}{nearest(ablation, there)}")
 
 
-def _functions(path: Path) -> set[str]:
-  """Names of the functions at the top of a file; none where there is no file."""
-  return _functions_at(path, path.stat().st_mtime_ns) if path.is_file() else set()
+def _functions(path: Path) -> dict[str, str]:
+  """{name: source} of the functions at the top of a file; none where there is no file."""
+  return _functions_at(path, path.stat().st_mtime_ns) if path.is_file() else {}
 
 
 @functools.lru_cache(maxsize=100)
-def _functions_at(path: Path, time_ns: int) -> set[str]:
-  return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+def _functions_at(path: Path, time_ns: int) -> dict[str, str]:
+  text = path.read_text()
+  nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+  lines = text.splitlines()
+  return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes}
+
+
+def fingerprint(claim: Claim, folder: Path) -> str:
+  """Of what a run decides."""
+  what = claim.statement, claim.rule, claim.check
+  if isinstance(claim.check, Fact):
+    what += (_functions(folder / FACTS).get(claim.check.function),)
+  return f"{zlib.crc32(repr(what).encode()):08x}"
 
 
 def find(claims: Sequence[Claim], id: str) -> Claim:
@@ -209,7 +216,7 @@ def run(claim: Claim, folder: str | Path, *, budget: str | None = None) -> dict:
       status, text = _cited(claim)
   row = {
     "id": claim.id,
-    "of": claim.fingerprint,
+    "of": fingerprint(claim, folder),
     "status": status,
     "evidence": text,
     "time": began,
@@ -221,7 +228,7 @@ def run(claim: Claim, folder: str | Path, *, budget: str | None = None) -> dict:
 
 
 def _run_tests(nodeids: Sequence[str], root: Path) -> tuple[str, str]:
-  command = [sys.executable, "-m", "pytest", *nodeids, "-q", "-n", "0", "-p", "no:cacheprovider"]
+  command = [sys.executable, "-m", "pytest", *nodeids, "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
   done = subprocess.run(command, cwd=root, capture_output=True, text=True)
   lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
   words = ("passed", "failed", "error", "skipped", "no tests ran")
@@ -279,7 +286,7 @@ def _state(claim: Claim, folder: Path, row: dict | None, budget: str | None) -> 
     return *_measured(claim, folder, budget or _budget(claim)), row and row["time"]
   if isinstance(claim.check, Cited):
     return *_cited(claim), None
-  if row is None or row.get("of") != claim.fingerprint:
+  if row is None or row.get("of") != fingerprint(claim, folder):
     return NOT_RUN, "", None
   return row["status"], row["evidence"], row["time"]
 
