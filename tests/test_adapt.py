@@ -18,7 +18,6 @@ import llmarch
 from llmarch.__main__ import main
 from llmarch.analysis import cost
 from llmarch.commands.common import load_config
-from llmarch.lab.training import train_run as train_command
 from llmarch.config import BlockConfig, ModelConfig, UserError, build
 from llmarch.convert import hf, peft
 from llmarch.convert.tables import FAMILIES
@@ -36,6 +35,7 @@ from llmarch.experiment import (
 )
 from llmarch.infer.evaluate import perplexity, score
 from llmarch.infer.lm import LM
+from llmarch.lab.training import train_run as train_command
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm

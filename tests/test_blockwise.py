@@ -92,16 +92,20 @@ def test_no_array_of_all_scores_is_held():
 def test_the_survey_of_two_blocks_never_misses_a_key_that_is_seen(cases):
   """may_see is true wherever any pair is visible, over random positions, segments, padding, masks and windows; and it
   says no where two blocks of one document are apart (else nothing would ever be skipped)."""
-  r = np.random.default_rng(4)
+  r, C = np.random.default_rng(4), 7
   missed = refused = 0
-  for _ in range(400):
-    C, segments = 7, r.integers(1, 4)
-    block = lambda: Keys(
-      jnp.asarray(np.where(r.random((2, C)) < 0.3, -1, r.integers(0, 40) + r.integers(0, 8, (2, C))), jnp.int32),
+
+  def block(segments: int) -> Keys:
+    positions = r.integers(0, 40) + r.integers(0, 8, (2, C))
+    return Keys(
+      jnp.asarray(np.where(r.random((2, C)) < 0.3, -1, positions), jnp.int32),
       jnp.asarray(np.sort(r.integers(0, segments, (2, C)))),
       jnp.asarray(r.random((2, C)) < 0.2),
     )
-    queries, keys = block(), block()
+
+  for _ in range(400):
+    segments = r.integers(1, 4)
+    queries, keys = block(segments), block(segments)
     how = {"mask": r.choice(["causal", "bidirectional", "prefix"]), "window": r.choice([None, 3, 12])}
     seen = bool(jnp.any(attention.visible(queries, keys, **how)))
     may = bool(blockwise.may_see(queries, keys, **how))

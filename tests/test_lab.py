@@ -371,6 +371,30 @@ def test_failed_trials_are_recorded_and_the_others_go_on(tmp_path):
   assert sorted(r["attempt"] for r in rows) == [1] * 6 + [2] * 4
 
 
+@pytest.mark.parametrize(
+  ("metrics", "kind", "sentence"),
+  [
+    ("{'loss': float('nan')}", "numbers", "the metric 'loss' is nan"),
+    ("{'loss': float('inf'), 'other': 1.0}", "numbers", "the metric 'loss' is inf"),
+    ("{'loss': None}", "refused", "the metric 'loss' of a trial must be a number, got None"),
+    ("{'loss': '1.0'}", "refused", "must be a number, got '1.0'"),
+    ("{'loss': {'a': 1.0}}", "refused", "must be a number"),
+    ("[1.0]", "refused", "a trial must give {metric: number}"),
+    ("{'loss': __import__('numpy').float32(0.5), 'n': 2}", None, ""),
+  ],
+)
+def test_metrics_that_are_no_numbers_are_a_failure_with_a_reason(metrics, kind, sentence, tmp_path):
+  folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1)
+  path = tmp_path / "widths" / "ablation.py"
+  path.write_text(path.read_text().replace("  time.sleep(", f"  return {metrics}\n  time.sleep("))
+  runner.run_all([folder], budget="tiny", workers=2, say=lambda text: None)
+  rows = records.read(folder)
+  assert len(rows) == 2 and {r.get("failure") for r in rows} == {kind}
+  assert all(sentence in r.get("reason", "") for r in rows)
+  assert (kind is None) == (rows[0]["metrics"] == {"loss": 0.5, "n": 2.0})
+  assert results.summarize(folder)["trials"] == 2
+
+
 def test_a_sibling_s_trial_is_not_computed_again(tmp_path):
   first, second = (write_ablation(tmp_path / name, widths=[32], seeds=1) for name in ("one", "two"))
   runner.run_all([first, second], budget="tiny", workers=2, say=lambda text: None)

@@ -12,7 +12,6 @@ import optax
 import pytest
 
 import llmarch
-from llmarch.lab.training import train_run as train_command
 from llmarch.config import BlockConfig, ModelConfig, UserError, build, override, to_dict
 from llmarch.data.tokenizers import load_tokenizer, train_bpe
 from llmarch.experiment import (
@@ -34,6 +33,7 @@ from llmarch.experiment import (
   Text,
   TrainConfig,
 )
+from llmarch.lab.training import train_run as train_command
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm

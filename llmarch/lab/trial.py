@@ -6,14 +6,17 @@ ends alone. It writes RESULT beside its file; what its end means is `outcome`'s 
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import sys
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from llmarch.config import build
+from llmarch.config import build, check
 from llmarch.experiment import ExperimentConfig
+from llmarch.train.faults import Fault
 
 TRIAL, RESULT, LOG, RUN = "trial.json", "result.json", "log.txt", "run"
 CURVE = 60  # points of a recorded curve, at most
@@ -116,12 +119,23 @@ def run(folder: str | Path) -> dict:
   ablation = load(trial.folder)
   config = build(ExperimentConfig, trial.config, "config")
   if ablation.trial:
-    found = {"metrics": ablation.trial(config, str(Path(folder) / RUN))}
+    found = {"metrics": ablation.trial(config, str(Path(folder) / RUN))}  # numbers of any library
   else:
     found = train_trial(config, str(Path(folder) / RUN), ablation.measures)
-  found |= {"hardware": hardware(), "versions": versions()}
+  found |= {"metrics": checked(found["metrics"]), "hardware": hardware(), "versions": versions()}
   write_atomically(Path(folder) / RESULT, json.dumps(found))
   return found
+
+
+def checked(metrics) -> dict[str, float]:
+  """The metrics of a trial as numbers by name. Raises UserError for what is none, and Fault for what is not finite."""
+  check(isinstance(metrics, Mapping), f"a trial must give {{metric: number}}, got {metrics!r:.80}")
+  for name, value in metrics.items():
+    number = (isinstance(name, str) and isinstance(value, (int, float))) or getattr(value, "shape", None) == ()
+    check(number, f"the metric {name!r} of a trial must be a number, got {value!r:.80}")
+    if not math.isfinite(value):
+      raise Fault(f"the metric {name!r} is {float(value)}")
+  return {name: float(value) for name, value in metrics.items()}
 
 
 def hardware() -> str:
