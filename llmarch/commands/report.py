@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import flags
@@ -19,6 +21,7 @@ USAGE = """llmarch report FOLDER [FOLDER ...] [--flags]
 def _define(values: flags.FlagValues) -> None:
   text = lambda name, default, help: flags.DEFINE_string(name, default, help, flag_values=values)
   text("out", "report.html", "the page")
+  text("png", None, "folder for the charts as PNG too")
   text("budget", None, "of experiments (default: that of the newest record)")
   text("records", None, "folder of folders with the records, in place of the experiments' own")
   flags.DEFINE_bool("readme", False, "write README.md and figures beside the records, and VERDICTS.md", values)
@@ -28,24 +31,36 @@ def _define(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> int:
   args, folders = parse_words(argv, _define, USAGE)
   check(bool(folders), "report on what? Give experiments/NAME, experiments, or folders of runs")
-  runs = [folder for folder in folders if (Path(folder) / "metrics.jsonl").is_file()]
+  runs = [folder for folder in folders if _is_run(folder)]
   if runs:
     other = next((folder for folder in folders if folder not in runs), None)
     check(other is None, f"{other} is no run, and {runs[0]} is one; report on either")
-    return _runs(runs, args)
+    return _runs(list({Path(folder).resolve(): folder for folder in runs}.values()), args)
   return _ablations(folders, args)
+
+
+def _is_run(folder: str) -> bool:
+  """Whether `llmarch train` has begun there."""
+  from llmarch.lab.ablation import FILE
+
+  here = Path(folder)
+  return not (here / FILE).exists() and any((here / name).is_file() for name in ("metrics.jsonl", "config.json"))
 
 
 def _ablations(folders: list[str], args) -> int:
   from llmarch.lab import results, runner
-  from llmarch.report import page, readme
+  from llmarch.report import charts, page, readme
 
+  below = {folder: _below(folder, runner.find) for folder in folders}
   found = {}
-  for folder in runner.find(folders):
-    out = Path(args.records) / Path(folder).name if args.records else Path(folder)
+  for folder in dict.fromkeys(f for inside in below.values() for f in inside):
+    name = Path(folder).resolve().name
+    out = Path(args.records) / name if args.records else Path(folder)
     summary = results.summarize(folder, budget=args.budget, out=out)
     if summary:
-      found[out] = summary
+      twice = next((f for f, s in found.items() if s["name"] == name), None)
+      check(twice is None, f"{twice} and {folder} are both named {name}; report on one of them at a time")
+      found[folder] = summary
   if not found:
     which = f" of budget {args.budget}" if args.budget else ""
     raise UserError(f"{folders[0]} has no records{which}; run llmarch ablate {folders[0]} first")
@@ -53,15 +68,29 @@ def _ablations(folders: list[str], args) -> int:
   if args.json:
     print(json.dumps(summaries, indent=1))
     return 0
+  _need_charts()
   if args.readme:
-    for out, summary in found.items():
-      print(readme.write_readme(summary, out))
-    if len(found) > 1:
-      print(readme.write_verdicts(summaries, args.records or folders[0]))
-  sections = [page.ablation(summary) for summary in summaries]
-  title = summaries[0]["title"] if len(found) == 1 else "Experiments"
-  _write(args.out, page.page(title, sections, page.index(summaries) if len(found) > 1 else ""))
+    for folder, summary in found.items():
+      print(readme.write_readme(summary, Path(args.records) / summary["name"] if args.records else folder))
+    for parent, inside in below.items():
+      if inside != [parent]:
+        print(readme.write_verdicts([found[f] for f in inside if f in found], args.records or parent))
+  if args.png:
+    drawn = {f"{s['name']}-{name}": make(s) for s in summaries for name, make in charts.CHARTS.items()}
+    _draw(drawn, args.png)
+  alone = len(found) == 1
+  sections = [page.ablation(summary, alone=alone) for summary in summaries]
+  title = summaries[0]["title"] if alone else "Experiments"
+  _write(args.out, page.page(title, sections, "" if alone else page.index(summaries)))
   return 0
+
+
+def _below(folder: str, find) -> list[str]:
+  """The ablations of a folder. Raises UserError for what is neither an experiment nor a run."""
+  try:
+    return find([folder])
+  except UserError as e:
+    raise UserError(f"{e}; or the folder of a run, which has a config.json") from None
 
 
 def _runs(folders: list[str], args) -> int:
@@ -72,13 +101,13 @@ def _runs(folders: list[str], args) -> int:
 
   configs = [read_config(folder) for folder in folders]
   found = []
-  for folder, config in zip(folders, configs):
+  for folder, name, config in zip(folders, distinct(folders), configs):
     rows = read_rows(Path(folder) / "metrics.jsonl")
     check(bool(rows), f"{folder}/metrics.jsonl has no rows yet; train on, or leave the run out")
     s = summary(rows, config.train.batch_size * config.train.seq_len)
     found.append(
       {
-        "name": Path(folder).name if len({Path(f).name for f in folders}) == len(folders) else folder,
+        "run": name,
         "curve": s["curve"],
         "eval_curve": s["eval_curve"],
         "last": {"step": rows[-1]["step"], **s["metrics"], "ms a step": s.get("step_ms", {}).get("median")},
@@ -88,8 +117,43 @@ def _runs(folders: list[str], args) -> int:
   if args.json:
     print(json.dumps(found, indent=1))
     return 0
+  _need_charts()
+  if args.png:
+    _draw({"runs-curves": page.run_curves(found)}, args.png)
   _write(args.out, page.page("Runs", [page.runs(found)]))
   return 0
+
+
+def distinct(folders: list[str]) -> list[str]:
+  """Of each of different folders, so many of its last parts as tell it from the others."""
+  parts = [Path(folder).resolve().parts for folder in folders]
+  depth = [1] * len(folders)
+  name = lambda i: "/".join(parts[i][-depth[i] :])
+  names = [name(i) for i in range(len(parts))]
+  while len(set(names)) < len(names):
+    counts = Counter(names)
+    depth = [d + (counts[n] > 1) for d, n in zip(depth, names)]
+    names = [name(i) for i in range(len(parts))]
+  return names
+
+
+def _need_charts() -> None:
+  from llmarch.report.plots import need_altair
+
+  need_altair()  # before anything is written
+
+
+def _draw(drawn: Mapping, folder: str) -> None:
+  from llmarch.report import charts
+
+  try:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, chart in drawn.items():
+      if chart is not None:
+        charts.png(chart, Path(folder) / f"{name}.png")
+        print(Path(folder) / f"{name}.png")
+  except OSError as e:
+    raise UserError(f"--png: cannot write {folder} ({e.strerror}); give a folder that can be written") from None
 
 
 def _write(path: str, text: str) -> None:

@@ -8,13 +8,14 @@ for (const box of document.querySelectorAll(".tablebox")) {
     heads.forEach((other) => other.setAttribute("aria-sort", "none"));
     head.setAttribute("aria-sort", up ? "ascending" : "descending");
     const numeric = [...body.rows].some((row) => row.cells[i].dataset.value !== undefined);
+    const sign = up ? 1 : -1;
     const order = (a, b) => {
       const [x, y] = [value(a, i), value(b, i)];
-      if (!numeric) return x.localeCompare(y);
+      if (!numeric) return sign * x.localeCompare(y, undefined, {numeric: true});
       const [n, m] = [parseFloat(x), parseFloat(y)];
-      return Number.isNaN(n) - Number.isNaN(m) || n - m;  // what has no number comes last
+      return Number.isNaN(n) - Number.isNaN(m) || sign * (n < m ? -1 : n > m);  // without a number: last, either way
     };
-    body.append(...[...body.rows].sort((a, b) => (up ? order(a, b) : order(b, a))));
+    body.append(...[...body.rows].sort(order));
   }));
   box.querySelector("input")?.addEventListener("input", (event) => {
     const word = event.target.value.toLowerCase();

@@ -1,6 +1,9 @@
 """A page that compares ablations, or runs: one HTML file that needs no network and runs no chart library."""
 
 import html
+import math
+import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -9,6 +12,7 @@ from llmarch.lab.statistics import OPPOSITE, SUPPORTED
 from llmarch.report import charts
 
 esc = lambda value: html.escape(str(value), quote=True)
+FOLDERS = re.compile(r"(?<![\w.:/<-])/(?:[\w.+-]+/)+")  # of an absolute path
 
 
 def page(title: str, sections: Sequence[str], index: str = "") -> str:
@@ -37,7 +41,7 @@ def index(summaries: Sequence[Mapping]) -> str:
         "trials": s["trials"],
       }
     )
-  return f"<section><h2>Experiments</h2>{table(rows)}</section>\n"
+  return f"<section><h2>Questions and verdicts</h2>{table(rows)}</section>\n"
 
 
 class _Raw(str):
@@ -49,29 +53,40 @@ def table(rows: Sequence[Mapping], *, sortable: bool = False, caption: str = "")
   if not rows:
     return ""
   keys = list(rows[0])
-  head = "".join(_head(key, sortable) for key in keys)
+  head = "".join(_head(key, sortable, any(_is_number(row[key]) for row in rows)) for key in keys)
   body = "\n".join("<tr>" + "".join(_cell(row[key]) for key in keys) + "</tr>" for row in rows)
   box = '<label class="filter">filter <input type="search"></label>' if sortable and len(rows) > 3 else ""
-  title = f"<caption>{esc(caption)}</caption>" if caption else ""
+  title = f"<caption><span>{esc(caption)}</span></caption>" if caption else ""
   inner = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-  return f'<div class="tablebox">{box}<div class="scroll">{inner}</div></div>'
+  region = f'role="region" tabindex="0" aria-label="{esc(caption or "table")}"'  # so that the keyboard scrolls it
+  return f'<div class="tablebox">{box}<div class="scroll" {region}>{inner}</div></div>'
 
 
-def _head(key: str, sortable: bool) -> str:
+def _head(key: str, sortable: bool, number: bool) -> str:
   name = f'<button type="button">{esc(key)}</button>' if sortable else esc(key)
-  return f'<th scope="col"{" aria-sort=none" if sortable else ""}>{name}</th>'
+  look = " ".join(["number"] * number + ["long"] * (len(key) > 16))
+  return f'<th scope="col" class="{look}"{" aria-sort=none" if sortable else ""}>{name}</th>'
+
+
+def _is_number(value) -> bool:
+  return isinstance(value, (int, float, tuple)) and not isinstance(value, bool)
 
 
 def _cell(value) -> str:
   if isinstance(value, _Raw):
     return f"<td>{value}</td>"
   if isinstance(value, tuple):  # (number to sort by, what is shown)
-    return f'<td class="number" data-value="{esc(value[0])}">{esc(value[1])}</td>'
+    return f'<td class="number" data-value="{esc(_script(value[0]))}">{esc(value[1])}</td>'
   if value is None:
     return '<td class="number">-</td>'
-  if isinstance(value, (int, float)) and not isinstance(value, bool):
-    return f'<td class="number" data-value="{esc(value)}">{esc(number(value))}</td>'
-  return f"<td>{esc(value)}</td>"
+  if _is_number(value):
+    return f'<td class="number" data-value="{esc(_script(value))}">{esc(number(value))}</td>'
+  return f'<td class="{"long" if len(str(value)) > 24 else ""}">{esc(value)}</td>'
+
+
+def _script(value: float) -> str:
+  """A number as JavaScript reads it."""
+  return str(value).replace("inf", "Infinity") if math.isinf(value) else str(value)
 
 
 def number(value: float | None) -> str:
@@ -85,30 +100,39 @@ def interval(c: Mapping) -> str:
   return "-" if c["low"] is None else f"[{c['low']:.3g}, {c['high']:.3g}]"
 
 
-def ablation(summary: Mapping) -> str:
-  """The section of one ablation."""
+def public(text: str) -> str:
+  """Without the folders of absolute paths, which are nobody's business."""
+  return FOLDERS.sub("", text)
+
+
+def failures(s: Mapping) -> list[str]:
+  """A line for each trial that failed."""
+  return [public(f"{arm['arm']}, {why}") for arm in s["arms"] for why in arm["failures"]]
+
+
+def ablation(summary: Mapping, *, alone: bool = False) -> str:
+  """The section of one ablation. alone: the page's title is its own."""
   s, id = summary, esc(summary["name"])
   drawn = {name: chart for name, make in charts.CHARTS.items() if (chart := make(s)) is not None}
   figures = "".join(
     f"<figure>{charts.svg(chart, f'{id}-{name}')}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
     for name, chart in drawn.items()
   )
-  failures = [f"{arm['arm']}, {why}" for arm in s["arms"] for why in arm["failures"]]
   samples = "".join(
     f"<details><summary>{esc(arm['arm'])}, seed {esc(seed)}</summary><pre>{esc(text)}</pre></details>"
     for arm in s["arms"]
     for seed, text in arm["samples"].items()
   )
   parts = [
-    f'<section id="{id}"><h2>{esc(s["title"])}</h2>',
+    f'<section id="{id}">' + ("" if alone else f"<h2>{esc(s['title'])}</h2>"),
     f'<p class="question">{esc(s["question"])}</p>',
     f"<p>{esc(s['notes'])}</p>" if s["notes"] else "",
-    _loud("trials that failed", failures),
+    _loud("trials that failed", failures(s)),
     _loud("what is missing", _missing(s)),
     table([_comparison(c) for c in s["comparisons"]], caption="comparisons, and the rules that were written before"),
     f'<div class="figures">{figures}</div>',
     table(arms(s), sortable=True, caption="arms: means over seeds, ± one deviation; costs by formula"),
-    table(_differences(s), caption="what differs from the baseline"),
+    table(differences(s["arms"], "arm"), caption=f"what differs from the config of {s['baseline']}"),
     table(s["tuning"], caption="learning rates that were tried"),
     f"<h3>Samples</h3>{samples}" if samples else "",
     f"<p class=where>{esc(where(s))}</p>",
@@ -119,9 +143,9 @@ def ablation(summary: Mapping) -> str:
 
 CAPTIONS = {
   "curves": "The mean over seeds, and their range.",
-  "effects": "Paired differences, seed by seed.",
-  "lengths": "Rows of more tokens than were trained on.",
-  "costs": "Quality against cost; filled: no other arm is better and cheaper.",
+  "effects": "Paired differences, with 95 % intervals; grey: what noise may reach; black: the rule's margin.",
+  "lengths": "Rows of more tokens than were trained on: the mean, and one deviation over seeds.",
+  "costs": "Quality against each cost in which arms differ; filled: no other arm is better and no dearer.",
 }
 
 
@@ -145,7 +169,7 @@ def _comparison(c: Mapping) -> dict:
     "statement": c["statement"],
     "verdict": _Raw(f'<span class="verdict {good}">{esc(c["verdict"])}</span>{esc(why)}'),
     "effect": c["effect"],
-    "95 % interval": interval(c),
+    "95 % interval": None if c["low"] is None else (c["low"], interval(c)),
     "pairs": c["n"],
     "noise floor": c["floor"],
     "rule": c["rule"],
@@ -153,13 +177,12 @@ def _comparison(c: Mapping) -> dict:
 
 
 def arms(s: Mapping) -> list[dict]:
-  """A row an arm: seeds, each metric, each cost."""
-  names = dict.fromkeys(name for arm in s["arms"] for name in arm["metrics"])
-  shown = [s["metric"], *(name for name in names if name != s["metric"])][:14]
+  """A row an arm: seeds, each metric (the ablation's first), each cost."""
+  names = metrics(s)
   rows = []
   for arm in s["arms"]:
     row = {"arm": arm["arm"], "seeds": arm["n"]}
-    for name in (n for n in shown if n in names):
+    for name in names:
       m = arm["metrics"].get(name)
       row[name] = m and (m["mean"], number(m["mean"]) + ("" if m["sd"] is None else f" ± {m['sd']:.2g}"))
     cost, step = arm["cost"], arm["step_ms"]
@@ -179,8 +202,16 @@ def arms(s: Mapping) -> list[dict]:
   return rows
 
 
-def _differences(s: Mapping) -> list[dict]:
-  return [{"arm": arm["arm"], "difference": line} for arm in s["arms"] for line in arm["differences"]]
+def metrics(s: Mapping) -> list[str]:
+  """The names of all that was measured, the ablation's metric first."""
+  names = dict.fromkeys(name for arm in s["arms"] for name in arm["metrics"])
+  return sorted(names, key=lambda name: name != s["metric"])
+
+
+def differences(rows: Sequence[Mapping], key: str) -> list[dict]:
+  """A row for each that differs: its name under `key`, and a list of how."""
+  items = lambda lines: _Raw(f"<ul>{''.join(f'<li>{esc(public(line))}</li>' for line in lines)}</ul>")
+  return [{key: row[key], "difference": items(row["differences"])} for row in rows if row["differences"]]
 
 
 def where(s: Mapping) -> str:
@@ -194,32 +225,35 @@ def where(s: Mapping) -> str:
 
 def commands(s: Mapping) -> str:
   folder = f"experiments/{s['name']}"
-  return f"llmarch ablate {folder} --budget={s['budget']}\nllmarch report {folder}"
+  return f"llmarch ablate {folder} --budget={s['budget']}\nllmarch report {folder} --budget={s['budget']}"
 
 
 # ------------------------------------------------------------------------------------------------------- runs
 
 
 def runs(found: Sequence[Mapping]) -> str:
-  """Runs of `llmarch train` side by side. found: {"name", "curve", "eval_curve", "last", "differences", "sample"}."""
-  as_summary = {
-    "metric": "loss",
-    "arms": [
-      {"arm": r["name"], "curves": {0: r["curve"]}, "eval_curves": {0: r["eval_curve"]} if r["eval_curve"] else {}}
-      for r in found
-    ],
-  }
-  chart = charts.curves(as_summary)
+  """Runs of `llmarch train` side by side. found: {"run", "curve", "eval_curve", "last", "differences"}; run: a name."""
+  chart = run_curves(found)
   figure = f'<div class="figures"><figure>{charts.svg(chart, "runs")}</figure></div>' if chart is not None else ""
   keys = dict.fromkeys(key for r in found for key in r["last"])
-  rows = [{"run": r["name"], **{key: r["last"].get(key) for key in keys}} for r in found]
-  differ = [{"run": r["name"], "difference": line} for r in found for line in r["differences"]]
+  rows = [{"run": r["run"], **{key: r["last"].get(key) for key in keys}} for r in found]
   return "\n".join(
     [
-      "<section><h2>Runs</h2>",
+      "<section>",
       figure,
       table(rows, sortable=True, caption="the last row of each"),
-      table(differ, caption=f"what differs from the config of {found[0]['name']}"),
-      "</section>",
+      table(differences(found, "run"), caption=f"what differs from the config of {found[0]['run']}"),
+      f"<pre class=command>{esc('llmarch report ' + shlex.join(r['run'] for r in found))}</pre></section>",
     ]
   )
+
+
+def run_curves(found: Sequence[Mapping]):
+  """The chart of runs: validation where every run has it, else training."""
+  evals = all(r["eval_curve"] for r in found)
+  arm = lambda r: {
+    "arm": r["run"],
+    "curves": {0: r["curve"]},
+    "eval_curves": {0: r["eval_curve"]} if evals else {},
+  }
+  return charts.curves({"arms": [arm(r) for r in found]})
