@@ -109,7 +109,8 @@ class Comparison:
     what = f"{self.metric} of {self.arm}{less}"
     if self.expect == "equal":
       return f"{what}: within {self.by:g} of {self.to:g}"
-    return f"{what}: {'below' if self.expect == 'less' else 'above'} {'-' if self.expect == 'less' else ''}{self.by:g}"
+    bound = -self.by if self.expect == "less" else self.by
+    return f"{what}: {'below' if self.expect == 'less' else 'above'} {bound or 0:g}"
 
 
 @dataclasses.dataclass(frozen=True)
