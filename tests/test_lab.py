@@ -254,6 +254,17 @@ def test_records_of_another_version_are_refused_and_kept(tmp_path, monkeypatch):
   assert (tmp_path / records.NAME).read_bytes() == before
 
 
+def test_records_that_cannot_be_read_or_written_are_a_sentence(tmp_path):
+  (tmp_path / "a" / records.NAME).mkdir(parents=True)
+  with pytest.raises(UserError, match="records.jsonl cannot be read"):
+    records.read(tmp_path / "a")
+  sweep = runner.Sweep(write_ablation(tmp_path / "b" / "widths", widths=[32]), str(tmp_path / "c"), "tiny", None,
+                       retry_failed=False, say=print)  # fmt: skip
+  (tmp_path / "c").write_text("a file where the folder should be")
+  with pytest.raises(UserError, match="cannot write .*records.jsonl"):
+    sweep.record(sweep.plan()[0], {"status": "ok", "metrics": {}})
+
+
 # ----------------------------------------------------------------------------------------------- whole sweeps
 
 ABLATION = """

@@ -19,10 +19,13 @@ VERSION = 1  # of a row, and of what a trial's key means
 def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -> list[dict]:
   """The records of a folder ([] without any). A half-written or damaged line is left out, and said.
 
-  Raises UserError for records of another version.
+  Raises UserError for records of another version, and for a file that cannot be read.
   """
   path = Path(folder) / NAME
-  rows = journal.read(path)
+  try:
+    rows = journal.read(path)
+  except OSError as e:
+    raise UserError(f"{path} cannot be read ({e.strerror}); mend it, or give another --out") from None
   other = next((row.get("version") for row in rows if row.get("version") != VERSION), VERSION)
   if other != VERSION:
     raise UserError(

@@ -66,7 +66,12 @@ class Sweep:
     before = self.rows.get(trial.key)
     attempt = before.get("attempt", 1) + 1 if before and trial.key in self.failed_before else 1
     row = header(trial, self.name) | row | {"attempt": attempt}
-    records.add(self.out, row)
+    try:
+      records.add(self.out, row)
+    except OSError as e:
+      raise UserError(
+        f"cannot write {self.out / records.NAME} ({e.strerror}); make room, and start again: what it holds is kept"
+      ) from None
     self.rows[trial.key] = row
     self.failed_before.discard(trial.key)
     return row
