@@ -417,6 +417,32 @@ def test_a_sibling_s_trial_is_not_computed_again(tmp_path):
   assert len(sources) == 2 and set(sources) <= {"one", "two"}
 
 
+def test_functions_of_one_name_are_not_taken_for_each_other(tmp_path):
+  first, second = (write_ablation(tmp_path / name, widths=[32], seeds=1) for name in ("one", "two"))
+  path = tmp_path / "two" / "ablation.py"
+  path.write_text(path.read_text().replace('"loss": 1 / width', '"loss": 100 + 1 / width'))
+  runner.run_all([first, second], budget="tiny", workers=2, say=lambda text: None)
+  loss = lambda folder: [r["metrics"]["loss"] for r in records.read(folder)]
+  assert max(loss(first)) < 100 < min(loss(second)) and not any("from" in r for r in records.read(second))
+
+
+def test_a_second_sweep_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path):
+  folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1)
+  with runner.only_sweep(pathlib.Path(folder)), pytest.raises(UserError, match="another sweep runs in"):
+    runner.run_all([folder], budget="tiny", workers=1, say=lambda text: None)
+  assert not records.read(folder)
+  runner.run_all([folder], budget="tiny", workers=1, say=lambda text: None)
+  assert len(records.read(folder)) == 2
+
+
+def test_arms_of_one_config_and_unknown_rules_are_refused(tmp_path):
+  folder = write_ablation(tmp_path / "widths", widths=[344], seeds=1)  # what the baseline has
+  with pytest.raises(UserError, match="arms 'first' and 'd_ff=344' are the same config"):
+    runner.run_all([folder], budget="tiny", workers=1, say=lambda text: None)
+  with pytest.raises(UserError, match="expect='smaller' is not one of"):
+    ab.Comparison("x", "s", "a", "smaller")
+
+
 def test_every_arm_runs_at_the_best_of_its_own_learning_rates(tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1, rates=(1e-3, 2e-3))
   text = (tmp_path / "widths" / "ablation.py").read_text()

@@ -99,6 +99,8 @@ class Comparison:
 
   def __post_init__(self):
     check_at_least(self, 0, "by")
+    known = ("less", "greater", "equal")
+    check(self.expect in known, f"comparison {self.id}: expect={self.expect!r} is not one of {', '.join(known)}")
     check(self.expect == "equal" or not self.to, f"comparison {self.id}: to={self.to} is of expect='equal'")
 
   @property
@@ -226,6 +228,13 @@ def trials(
     n = max(count, found.noise_seeds if seeds is None else 0) if arm is ablation.baseline else count
     rate = {"optimizer.learning_rate": rates[arm.name]} if arm.name in rates else {}
     plan += [_trial(ablation, folder, budget, arm, seed, "main", rate) for seed in range(n)]
+  first: dict[str, Trial] = {}
+  for trial in plan:
+    other = first.setdefault(trial.key, trial)
+    check(
+      other is trial,
+      f"{folder}: arms {other.arm!r} and {trial.arm!r} are the same config; change what they override, or drop one",
+    )
   return plan
 
 

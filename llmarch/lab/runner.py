@@ -4,7 +4,10 @@ A sweep that is killed goes on where its records end. A trial that fails is reco
 on. A trial whose key is in the records of a sibling folder is not computed again: its numbers are the same.
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import inspect
 import json
 import os
 import shutil
@@ -35,6 +38,8 @@ class Sweep:
     self.ablation: Ablation = load(folder)
     self.rows = records.latest(records.read(out, say=say))
     self.failed_before = {key for key, row in self.rows.items() if row["status"] == "failed"} if retry_failed else set()
+    # A key has the names of functions alone; two files may give one name to different ones.
+    self.functions = [inspect.getsource(f) for f in (self.ablation.trial, *self.ablation.measures) if f]
     self.tuning = tuning(self.ablation, folder, budget)
     self._main: list[Trial] | None = None
     if not self.tuning:
@@ -100,7 +105,7 @@ def find(paths: Sequence[str]) -> list[str]:
     own = [str(here)] if (here / FILE).is_file() else below
     check(bool(own), f"{path} has no {FILE}, and no folder in it has; give experiments/NAME, or experiments for all")
     found += own
-  return found
+  return list({Path(folder).resolve(): folder for folder in found}.values())
 
 
 def run_path(folder: str, *, budget: str = "tiny", **options) -> list[Sweep]:
@@ -171,6 +176,33 @@ class Running:
 
 def _run_local(sweeps: list[Sweep], workers: int, *, keep: bool, say, on_record) -> None:
   running: dict[int, Running] = {}
+  with contextlib.ExitStack() as held:
+    for sweep in sweeps:
+      held.enter_context(only_sweep(sweep.out))
+      sweep.refresh()  # what another sweep recorded before it let go
+    _work_off(sweeps, workers, running, keep=keep, say=say, on_record=on_record)
+
+
+@contextlib.contextmanager
+def only_sweep(out: Path):
+  """Holds a folder of records: a second sweep would run the same trials in the same folders, over the first one's.
+
+  Raises UserError if another process has it. The lock goes with the process, however that ends.
+  """
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    lock = (out / ".sweep.lock").open("w")
+  except OSError as e:
+    raise UserError(f"--out: cannot write {out} ({e.strerror}); give a folder that can be written") from None
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(f"another sweep runs in {out}; wait for it to end, or give another --out") from None
+    yield
+
+
+def _work_off(sweeps: list[Sweep], workers: int, running: dict, *, keep: bool, say, on_record) -> None:
   progress = Progress(sweeps, workers, say)
   try:
     while True:
@@ -224,7 +256,8 @@ SHARED = ("status", "metrics", "curve", "eval_curve", "step_ms", "sample", "seco
 def _known(sweep: Sweep, trial: Trial, sweeps: list[Sweep]) -> dict | None:
   """What a sibling's records say of the trial, if it went well there."""
   for other in sweeps:
-    row = other.rows.get(trial.key) if other is not sweep else None
+    same = other is not sweep and other.functions == sweep.functions
+    row = other.rows.get(trial.key) if same else None
     if row and row["status"] == "ok":
       return {name: row[name] for name in SHARED if name in row} | {"from": row.get("from", other.name)}
   return None
