@@ -134,7 +134,7 @@ def print_table(rows: list[dict], as_json: bool, *, title: str = "") -> None:
     table.add_column(key, justify="right" if right else "left", overflow="fold", no_wrap=right or i == 0)
   for row in rows:
     table.add_row(*(_cell(value) for value in row.values()))
-  Console(width=None if sys.stdout.isatty() else 160).print(table)
+  Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)  # brackets are text
 
 
 def short(n: float, base: int = 1000, units: tuple[str, ...] = ("", "K", "M", "B", "T")) -> str:
