@@ -1003,15 +1003,24 @@ def test_r19_a_clock_that_jumps_changes_nothing_but_the_account(tmp_path, monkey
 
 def test_r22_a_long_run_grows_neither_in_memory_nor_in_files_threads_or_programs(tmp_path, monkeypatch, cases, times):
   steps = times(2000, 50_000)
-  config = experiment(steps=steps, every=steps // 50, keep=2, eval_every=steps // 20, log_every=10)
+  every = steps // 50
+  config = experiment(steps=steps, every=every, keep=2, eval_every=steps // 20, log_every=10)
   samples = []
   page = os.sysconf("SC_PAGE_SIZE")
+
+  def quiet(saves):
+    """Waits for the save that is under way, which has files and threads of its own."""
+    folder, end = tmp_path / "run", time.monotonic() + 60
+    while saves and (len(Journal(folder).saved()) < saves or len(os.listdir(folder / "checkpoints")) > 2):
+      assert time.monotonic() < end, f"fewer than {saves} saves"
+      time.sleep(0.01)
 
   class Watched(Data):
     def iterate(self, index):
       for i, batch in enumerate(super().iterate(index), index):
         self.read.clear()
-        if i % (steps // 20) == 0:
+        if i % (2 * every) == every // 2:  # between two saves, well behind the first for what is read ahead
+          quiet(i // every)
           rss = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * page
           samples.append((i, rss, len(os.listdir("/proc/self/fd")), threading.active_count()))
         yield batch
@@ -1025,7 +1034,6 @@ def test_r22_a_long_run_grows_neither_in_memory_nor_in_files_threads_or_programs
   late = [s for s in samples if s[0] >= steps // 4]
   slope = np.polyfit([s[0] for s in late], [s[1] for s in late], 1)[0]
   assert slope < 4096 * (4 if steps < 10_000 else 1), slope  # bytes a step; short runs hold arenas that fill once
-  # A save that is under way has files and threads of its own, so the least of each half counts.
   half = len(late) // 2
   for column in (2, 3):
     before, after = (min(s[column] for s in part) for part in (late[:half], late[half:]))
