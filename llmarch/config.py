@@ -14,6 +14,7 @@ import importlib.util
 import math
 import os
 import re
+import traceback
 import types
 import typing
 import zlib
@@ -519,5 +520,7 @@ def execute(path: str | os.PathLike, function: str, *args, flag: str) -> Any:
     return getattr(module, function)(*args)
   except UserError:
     raise
-  except Exception as e:
-    raise UserError(f"{flag}: {path} failed with {type(e).__name__}: {e}; mend the file") from e
+  except (Exception, SystemExit) as e:
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+    at = f", line {lines[-1]}," if lines else ""
+    raise UserError(f"{flag}: {path}{at} failed with {type(e).__name__}: {e}; mend the file") from e

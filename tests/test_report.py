@@ -96,7 +96,7 @@ def test_all_that_a_summary_says_is_on_the_page(how, tmp_path, cases):
     assert page.number(arm["cost"]["params"]) in seen
   for c in s["comparisons"]:
     assert c["statement"] in seen and c["verdict"] in seen and c["rule"] in seen and page.interval(c) in seen
-  assert s["title"] in seen and "a machine" in seen and "llmarch ablate experiments/made_up --budget=tiny" in seen
+  assert s["title"] in seen and "a machine" in seen and "llmarch ablate made_up --budget=tiny" in seen
   assert ("a NaN" in seen) == bool(CASES[how].get("failed")) and "/home" not in text and str(tmp_path) not in text
   said = readme.readme(s, [])
   assert ("a NaN" in said) == ("a NaN" in seen) and "/home" not in said and str(tmp_path) not in said

@@ -99,7 +99,7 @@ class Request:
   def __post_init__(self):
     check(self.task in TASKS, f"--task: there is no {self.task!r}{nearest(str(self.task), TASKS)}")
     for name in ("context", "chips", "batch"):
-      check(getattr(self, name) >= 1, f"--{name} must be at least 1, got {getattr(self, name)}")
+      check(1 <= getattr(self, name) < 2**31, f"--{name} must be at least 1 and below 2^31, got {getattr(self, name)}")
     for name, known in (("weights", roofline.WEIGHTS), ("kv", KV)):
       value = getattr(self, name)
       check(value in known, f"--{name}: there is no {value!r}{nearest(value, known)}")

@@ -37,7 +37,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
-  """Raises UserError for what cannot be run. 1 if a trial failed that was recorded in this call, else 0."""
+  """Raises UserError for what cannot be run. 1 if the last attempt of a trial failed, else 0."""
   args, folders = parse_words(argv, _define, USAGE)
   check(bool(folders), "which experiment? Give its folder, such as experiments/glu, or experiments for all")
   from llmarch.lab import results, runner
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     print_table([row for folder in found for row in _planned(folder, args)], args.json)
     return 0
   slurm = {k: args[k].value for k in ("partition", "minutes", "gpus_per_trial", "cpus_per_trial", "parallel")}
-  failed = []
+  check(args.out != "", "--out is empty; give a folder, or leave it out")
   sweeps = runner.run_all(
     found,
     budget=args.budget,
@@ -58,16 +58,17 @@ def main(argv: list[str]) -> int:
     retry_failed=args.retry_failed,
     keep=args.keep,
     slurm=slurm,
-    on_record=lambda sweep, row: failed.append(row) if row["status"] == "failed" else None,
   )
-  summaries = [results.summarize(s.folder, budget=args.budget, out=s.out) for s in sweeps]
+  summaries = [results.summarize(s.folder, budget=args.budget, out=s.out, seeds=args.seeds) for s in sweeps]
   rows = [_verdict(s, c) for s in summaries if s for c in s["comparisons"]]
   if rows:
     print_table(rows, args.json)
   elif args.json:
     print("[]")
+  failed = [f"{s['name']}: {arm['arm']}, {why}" for s in summaries if s for arm in s["arms"] for why in arm["failures"]]
   if failed:
-    print(f"llmarch: {len(failed)} trials failed; the records say why", file=sys.stderr)
+    print("\n".join(failed), file=sys.stderr)
+    print(f"llmarch: {len(failed)} trials failed; --retry_failed tries them again", file=sys.stderr)
   return 1 if failed else 0
 
 
@@ -91,13 +92,14 @@ def _planned(folder: str, args) -> list[dict]:
 
 
 def _verdict(summary: dict, c: dict) -> dict:
-  interval = None if c["low"] is None else f"[{c['low']:.3g}, {c['high']:.3g}]"
+  from llmarch.report.page import interval
+
   return {
     "experiment": summary["name"],
     "statement": c["statement"],
     "verdict": c["verdict"],
     "effect": c["effect"],
-    "interval": interval,
+    "interval": interval(c),
     "pairs": c["n"],
     "noise floor": c["floor"],
     "why": c["why"] or None,

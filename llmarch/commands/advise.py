@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
       raise UserError(f"--{name} is missing; give it, such as --{name}={example}")
   if args.top < 1:
     raise UserError(f"--top must be at least 1, got {args.top}")
+  if args["experiments"].present and not Path(args.experiments).is_dir():
+    raise UserError(f"--experiments: there is no folder {args.experiments}; give one with experiments, or leave it out")
   from llmarch.analysis import advise
 
   memory = None if args.memory is None else parse_bytes(args.memory)

@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
   args, words = parse_words(argv, _define, USAGE)
   from llmarch.lab import claims
 
+  if args.budget not in (None, "tiny", "small", "gpu"):
+    raise UserError(f"--budget: there is no {args.budget!r}; give tiny, small or gpu")
   verb, *ids = words or ["table"]
   check(verb in ("table", "show", "run"), f"llmarch claims: {verb!r} is no verb{nearest(verb, ('show', 'run'))}")
   for name, known in (("kind", claims.KINDS), ("status", claims.STATUSES)):
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
   elif rows:
     print_table([{k: r[k] for k in ("id", "kind", "check", "status", "statement")} for r in rows], False)
   if not args.json:
-    print(f"\n{len(rows)} claims: {_counts(r['status'] for r in rows)}")
+    _print_counts(rows)
   return 0
 
 
@@ -58,10 +60,10 @@ def _folder(file: str):
   return Path(file).parent
 
 
-def _counts(statuses) -> str:
-  from collections import Counter
+def _print_counts(rows: list[dict]) -> None:
+  from llmarch.lab.statistics import tally
 
-  return ", ".join(f"{n} {status}" for status, n in Counter(statuses).most_common())
+  print(f"\n{len(rows)} claims: {tally(r['status'] for r in rows)}")
 
 
 def _run(claims, found, ids: list[str], args) -> int:
@@ -75,7 +77,7 @@ def _run(claims, found, ids: list[str], args) -> int:
   if args.json:
     print(json.dumps(rows, indent=1))
   else:
-    print(f"\n{len(rows)} claims: {_counts(r['status'] for r in rows)}")
+    _print_counts(rows)
   return int(any(r["status"] == claims.FAILS for r in rows))
 
 
@@ -91,7 +93,7 @@ def _show(claims, found, ids: list[str], args) -> int:
     "stated by": "; ".join(claim.stated_by) or "-",
     "kind": claim.kind,
     "check": claim.how,
-    "rule": claim.rule,
+    "rule": claims.rule(claim, _folder(args.file)),
     "expected": claim.expected or "-",
     "status": row["status"],
     "evidence": row["evidence"] or "-",

@@ -23,6 +23,7 @@ def _define(values: flags.FlagValues) -> None:
   text("out", "report.html", "the page")
   text("png", None, "folder for the charts as PNG too")
   text("budget", None, "of experiments (default: that of the newest record)")
+  flags.DEFINE_integer("seeds", None, "of every arm, in place of the budget's", lower_bound=1, flag_values=values)
   text("records", None, "folder of folders with the records, in place of the experiments' own")
   flags.DEFINE_bool("readme", False, "write README.md and figures beside the records, and VERDICTS.md", values)
   flags.DEFINE_bool("json", False, "print what the page shows as JSON, and write nothing", values)
@@ -56,7 +57,7 @@ def _ablations(folders: list[str], args) -> int:
   for folder in dict.fromkeys(f for inside in below.values() for f in inside):
     name = Path(folder).resolve().name
     out = Path(args.records) / name if args.records else Path(folder)
-    summary = results.summarize(folder, budget=args.budget, out=out)
+    summary = results.summarize(folder, budget=args.budget, out=out, seeds=args.seeds)
     if summary:
       twice = next((f for f, s in found.items() if s["name"] == name), None)
       check(twice is None, f"{twice} and {folder} are both named {name}; report on one of them at a time")

@@ -13,6 +13,7 @@ of arms and seeds; a seed decides the initial weights and the order of the data,
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,15 @@ class Arm:
   overrides: Overrides = dataclasses.field(default_factory=dict)
   match: Match | None = None
 
+  def __post_init__(self):
+    check(isinstance(self.name, str) and bool(self.name), f"an arm's name must be a text, got {self.name!r}")
+    _check_overrides(self.overrides, f"arm {self.name!r}")
+
+
+def _check_overrides(overrides: Any, what: str) -> None:
+  check(isinstance(overrides, Mapping), f"{what}: overrides must be {{dotted key: value}}, got {overrides!r:.80}")
+  check("seed" not in overrides, f"{what} sets seed, which is the sweep's to set; give --seeds, or leave it out")
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -129,6 +139,7 @@ class Budget:
     check_at_least(self, 1, "seeds")
     check_at_least(self, 0, "noise_seeds")
     check_above(self, 0, "limit")
+    _check_overrides(self.overrides, "a budget")
 
 
 def budgets(seeds: int = 3, noise_seeds: int = 0, **overrides) -> dict[str, Budget]:
@@ -158,12 +169,17 @@ class Ablation:
   trial: Callable | None = None
   metric: str = "loss"  # of tables and curves, lower is better
   learning_rates: tuple[float, ...] = ()  # tried for each arm, at a seed of their own; () is the config's
-  floors: Mapping[str, float] = dataclasses.field(default_factory=dict)  # least noise floor of a metric
   notes: str = ""  # what a reader should know beside the question
 
   def __post_init__(self):
+    check(bool(self.arms), "an ablation needs arms; the first is the baseline")
+    for what, found, kind in (("arms", self.arms, Arm), ("comparisons", self.comparisons, Comparison),
+                              ("budgets", self.budgets.values(), Budget)):  # fmt: skip
+      other = next((one for one in found if not isinstance(one, kind)), None)
+      check(other is None, f"{what} must hold {kind.__name__} alone, got {other!r:.80}")
+    for function in self.functions:
+      check(inspect.isfunction(function), f"trial and measures must be functions, got {function!r:.80}")
     names = [arm.name for arm in self.arms]
-    check(bool(names), "an ablation needs arms; the first is the baseline")
     ids = [c.id for c in self.comparisons]
     for what, found in (("arm", names), ("comparison", ids)):
       twice = next((name for name in found if found.count(name) > 1), None)
@@ -178,6 +194,11 @@ class Ablation:
   def baseline(self) -> Arm:
     return self.arms[0]
 
+  @property
+  def functions(self) -> list[Callable]:
+    """What gives the metrics that training does not."""
+    return [f for f in (self.trial, *self.measures) if f is not None]
+
 
 def load(folder: str | Path) -> Ablation:
   """The ablation of a folder. Raises UserError for a folder without one, or a file that fails."""
@@ -188,7 +209,7 @@ def load(folder: str | Path) -> Ablation:
 
 # ------------------------------------------------------------------------------------------------ its trials
 
-TUNING_SEED = 1000  # plus nothing: no arm's result is from the seed that its learning rate was chosen on
+TUNING_SEED = 1000  # no arm's result is from the seed that its learning rate was chosen on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +248,7 @@ def trials(
   for arm in ablation.arms:
     n = max(count, found.noise_seeds if seeds is None else 0) if arm is ablation.baseline else count
     rate = {"optimizer.learning_rate": rates[arm.name]} if arm.name in rates else {}
-    plan += [_trial(ablation, folder, budget, arm, seed, "main", rate) for seed in range(n)]
+    plan += _trials(ablation, folder, budget, arm, "main", range(n), [rate])
   first: dict[str, Trial] = {}
   for trial in plan:
     other = first.setdefault(trial.key, trial)
@@ -242,7 +263,8 @@ def tuning(ablation: Ablation, folder: str | Path, budget: str) -> list[Trial]:
   """A trial of each arm and learning rate, at TUNING_SEED."""
   _budget(ablation, folder, budget)
   rates = [{"optimizer.learning_rate": rate} for rate in ablation.learning_rates]
-  return [_trial(ablation, folder, budget, arm, TUNING_SEED, "tune", rate) for arm in ablation.arms for rate in rates]
+  of = lambda arm: _trials(ablation, folder, budget, arm, "tune", [TUNING_SEED], rates)
+  return [trial for arm in ablation.arms for trial in of(arm)] if rates else []
 
 
 def chosen_rates(ablation: Ablation, records: Sequence[Mapping]) -> dict[str, float]:
@@ -270,23 +292,28 @@ def _budget(ablation: Ablation, folder, name: str) -> Budget:
   return ablation.budgets[name]
 
 
-def _trial(ablation, folder, budget: str, arm: Arm, seed: int, phase: str, rate: Overrides) -> Trial:
+def _trials(
+  ablation, folder, budget: str, arm: Arm, phase: str, seeds: Sequence[int], rates: Sequence[Overrides]
+) -> list[Trial]:
+  """Those of one arm, whose config is resolved once."""
   data, overrides, match = resolve(ablation, folder, budget, arm)
-  overrides = {**overrides, **rate}
-  config = _build(assign(data, [("seed", seed), *rate.items()]), folder, arm)
-  functions = [f.__name__ for f in (ablation.trial, *ablation.measures) if f]
-  return Trial(
-    key=trial_key(config, functions),
-    folder=str(folder),
-    arm=arm.name,
-    seed=seed,
-    budget=budget,
-    phase=phase,
-    overrides=overrides,
-    match=match,
-    config=to_dict(config),
-    limit=ablation.budgets[budget].limit,
-  )
+
+  def one(seed: int, rate: Overrides) -> Trial:
+    config = _build(assign(data, [("seed", seed), *rate.items()]), folder, arm)
+    return Trial(
+      key=trial_key(config, ablation.functions),
+      folder=str(folder),
+      arm=arm.name,
+      seed=seed,
+      budget=budget,
+      phase=phase,
+      overrides={**overrides, **rate},
+      match=match,
+      config=to_dict(config),
+      limit=ablation.budgets[budget].limit,
+    )
+
+  return [one(seed, rate) for seed in seeds for rate in rates]
 
 
 def resolve(ablation: Ablation, folder, budget: str, arm: Arm) -> tuple[dict, dict, dict | None]:
@@ -307,7 +334,7 @@ def base_config(ablation: Ablation, folder, budget: str) -> dict:
   """The config of a budget before any arm, complete."""
   import llmarch.layers.registry  # noqa: F401  the kinds join their families
 
-  data = execute(Path(folder) / ablation.config, "get_config", flag="llmarch ablate")
+  data = execute(Path(folder) / ablation.config, "get_config", flag=f"{folder}: config")
   data = data.to_dict() if hasattr(data, "to_dict") else data
   complete = to_dict(build(ExperimentConfig, data, "config"))
   changed = _assign(complete, ablation.budgets[budget].overrides, folder, None)
@@ -328,15 +355,16 @@ def _build(data: dict, folder, arm: Arm) -> ExperimentConfig:
     raise UserError(f"{folder}: arm {arm.name!r}: {e}") from None
 
 
-def trial_key(config: ExperimentConfig, functions: Sequence[str]) -> str:
-  """Names what a trial computes: the config and the functions applied to it.
+def trial_key(config: ExperimentConfig, functions: Sequence[Callable]) -> str:
+  """Names what a trial computes: the config, and the functions applied to it, by their names and code.
 
   Of the config, what is not a default, so that a new field with a default leaves old records as they are. (A default
-  that changes what is computed wants a new records.VERSION.)
+  that changes what is computed wants a new records.VERSION.) Of the code, all but white space, and not what it calls.
   """
   from llmarch.lab.records import VERSION
 
-  what = {"version": VERSION, "config": _chosen(config), "functions": list(functions)}
+  code = lambda f: hashlib.sha256("".join(inspect.getsource(f).split()).encode()).hexdigest()[:16]
+  what = {"version": VERSION, "config": _chosen(config), "functions": [f"{f.__name__} {code(f)}" for f in functions]}
   return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmarch.config import UserError, check, config_dataclass, execute, nearest
+from llmarch.lab import trial
 from llmarch.train import journal
 
 FACTS, RECORDS = "facts.py", "claims.jsonl"  # beside the file of claims
@@ -92,7 +93,7 @@ class Claim:
   kind: Literal["exact", "cost", "direction"]
   check: Fact | Test | Measured | Cited
   budget: Literal["none", "tiny", "gpu"]
-  rule: str  # written before the run that it decides
+  rule: str  # written before the run that it decides; of Measured the comparison's, and "" here
   expected: str  # what the source reports, or a first calculation by hand gave
   evidence: str = ""  # of Cited
   sheet: Literal["holds", "refuted"] | None = None  # what the reading of the sources said before anything ran
@@ -100,7 +101,7 @@ class Claim:
   def __post_init__(self):
     for name, known in (("kind", KINDS), ("budget", BUDGETS), ("sheet", (HOLDS, REFUTED, None))):
       check(getattr(self, name) in known, f"claim {self.id!r}: {name}={getattr(self, name)!r} is not one of {known}")
-    for name in ("statement", "source", "rule"):
+    for name in ("statement", "source", *(["rule"] * (not isinstance(self.check, Measured)))):
       check(bool(getattr(self, name).strip()), f"claim {self.id!r} has no {name}; write one sentence")
     check(
       not isinstance(self.check, Cited) or bool(self.evidence),
@@ -153,6 +154,8 @@ def _check_target(claim: Claim, folder: Path) -> None:
       check(bool(nodeids), f"claim {claim.id!r} names no test; give tests/FILE.py::test_name")
       for nodeid in nodeids:
         file, _, name = nodeid.partition("::")
+        there = (folder.parent / file).is_file()
+        check(there, f"claim {claim.id!r}: there is no {file} beside {folder}; mend the claim, or put the file there")
         known = _functions(folder.parent / file)
         name = name.partition("[")[0]
         check(name in known, f"claim {claim.id!r}: {file} has no test {name!r}{nearest(name, known)}")
@@ -187,7 +190,7 @@ def find(claims: Sequence[Claim], id: str) -> Claim:
   known = {claim.id: claim for claim in claims}
   if id not in known:
     near = nearest(id, known)
-    raise UserError(f"there is no claim {id!r}{near if 'mean' in near else '; `llmarch claims` lists them'}")
+    raise UserError(f"there is no claim {id!r}{near if near.startswith(';') else '; `llmarch claims` lists them'}")
   return known[id]
 
 
@@ -211,7 +214,7 @@ def run(claim: Claim, folder: str | Path, *, budget: str | None = None) -> dict:
 
       budget = budget or _budget(claim) or "tiny"
       runner.run_path(str(folder / ablation), budget=budget)
-      status, text = _measured(claim, folder, budget)
+      status, text = _measured(claim, budget, _summaries(folder))
     case Cited():
       status, text = _cited(claim)
   row = {
@@ -221,9 +224,11 @@ def run(claim: Claim, folder: str | Path, *, budget: str | None = None) -> dict:
     "evidence": text,
     "time": began,
     "seconds": round(time.time() - began, 3),
-    "versions": versions(),
+    "versions": trial.versions(),
   }
-  journal.append(folder / RECORDS, row)
+  before = _last(folder).get(claim.id, {})
+  if any(row[name] != before.get(name) for name in ("of", "status", "evidence")):  # the same again is no news
+    journal.append(folder / RECORDS, row)
   return row
 
 
@@ -241,13 +246,12 @@ def _budget(claim: Claim) -> str | None:
   return None if claim.budget == "none" else claim.budget
 
 
-def _measured(claim: Claim, folder: Path, budget: str | None) -> tuple[str, str]:
-  from llmarch.lab import results
-
-  target: Measured = claim.check
-  found = results.comparison(folder / target.ablation, target.comparison, budget)
-  if found is None:
+def _measured(claim: Claim, budget: str | None, summarize: Callable[[str, str | None], dict | None]) -> tuple[str, str]:
+  summary = summarize(claim.check.ablation, budget)
+  if summary is None:
     return NOT_RUN, ""
+  found = next((c for c in summary["comparisons"] if c["id"] == claim.check.comparison), None)
+  check(found is not None, f"claim {claim.id!r}: {claim.check.ablation} has no comparison {claim.check.comparison!r}")
   number = lambda name: "-" if found.get(name) is None else f"{found[name]:+.4g}"
   text = f"{found['metric']}: {number('effect')} [{number('low')}, {number('high')}], {found['n']} pairs"
   floor = found.get("floor")
@@ -260,11 +264,13 @@ def _cited(claim: Claim) -> tuple[str, str]:
   return (HOLDS if claim.check.holds else REFUTED), claim.evidence
 
 
-def versions() -> dict[str, str]:
-  """Of what computes a fact or runs a test."""
-  from importlib.metadata import version
+def rule(claim: Claim, folder: str | Path) -> str:
+  """What decides a claim, in words. Raises UserError for a comparison that is not there."""
+  if not isinstance(claim.check, Measured):
+    return claim.rule
+  from llmarch.lab import results
 
-  return {"python": sys.version.split()[0]} | {name: version(name) for name in ("jax", "flax", "numpy")}
+  return results.declared(Path(folder) / claim.check.ablation, claim.check.comparison).rule
 
 
 # -------------------------------------------------------------------------------------------------- reporting
@@ -277,13 +283,30 @@ def status(claims: Iterable[Claim], folder: str | Path, *, budget: str | None = 
   claim, if not given), and Cited is what it says.
   """
   folder = Path(folder)
-  last = {row["id"]: row for row in journal.read(folder / RECORDS) if "id" in row}
-  return [_row(claim, *_state(claim, folder, last.get(claim.id), budget)) for claim in claims]
+  last, summarize = _last(folder), _summaries(folder)
+  return [_row(claim, *_state(claim, folder, last.get(claim.id), budget, summarize)) for claim in claims]
 
 
-def _state(claim: Claim, folder: Path, row: dict | None, budget: str | None) -> tuple[str, str, float | None]:
+def _last(folder: Path) -> dict[str, dict]:
+  """{id: its newest row}. Raises UserError where the records cannot be read."""
+  try:
+    return {row["id"]: row for row in journal.read(folder / RECORDS) if "id" in row}
+  except OSError as e:
+    raise UserError(f"{folder / RECORDS} cannot be read ({e.strerror}); mend it, or give another --file") from None
+
+
+def _summaries(folder: Path) -> Callable[[str, str | None], dict | None]:
+  """(ablation, budget) -> its summary, once for all claims of it."""
+  from llmarch.lab import results
+
+  return functools.cache(lambda ablation, budget: results.summarize(folder / ablation, budget=budget))
+
+
+def _state(
+  claim: Claim, folder: Path, row: dict | None, budget: str | None, summarize: Callable
+) -> tuple[str, str, float | None]:
   if isinstance(claim.check, Measured):
-    return *_measured(claim, folder, budget or _budget(claim)), row and row["time"]
+    return *_measured(claim, budget or _budget(claim), summarize), row and row["time"]
   if isinstance(claim.check, Cited):
     return *_cited(claim), None
   if row is None or row.get("of") != fingerprint(claim, folder):

@@ -21,9 +21,7 @@ from llmarch.models.decoder import abstract
 from llmarch.ops.loss import token_losses
 
 
-def validation(
-  config: ExperimentConfig, params: nnx.State, model: ModelConfig, *, seq_len: int, batches: int | None = None
-) -> dict[str, float]:
+def validation(config: ExperimentConfig, params: nnx.State, model: ModelConfig, *, seq_len: int) -> dict[str, float]:
   """Means over the counted targets of the validation split, in rows of `seq_len` tokens: loss, accuracy (the target is
   the most likely token), log_z_squared. model: config.model, or another of the same parameters. As many tokens as
   `eval.batches` holds at train.seq_len, so that lengths are judged on equal amounts of text."""
@@ -32,7 +30,7 @@ def validation(
   data = make_pipeline(
     config.data, batch_size=rows, seq_len=seq_len, seed=0, vocab_size=model.vocab_size, split="validation"
   )
-  sums = [jax.device_get(_score(model, params, data.batch(i))) for i in range(batches or config.eval.batches)]
+  sums = [jax.device_get(_score(model, params, data.batch(i))) for i in range(config.eval.batches)]
   total = {name: float(sum(s[name] for s in sums)) for name in sums[0]}
   weight = total.pop("weight")
   return {name: value / weight for name, value in total.items()}
@@ -54,16 +52,19 @@ def _score(model: ModelConfig, params: nnx.State, batch: dict) -> dict:
   }
 
 
+def as_trained(trained: Trained) -> dict[str, float]:
+  """`validation` of the model in rows of the trained length."""
+  return validation(trained.config, trained.lm.params, trained.config.model, seq_len=trained.config.train.seq_len)
+
+
 def accuracy(trained: Trained) -> dict[str, float]:
   """The share of answers of a synthetic task that are right."""
-  found = validation(trained.config, trained.lm.params, trained.config.model, seq_len=trained.config.train.seq_len)
-  return {"accuracy": found["accuracy"]}
+  return {"accuracy": as_trained(trained)["accuracy"]}
 
 
 def partition(trained: Trained) -> dict[str, float]:
   """The mean of log Z^2, Z the softmax's denominator (2204.02311, section 5: what z-loss holds near zero)."""
-  found = validation(trained.config, trained.lm.params, trained.config.model, seq_len=trained.config.train.seq_len)
-  return {"log_z_squared": found["log_z_squared"]}
+  return {"log_z_squared": as_trained(trained)["log_z_squared"]}
 
 
 def losses_at_lengths(*multiples: int) -> Callable[[Trained], dict[str, float]]:
@@ -76,7 +77,7 @@ def losses_at_lengths(*multiples: int) -> Callable[[Trained], dict[str, float]]:
     found = {n: at(n) for n in (1, *multiples)}
     return {f"loss_{n}x": x for n, x in found.items()} | {f"rise_{n}x": found[n] - found[1] for n in multiples}
 
-  measure.__name__ = f"losses_at_lengths_{'_'.join(map(str, multiples))}"
+  measure.__name__ = f"losses_at_lengths{multiples}"  # a trial's key has names and code, not what is closed over
   return measure
 
 
@@ -90,7 +91,7 @@ def rescaled(scalings: dict[str, ScalingConfig | None], multiple: int) -> Callab
     )["loss"]
     return {f"loss_{multiple}x_{name}": at(scaling) for name, scaling in scalings.items()}
 
-  measure.__name__ = f"rescaled_{multiple}_{'_'.join(scalings)}"
+  measure.__name__ = f"rescaled({scalings}, {multiple})"
   return measure
 
 

@@ -14,6 +14,7 @@ from llmarch.train import journal
 
 NAME = "records.jsonl"
 VERSION = 1  # of a row, and of what a trial's key means
+FIELDS = {"version", "key", "arm", "seed", "budget", "phase", "status", "metrics", "overrides"}  # of every row
 
 
 def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -> list[dict]:
@@ -26,7 +27,10 @@ def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -
     rows = journal.read(path)
   except OSError as e:
     raise UserError(f"{path} cannot be read ({e.strerror}); mend it, or give another --out") from None
-  other = next((row.get("version") for row in rows if row.get("version") != VERSION), VERSION)
+  strange = next((row for row in rows if not FIELDS <= row.keys() and row.get("version", VERSION) == VERSION), None)
+  if strange is not None:
+    raise UserError(f"{path} holds a line that is no record ({str(strange)[:60]}); take it out, or give another --out")
+  other = next((row["version"] for row in rows if row["version"] != VERSION), VERSION)
   if other != VERSION:
     raise UserError(
       f"{path} has records of version {other}, and this llmarch writes version {VERSION}; move the file away, or give"
@@ -34,8 +38,7 @@ def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -
     )
   lost = damaged(path)
   if lost:
-    which = ", ".join(map(str, lost))
-    say(f"llmarch: {path}: line {which} is half-written or damaged and is left out; its trial runs again")
+    say(f"llmarch: {path}: half-written or damaged, and left out: line {', '.join(map(str, lost))}")
   return rows
 
 

@@ -26,10 +26,13 @@ from llmarch.lab.ablation import (
 from llmarch.lab.statistics import INCONCLUSIVE, noise_floor, paired, verdict
 
 
-def summarize(folder: str | Path, *, budget: str | None = None, out: str | Path | None = None) -> dict | None:
+def summarize(
+  folder: str | Path, *, budget: str | None = None, out: str | Path | None = None, seeds: int | None = None
+) -> dict | None:
   """The results of the ablation of `folder`, from the records of `out` (None: its own); None without any.
 
-  budget: None is that of the newest record. Plain data: name, title, question, notes, budget, metric, baseline;
+  budget: None is that of the newest record. seeds: None is the budget's, and no more count, however many are recorded:
+  seeds cannot be added until a rule is met. Plain data: name, title, question, notes, budget, seeds, metric, baseline;
   arms: a row each (see `_arm`); comparisons: a row each (see `_compare`); hardware, versions, seconds, trials;
   stale: records of trials that the file no longer describes; missing: trials without a record.
   """
@@ -41,7 +44,7 @@ def summarize(folder: str | Path, *, budget: str | None = None, out: str | Path 
   budget = budget or budgets[-1]
   rows = [row for row in rows if row["budget"] == budget]
   current = records.latest(rows)
-  plan = _plan(ablation, folder, budget, current)
+  plan = _plan(ablation, folder, budget, current, seeds)
   keys = {trial.key for trial in plan}
   mine = {key: row for key, row in current.items() if key in keys}
   main = [row for row in mine.values() if row["phase"] == "main"]
@@ -49,10 +52,12 @@ def summarize(folder: str | Path, *, budget: str | None = None, out: str | Path 
   differ = config_differences(ablation, folder, budget)
   return {
     "name": Path(folder).resolve().name,
+    "folder": Path(folder).name if Path(folder).is_absolute() else str(folder),  # for commands in what is published
     "title": ablation.title,
     "question": ablation.question,
     "notes": ablation.notes,
     "budget": budget,
+    "seeds": seeds,
     "metric": ablation.metric,
     "baseline": ablation.baseline.name,
     "arms": [
@@ -85,14 +90,20 @@ def comparison(folder: str | Path, id: str, budget: str | None = None) -> dict |
 
   Raises UserError for a comparison that is not there.
   """
-  known = [c.id for c in load(folder).comparisons]
-  check(id in known, f"{folder} has no comparison {id!r} (known: {', '.join(known)})")
+  declared(folder, id)
   found = summarize(folder, budget=budget)
   return found and next(c for c in found["comparisons"] if c["id"] == id)
 
 
-def _plan(ablation: Ablation, folder, budget: str, current: Mapping[str, dict]) -> list[Trial]:
-  """The trials that the ablation describes, with as many seeds as the records have."""
+def declared(folder: str | Path, id: str) -> Comparison:
+  """A comparison as its ablation's file has it. Raises UserError if it is not there."""
+  known = {c.id: c for c in load(folder).comparisons}
+  check(id in known, f"{folder} has no comparison {id!r} (known: {', '.join(known)})")
+  return known[id]
+
+
+def _plan(ablation: Ablation, folder, budget: str, current: Mapping[str, dict], seeds: int | None) -> list[Trial]:
+  """The trials that the ablation describes: those of the tuning alone, while these are not done."""
   first = tuning(ablation, folder, budget)
   tried = [current[t.key] for t in first if t.key in current]
   if len(tried) < len(first):
@@ -101,11 +112,7 @@ def _plan(ablation: Ablation, folder, budget: str, current: Mapping[str, dict]) 
     rates = chosen_rates(ablation, tried)
   except UserError:
     return first
-  plan = trials(ablation, folder, budget, rates=rates)
-  most = max((row["seed"] for row in current.values() if row["phase"] == "main"), default=-1) + 1
-  more = trials(ablation, folder, budget, seeds=most, rates=rates) if most else []
-  known = {t.key for t in plan}
-  return first + plan + [t for t in more if t.key not in known and t.key in current]
+  return first + trials(ablation, folder, budget, seeds=seeds, rates=rates)
 
 
 def values(rows: Iterable[Mapping], metric: str) -> dict[int, float]:
@@ -174,17 +181,12 @@ def _compare(ablation: Ablation, c: Comparison, by_arm: Mapping[str, list[dict]]
   effect = paired(values(good(c.arm), c.metric), values(good(other), side))
   # Two metrics of the same weights: the noise is that arm's own.
   runs = values(good(c.arm if c.arm == other else ablation.baseline.name), c.metric)
-  floor = noise_floor(list(runs.values()), ablation.floors.get(c.metric, 0.0))
-  recorded = {row["seed"] for row in by_arm[c.arm]}
-  failed = [name for name in dict.fromkeys((c.arm, other)) if any(r["status"] == "failed" for r in by_arm[name])]
-  why = f"trials of {' and '.join(failed)} failed" if failed else ""
-  metrics = {name for rows in by_arm.values() for row in rows if row["status"] == "ok" for name in row["metrics"]}
-  for metric in (c.metric, side):
-    if metrics and metric not in metrics and metric != ZERO:
-      raise UserError(
-        f"comparison {c.id} wants the metric {metric!r}, which the trials do not record; add a measure, or name one of"
-        f" {', '.join(sorted(metrics))}"
-      )
+  floor = noise_floor(list(runs.values()))
+  rows = [*by_arm[c.arm], *by_arm[other]]
+  failed = list(dict.fromkeys(row["arm"] for row in rows if row["status"] == "failed"))
+  unknown = [m for name, m in ((c.arm, c.metric), (other, side)) if good(name) and not values(good(name), m)]
+  why = f"trials of {' and '.join(failed)} failed" if failed else "" if effect.n else "not run"
+  why = f"{unknown[0]} is not recorded" if unknown else why
   return {
     "id": c.id,
     "statement": c.statement,
@@ -203,5 +205,5 @@ def _compare(ablation: Ablation, c: Comparison, by_arm: Mapping[str, list[dict]]
     "values": list(effect.values),
     "floor": floor if floor != float("inf") else None,
     "verdict": verdict(effect, floor, c.expect, c.by, c.to) if effect.n else INCONCLUSIVE,
-    "why": why or ("" if recorded else "not run"),
+    "why": why,
   }

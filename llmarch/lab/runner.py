@@ -7,9 +7,9 @@ on. A trial whose key is in the records of a sibling folder is not computed agai
 import contextlib
 import dataclasses
 import fcntl
-import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,12 +20,13 @@ from pathlib import Path
 
 from llmarch.config import UserError, check
 from llmarch.lab import records
-from llmarch.lab.ablation import FILE, Ablation, Trial, chosen_rates, load, trials, tuning
+from llmarch.lab.ablation import FILE, ZERO, Ablation, Trial, chosen_rates, load, trials, tuning
 from llmarch.lab.trial import LOG, RESULT, RUN, TRIAL, read_rows, summary
 from llmarch.process import dies_with, huge_pages
 from llmarch.train.faults import CONFIG, NUMBERS
 
 TRIALS = "trials"  # the folder of what runs, and of what failed
+EXCEPTION = re.compile(r"(llmarch: |[\w.]+(Error|Exception|Interrupt|Exit)\b)")  # how the last words of a log begin
 MOST_WORKERS = 8  # by default; each needs a gigabyte or so
 
 
@@ -38,8 +39,6 @@ class Sweep:
     self.ablation: Ablation = load(folder)
     self.rows = records.latest(records.read(out, say=say))
     self.failed_before = {key for key, row in self.rows.items() if row["status"] == "failed"} if retry_failed else set()
-    # A key has the names of functions alone; two files may give one name to different ones.
-    self.functions = [inspect.getsource(f) for f in (self.ablation.trial, *self.ablation.measures) if f]
     self.tuning = tuning(self.ablation, folder, budget)
     self._main: list[Trial] | None = None
     if not self.tuning:
@@ -80,6 +79,19 @@ class Sweep:
     self.rows[trial.key] = row
     self.failed_before.discard(trial.key)
     return row
+
+  def check_metrics(self, row: dict) -> None:
+    """Raises UserError where a comparison wants a metric that its arm, in this row, does not record."""
+    if row["status"] != "ok" or row["phase"] != "main":
+      return
+    for c in self.ablation.comparisons:
+      sides = ((c.arm, c.metric), (c.baseline or self.ablation.baseline.name, c.baseline_metric or c.metric))
+      for arm, metric in sides:
+        check(
+          arm != row["arm"] or metric in (ZERO, *row["metrics"]),
+          f"comparison {c.id} wants the metric {metric!r}, which the trials do not record; add a measure, or name one"
+          f" of {', '.join(sorted(row['metrics']))}",
+        )
 
   def refresh(self) -> None:
     """Takes in what other processes have recorded."""
@@ -136,12 +148,16 @@ def run_all(
     Sweep(f, str(Path(out) / Path(f).resolve().name) if out else f, budget, seeds, retry_failed=retry_failed, say=say)
     for f in folders
   ]
-  if backend == "slurm":
-    from llmarch.lab.slurm import run_array
+  with contextlib.ExitStack() as held:
+    for sweep in sweeps:
+      held.enter_context(only_sweep(sweep.out))
+      sweep.refresh()  # what another sweep recorded before it let go
+    if backend == "slurm":
+      from llmarch.lab.slurm import run_array
 
-    run_array(sweeps, slurm or {}, say=say, on_record=on_record)
-  else:
-    _run_local(sweeps, workers or default_workers(), keep=keep, say=say, on_record=on_record)
+      run_array(sweeps, slurm or {}, say=say, on_record=on_record)
+    else:
+      _run_local(sweeps, workers or default_workers(), keep=keep, say=say, on_record=on_record)
   return sweeps
 
 
@@ -174,15 +190,6 @@ class Running:
     return time.monotonic() - self.began > self.trial.limit
 
 
-def _run_local(sweeps: list[Sweep], workers: int, *, keep: bool, say, on_record) -> None:
-  running: dict[int, Running] = {}
-  with contextlib.ExitStack() as held:
-    for sweep in sweeps:
-      held.enter_context(only_sweep(sweep.out))
-      sweep.refresh()  # what another sweep recorded before it let go
-    _work_off(sweeps, workers, running, keep=keep, say=say, on_record=on_record)
-
-
 @contextlib.contextmanager
 def only_sweep(out: Path):
   """Holds a folder of records: a second sweep would run the same trials in the same folders, over the first one's.
@@ -202,14 +209,18 @@ def only_sweep(out: Path):
     yield
 
 
-def _work_off(sweeps: list[Sweep], workers: int, running: dict, *, keep: bool, say, on_record) -> None:
-  progress = Progress(sweeps, workers, say)
+def _run_local(sweeps: list[Sweep], workers: int, *, keep: bool, say, on_record) -> None:
+  running: dict[int, Running] = {}
+  progress = Progress(sweeps, say)
+
+  def tell(sweep: Sweep, row: dict, folder: Path | None = None) -> None:
+    progress.show(row, folder)
+    on_record(sweep, row)
+
   try:
     while True:
       for slot in sorted(set(range(workers)) - running.keys()):
-        found = _next(
-          sweeps, [r.trial.key for r in running.values()], lambda s, row: (progress.show(row), on_record(s, row))
-        )
+        found = _next(sweeps, [r.trial.key for r in running.values()], tell)
         if found is None:
           break
         running[slot] = _start(*found, slot, workers)
@@ -229,8 +240,8 @@ def _work_off(sweeps: list[Sweep], workers: int, running: dict, *, keep: bool, s
         )
         if row["status"] == "ok" and not keep:
           shutil.rmtree(one.folder, ignore_errors=True)
-        progress.show(row, one.folder)
-        on_record(one.sweep, row)
+        tell(one.sweep, row, one.folder)
+        one.sweep.check_metrics(row)
   finally:
     for one in running.values():
       _end(one.process)
@@ -256,8 +267,7 @@ SHARED = ("status", "metrics", "curve", "eval_curve", "step_ms", "sample", "seco
 def _known(sweep: Sweep, trial: Trial, sweeps: list[Sweep]) -> dict | None:
   """What a sibling's records say of the trial, if it went well there."""
   for other in sweeps:
-    same = other is not sweep and other.functions == sweep.functions
-    row = other.rows.get(trial.key) if same else None
+    row = other.rows.get(trial.key) if other is not sweep else None
     if row and row["status"] == "ok":
       return {name: row[name] for name in SHARED if name in row} | {"from": row.get("from", other.name)}
   return None
@@ -324,11 +334,15 @@ def finished(folder: Path, code: int, trial: Trial, late: bool, began: float) ->
 
 def why(folder: Path, code: int, limit: float | None) -> tuple[str, str]:
   """(kind, sentence) of a failure: "time", "memory", "numbers", "refused" or "died"."""
-  text = (folder / LOG).read_text(errors="replace").strip() if (folder / LOG).exists() else ""
-  last = text.splitlines()[-1] if text else "it said nothing"
+  lines = (folder / LOG).read_text(errors="replace").split("\n") if (folder / LOG).exists() else []
+  named = [i for i, line in enumerate(lines) if EXCEPTION.match(line)]  # the text of an exception may have many lines
+  last = " ".join(" ".join(lines[named[-1] if named else -1 :]).split()).removeprefix("llmarch: ")[:500]
+  last = last or next((line for line in reversed(lines) if line.strip()), "it said nothing")
   if limit is not None:
     return "time", f"it took longer than the {limit:g} s of its budget"
-  if "RESOURCE_EXHAUSTED" in text or "MemoryError" in text or "bad_alloc" in text:
+  if code == 0:
+    return "died", "it ended without a result"
+  if any(word in last for word in ("RESOURCE_EXHAUSTED", "MemoryError", "bad_alloc")):
     return "memory", f"out of memory: {last}"
   if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
     return "memory", "killed by the system, as it does where memory runs out"
@@ -340,11 +354,11 @@ def why(folder: Path, code: int, limit: float | None) -> tuple[str, str]:
 class Progress:
   """What a sweep says while it runs: a line a trial, and on a terminal a bar with the time left."""
 
-  def __init__(self, sweeps: list[Sweep], workers: int, say: Callable[[str], None]):
-    self.sweeps, self.workers, self.say = sweeps, workers, say
+  def __init__(self, sweeps: list[Sweep], say: Callable[[str], None]):
+    self.say = say
     self.total = sum(s.total() for s in sweeps)
     self.done = sum(sum(map(s.done, s.plan())) for s in sweeps)
-    self.start, self.work, self.began_at = self.done, 0.0, time.monotonic()
+    self.start, self.began_at = self.done, time.monotonic()
     self.bar = self.task = None
     if sys.stderr.isatty():
       from rich.console import Console

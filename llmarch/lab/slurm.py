@@ -55,7 +55,7 @@ def run_array(sweeps: list[Sweep], options: dict, *, say: Callable, on_record: C
   options: partition, minutes, gpus_per_trial, cpus_per_trial, parallel.
   """
   executor_of = _executors(options)
-  progress = Progress(sweeps, options["parallel"], say)
+  progress = Progress(sweeps, say)
   seen = {(s.name, key) for s in sweeps for key in s.rows}
   lost: dict[str, int] = {}
   try:
@@ -75,15 +75,8 @@ def run_array(sweeps: list[Sweep], options: dict, *, say: Callable, on_record: C
         for trial in new:
           lost[trial.key] = lost.get(trial.key, 0) + 1
           if lost[trial.key] > 3:  # gone from the queue without a record
-            sweep.record(
-              trial,
-              {
-                "status": "failed",
-                "failure": "died",
-                "reason": "its Slurm job left no record, three times",
-                "metrics": {},
-              },
-            )
+            reason = "its Slurm job left no record, three times"
+            sweep.record(trial, {"status": "failed", "failure": "died", "reason": reason, "metrics": {}})
         new = [t for t in new if lost[t.key] <= 3]
         if new:
           _submit(sweep, new, executor_of(sweep, new), say)

@@ -1,7 +1,8 @@
 """What differences between arms mean: paired effects, their intervals, the noise floor, and the verdict of a rule."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -36,13 +37,13 @@ def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Effect:
   return Effect(mean, mean - half, mean + half, n, values)
 
 
-def noise_floor(values: Sequence[float], least: float = 0.0) -> float:
+def noise_floor(values: Sequence[float]) -> float:
   """The size below which a difference is called noise: FLOOR standard deviations of the difference of two runs that
   differ in their seed alone, sqrt(2) times that of one run. From runs of the baseline, at least MIN_PAIRS of them
-  (else infinite); never below `least`."""
+  (else infinite)."""
   if len(values) < MIN_PAIRS:
     return math.inf
-  return max(FLOOR * math.sqrt(2) * float(np.std(values, ddof=1)), least)
+  return FLOOR * math.sqrt(2) * float(np.std(values, ddof=1))
 
 
 def different(effect: Effect, floor: float) -> bool:
@@ -76,3 +77,8 @@ def verdict(effect: Effect, floor: float, expect: str, by: float, to: float = 0.
     if low > 0:
       return OPPOSITE
   return NOT_SUPPORTED if by > 0 and low > -by else INCONCLUSIVE
+
+
+def tally(verdicts: Iterable[str]) -> str:
+  """ "3 supported, 1 opposite"."""
+  return ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).most_common())

@@ -1,12 +1,11 @@
 """One trial: a run, and what is measured of it.  python -m llmarch.lab.trial TRIAL.json [CORES]
 
 The trial is a process of its own, so that one which runs out of memory or time, or meets numbers that are not finite,
-ends alone. It writes RESULT beside its file; what its end means is `outcome`'s to say.
+ends alone. It writes RESULT beside its file; what its end means is runner.finished's to say.
 """
 
 import dataclasses
 import json
-import math
 import os
 import statistics
 import sys
@@ -47,9 +46,10 @@ def read_rows(path: Path) -> list[dict]:
   found = []
   for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
     try:
-      found.append(json.loads(line))
+      row = json.loads(line)
     except ValueError:
       continue
+    found += [row] if isinstance(row, dict) else []
   return found
 
 
@@ -71,12 +71,11 @@ def summary(rows: list[dict], tokens_per_step: int) -> dict:
 
   step_ms: median and quartiles of the milliseconds of a step, from the rows after the first, which compiles.
   """
-  train = [r for r in rows if "loss" in r]
-  evals = [r for r in rows if "eval/loss" in r]
+  train = [r for r in rows if {"step", "loss", "grad_norm", "tokens_per_second"} <= r.keys()]
+  evals = [r for r in rows if {"step", "eval/loss", "eval/bits_per_byte"} <= r.keys()]
   metrics = {}
   if train:
     metrics |= {"train_loss": train[-1]["loss"], "max_grad_norm": max(r["grad_norm"] for r in train)}
-    metrics |= {"log_z_squared": train[-1]["z"]} if "z" in train[-1] else {}
   if evals:
     metrics |= {"loss": evals[-1]["eval/loss"], "bits_per_byte": evals[-1]["eval/bits_per_byte"]}
   times = [tokens_per_step / r["tokens_per_second"] * 1e3 for r in train[1:]]
@@ -119,7 +118,7 @@ def run(folder: str | Path) -> dict:
   ablation = load(trial.folder)
   config = build(ExperimentConfig, trial.config, "config")
   if ablation.trial:
-    found = {"metrics": ablation.trial(config, str(Path(folder) / RUN))}  # numbers of any library
+    found = {"metrics": ablation.trial(config, str(Path(folder) / RUN))}
   else:
     found = train_trial(config, str(Path(folder) / RUN), ablation.measures)
   found |= {"metrics": checked(found["metrics"]), "hardware": hardware(), "versions": versions()}
@@ -129,13 +128,17 @@ def run(folder: str | Path) -> dict:
 
 def checked(metrics) -> dict[str, float]:
   """The metrics of a trial as numbers by name. Raises UserError for what is none, and Fault for what is not finite."""
-  check(isinstance(metrics, Mapping), f"a trial must give {{metric: number}}, got {metrics!r:.80}")
+  check(isinstance(metrics, Mapping) and bool(metrics), f"a trial must give {{metric: number}}, got {metrics!r:.80}")
+  found = {}
   for name, value in metrics.items():
-    number = (isinstance(name, str) and isinstance(value, (int, float))) or getattr(value, "shape", None) == ()
+    check(isinstance(name, str) and bool(name), f"the name of a metric must be a text, got {name!r:.80}")
+    plain = value.item() if getattr(value, "shape", None) == () else value  # NumPy's and JAX's
+    number = isinstance(plain, (int, float)) and not isinstance(plain, bool)
     check(number, f"the metric {name!r} of a trial must be a number, got {value!r:.80}")
-    if not math.isfinite(value):
-      raise Fault(f"the metric {name!r} is {float(value)}")
-  return {name: float(value) for name, value in metrics.items()}
+    if not -sys.float_info.max <= plain <= sys.float_info.max:
+      raise Fault(f"the metric {name!r} is {plain!s:.20}")
+    found[name] = float(plain)
+  return found
 
 
 def hardware() -> str:

@@ -4,11 +4,10 @@ import html
 import math
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from llmarch.lab.statistics import OPPOSITE, SUPPORTED
+from llmarch.lab.statistics import OPPOSITE, SUPPORTED, tally
 from llmarch.report import charts
 
 esc = lambda value: html.escape(str(value), quote=True)
@@ -31,13 +30,11 @@ def index(summaries: Sequence[Mapping]) -> str:
   """A row for each ablation: its question, and how its comparisons came out."""
   rows = []
   for s in summaries:
-    counts = Counter(c["verdict"] for c in s["comparisons"])
-    said = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()) or "-"
     rows.append(
       {
         "experiment": _Raw(f'<a href="#{esc(s["name"])}">{esc(s["title"])}</a>'),
         "question": s["question"],
-        "verdicts": said,
+        "verdicts": tally(c["verdict"] for c in s["comparisons"]) or "-",
         "trials": s["trials"],
       }
     )
@@ -224,8 +221,8 @@ def where(s: Mapping) -> str:
 
 
 def commands(s: Mapping) -> str:
-  folder = f"experiments/{s['name']}"
-  return f"llmarch ablate {folder} --budget={s['budget']}\nllmarch report {folder} --budget={s['budget']}"
+  what = f"{shlex.quote(s['folder'])} --budget={s['budget']}" + (f" --seeds={s['seeds']}" if s["seeds"] else "")
+  return f"llmarch ablate {what}\nllmarch report {what}"
 
 
 # ------------------------------------------------------------------------------------------------------- runs

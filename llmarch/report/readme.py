@@ -3,11 +3,11 @@
 import html
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmarch.config import UserError
+from llmarch.lab.statistics import tally
 from llmarch.report import charts
 from llmarch.report.page import arms, commands, failures, interval, metrics, number, where
 from llmarch.report.plots import need_altair
@@ -105,13 +105,13 @@ def write_verdicts(summaries: Sequence[Mapping], folder: str | os.PathLike) -> P
     for s in summaries
     for c in s["comparisons"]
   ]
-  counts = Counter(c["verdict"] for s in summaries for c in s["comparisons"])
+  counts = tally(c["verdict"] for s in summaries for c in s["comparisons"])
   trials, seconds = sum(s["trials"] for s in summaries), sum(s["seconds"] for s in summaries)
   text = "\n\n".join(
     [
       GENERATED,
       "# Verdicts",
-      f"{len(rows)} comparisons: {', '.join(f'{n} {v}' for v, n in counts.most_common())}. {trials} trials,"
+      f"{len(rows)} comparisons: {counts}. {trials} trials,"
       f" {seconds / 60:.0f} minutes of them together (budget {'/'.join(sorted({s['budget'] for s in summaries}))};"
       f" {'; '.join(sorted({h for s in summaries for h in s['hardware']}))}). The rule is in [README.md](README.md).",
       table(rows),
