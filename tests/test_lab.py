@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import stats
 
 import llmarch.layers.registry  # noqa: F401
@@ -521,6 +523,33 @@ def test_a_trial_trains_and_its_numbers_are_those_of_the_same_run(tmp_path):
   assert [step for step, _ in record["eval_curve"]] == [2, 4] and len(record["curve"]) == 4
   assert record["sample"].startswith("def ") and record["step_ms"]["low"] <= record["step_ms"]["median"]
   assert "1 of 1" in said[-1] or "[1/1]" in said[-1]
+
+
+def test_gradients_by_layer_are_those_of_a_training_step(monkeypatch):
+  """A step of plain descent at rate 1 moves the parameters by the gradient."""
+  from llmarch.data.pipeline import make_pipeline
+  from llmarch.lab import measures
+  from llmarch.layers.param import flatten
+  from llmarch.models.decoder import Decoder
+  from llmarch.train.step import make_train_step
+
+  config = base(**{
+    "seed": 3, "model.stack": "3*layer", "model.d_model": 24, "train.batch_size": 2, "train.seq_len": 12,
+    "optimizer": {"algorithm": {"kind": "sgd"}, "schedule": {"kind": "constant"}, "learning_rate": 1.0,
+                  "weight_decay": 0.0, "clip_norm": None},
+  })  # fmt: skip
+  data = make_pipeline(config.data, batch_size=2, seq_len=12, seed=3, vocab_size=config.model.vocab_size, split="train")
+  step, draws = make_train_step(config), []
+  for i in range(2):
+    before = flatten(nnx.state(Decoder(config.model, jax.random.key(2 * 3 + i))))
+    after, _ = step.step(step.init(before), data.batch(i))
+    (name,) = (name for name in before if name.endswith("ffn/down"))
+    draws.append([np.log(np.linalg.norm(g)) for g in np.asarray(before[name]) - np.asarray(after["params"][name])])
+  monkeypatch.setattr(measures, "DRAWS", 2)
+  found = measures.initial_gradients(config, "")
+  np.testing.assert_allclose([found[f"log_gradient[{i}]"] for i in (1, 2, 3)], np.mean(draws, axis=0), atol=1e-3)
+  assert found["log_last_gradient"] == found["log_gradient[3]"]
+  assert found["first_gradient"] == pytest.approx(np.exp(found["log_gradient[1]"]))
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

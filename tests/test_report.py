@@ -36,7 +36,7 @@ def summary(tmp_path, *, failed=(), seeds=3, curves=True, name="made_up") -> dic
     loss = 1.0 + names.index(t.arm) + t.seed / 8
     more = {"curve": [[1, 9.0], [2, loss]], "eval_curve": [[1, 8.0], [2, loss]]} if curves else {}
     more |= {"sample": f"text {NASTY}", "step_ms": {"median": 5.0 + loss, "low": 4.0, "high": 9.0}}
-    metrics = {"loss": loss, "loss_1x": loss, "loss_4x": loss + 1}
+    metrics = {"loss": loss, "loss_1x": loss, "loss_4x": loss + 1, "norm[1]": 2.0, "norm[10]": 0.5}
     if t.arm in failed:
       more, metrics = {"status": "failed", "failure": "numbers", "reason": f"a NaN {NASTY} in /home/me/x.py"}, {}
     fields = {"arm": t.arm, "seed": t.seed, "overrides": t.overrides, "match": None, "metrics": metrics, "workers": 2}
@@ -91,8 +91,8 @@ def test_all_that_a_summary_says_is_on_the_page(how, tmp_path, cases):
   for arm in s["arms"]:
     assert arm["arm"] in seen and all(page.public(why) in seen for why in arm["failures"])
     assert all(page.public(line) in seen for line in arm["differences"])
-    for m in arm["metrics"].values():
-      assert page.number(m["mean"]) in seen
+    for name in page.metrics(s):
+      assert not arm["metrics"] or page.number(arm["metrics"][name]["mean"]) in seen
     assert page.number(arm["cost"]["params"]) in seen
   for c in s["comparisons"]:
     assert c["statement"] in seen and c["verdict"] in seen and c["rule"] in seen and page.interval(c) in seen
@@ -142,7 +142,9 @@ def test_charts_show_the_numbers_of_the_summary(tmp_path, cases):
     values = list(m["values"].values())
     assert (last[arm["arm"]]["mean"], last[arm["arm"]]["low"]) == (pytest.approx(m["mean"]), min(values))
   assert [r["effect"] for r in charts.effect_rows(s)] == [c["effect"] for c in s["comparisons"]]
-  assert {(r["multiple"], r["mean"]) for r in charts.length_rows(s)} >= {(1, 1.125), (4, 2.125)}
+  series = lambda pattern: {(r["metric"], r["at"], r["mean"]) for r in charts.series_rows(s, pattern)}
+  assert series(charts.LENGTHS) >= {("loss", 1, 1.125), ("loss", 4, 2.125)}
+  assert series(charts.LAYERS) >= {("norm", 1, 2.0), ("norm", 10, 0.5)} and "norm[1]" not in page.metrics(s)
   points = [r for r in charts.quality_rows(s) if r["cost"] == "parameters"]
   assert {r["arm"]: r["value"] for r in points} == {a["arm"]: a["cost"]["params"] for a in s["arms"]}
   # No arm that is beaten in both is on the front, and every other is.
@@ -164,7 +166,7 @@ def test_numbers_that_are_none_are_not_drawn(tmp_path):
   rows = [r for r in charts.curve_rows(s, "eval_curves") if r["arm"] == arm["arm"]]
   assert rows == [{"arm": arm["arm"], "step": 1, "mean": 4.0, "low": 2.0, "high": 6.0}]  # a step done twice: the last
   arm["metrics"]["loss"]["mean"] = s["comparisons"][0]["effect"] = math.nan
-  assert not [r for r in charts.quality_rows(s) + charts.length_rows(s) if math.isnan(r["mean"])]
+  assert not [r for r in charts.quality_rows(s) + charts.series_rows(s, charts.LENGTHS) if math.isnan(r["mean"])]
   assert len(charts.effect_rows(s)) == len(s["comparisons"]) - 1
   assert all(charts.svg(make(s), name) for name, make in charts.CHARTS.items() if make(s) is not None)
 
@@ -247,7 +249,7 @@ def test_the_command_writes_page_readme_and_figures(tmp_path, capsys):
   drawn = {p.name for p in (tmp_path / "png").iterdir()}
   assert drawn == {f"made_up-{name}.png" for name in charts.CHARTS}
   written = {p.name for p in folder.iterdir()}
-  assert {"README.md", "curves.png", "effects.png", "lengths.png", "costs.png"} <= written
+  assert {"README.md", "curves.png", "effects.png", "lengths.png", "layers.png", "costs.png"} <= written
   assert all(p.stat().st_size < 60_000 for p in folder.glob("*.png"))
   capsys.readouterr()
   assert llmarch(["report", str(folder), "--json"]) == 0
@@ -273,7 +275,7 @@ def test_a_readme_has_no_figure_that_is_not_there(tmp_path, monkeypatch):
   folder = tmp_path / "made_up"
   (folder / "effects.png").write_text("of an older summary")
   figures = lambda: set(re.findall(r"\]\((\w+\.png)\)", readme.write_readme(s, folder).read_text()))
-  assert figures() == {p.name for p in folder.glob("*.png")} == {"curves.png", "lengths.png", "costs.png"}
+  assert figures() == {p.name for p in folder.glob("*.png")} == {"curves.png", "lengths.png", "layers.png", "costs.png"}
   monkeypatch.setitem(sys.modules, "altair", None)
   assert figures() == set()
 

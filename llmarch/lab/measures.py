@@ -111,9 +111,9 @@ DRAWS = 8  # of the initial parameters, in one trial
 
 
 def initial_gradients(config: ExperimentConfig, workdir: str) -> dict[str, float]:
-  """Norms of the loss's gradient at initialisation for the `down` matrix of the last and the first layer, geometric
-  means over DRAWS draws of the parameters, and their logarithms (2002.04745, theorem 1: the last does not fall with
-  depth for post-norm, and as 1/sqrt(L) for pre-norm)."""
+  """Norms of the loss's gradient at initialisation for the `down` matrix of each layer, geometric means over DRAWS
+  draws of the parameters: of the last and the first, and as log_gradient[1] to log_gradient[L] the logarithms of all
+  (2002.04745, theorem 1: the last does not fall with depth for post-norm, and as 1/sqrt(L) for pre-norm)."""
   from llmarch.layers.param import flatten
   from llmarch.models.decoder import Decoder
 
@@ -145,7 +145,7 @@ def initial_gradients(config: ExperimentConfig, workdir: str) -> dict[str, float
     "first_gradient": float(np.exp(layers[0])),
     "log_last_gradient": float(layers[-1]),
     "log_last_over_first": float(layers[-1] - layers[0]),
-  }
+  } | {f"log_gradient[{i}]": float(x) for i, x in enumerate(layers, 1)}
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -1,4 +1,5 @@
-"""Charts of an ablation's summary (lab/results.py): curves, effects, quality against cost, loss against length.
+"""Charts of an ablation's summary (lab/results.py): curves, effects, quality against cost, what was measured by length
+or by layer.
 
 Each function gives an altair chart, or None where the summary has nothing for it. The same charts become the SVG of a
 page and the PNG of a README. A chart is about 400 pixels wide, so that its letters are of 11 pixels on a phone; arms
@@ -29,7 +30,7 @@ INK = "#222222"
 WIDTH = 330  # pixels of a plot and of the names beside it, at scale 1
 LETTER, LINE, LIMIT = 6.9, 15, 140  # pixels, of names: an average letter's width, a line's height, the longest
 DOT = 9  # pixels from a point to its name
-LENGTHS = re.compile(r"^(.*)_(\d+)x(.*)$")
+LENGTHS, LAYERS = re.compile(r"^(.*)_(\d+)x(.*)$"), re.compile(r"^(.*)\[(\d+)\](.*)$")  # of metrics' names
 MATCHED = 0.02  # costs closer than this are called equal, as Match does
 
 
@@ -65,36 +66,42 @@ def curve_rows(summary: Mapping, which: str) -> list[dict]:
 
 def lengths(summary: Mapping):
   """Metrics measured at multiples of the trained length, a panel each: a line an arm, over the multiple."""
-  rows = length_rows(summary)
+  return _series(summary, LENGTHS, "times the trained length", {"type": "log", "base": 2})
+
+
+def layers(summary: Mapping):
+  """Metrics measured layer by layer, a panel each: a line an arm, over the layer."""
+  return _series(summary, LAYERS, "layer", {"nice": False})
+
+
+def _series(summary: Mapping, pattern: re.Pattern, title: str, scale: dict):
+  rows = series_rows(summary, pattern)
   if not rows:
     return None
   alt = need_altair()
   charts = []
   for name in dict.fromkeys(row["metric"] for row in rows):
     own = [row for row in rows if row["metric"] == name]
-    x = alt.X(
-      "multiple:Q",
-      title="times the trained length",
-      scale=alt.Scale(type="log", base=2),
-      axis=alt.Axis(values=sorted({row["multiple"] for row in own})),
-    )
+    ticks = sorted({row["at"] for row in own})
+    axis = alt.Axis(values=ticks if len(ticks) < 10 else ticks[3::4])
+    x = alt.X("at:Q", title=title, scale=alt.Scale(**scale), axis=axis)
     charts.append(_lines(alt, summary, own, x, name, points=True))
   return _finish(alt.vconcat(*charts))
 
 
-def length_rows(summary: Mapping) -> list[dict]:
-  """{arm, metric, multiple, mean, low, high (one deviation)} of metrics such as loss_4x, loss_8x (or loss_4x_ntk), of
-  those at two multiples or more."""
+def series_rows(summary: Mapping, pattern: re.Pattern) -> list[dict]:
+  """{arm, metric, at, mean, low, high (one deviation)} of metrics such as loss_4x, loss_8x (or loss_4x_ntk), or
+  gradient[1], gradient[2]: those at two places or more."""
   rows = []
   for arm in summary["arms"]:
     for name, m in arm["metrics"].items():
-      match = LENGTHS.match(name)
+      match = pattern.match(name)
       if match and math.isfinite(m["mean"]):
         spread = m["sd"] or 0.0
-        row = {"arm": arm["arm"], "metric": match[1] + match[3], "multiple": int(match[2]), "mean": m["mean"]}
+        row = {"arm": arm["arm"], "metric": match[1] + match[3], "at": int(match[2]), "mean": m["mean"]}
         rows.append(row | {"low": m["mean"] - spread, "high": m["mean"] + spread})
-  multiples = {name: {r["multiple"] for r in rows if r["metric"] == name} for name in {r["metric"] for r in rows}}
-  return [row for row in rows if len(multiples[row["metric"]]) > 1]
+  places = {name: {r["at"] for r in rows if r["metric"] == name} for name in {r["metric"] for r in rows}}
+  return [row for row in rows if len(places[row["metric"]]) > 1]
 
 
 def _lines(alt, summary: Mapping, rows: Sequence[dict], x, title: str, *, points: bool = False):
@@ -112,13 +119,13 @@ def _lines(alt, summary: Mapping, rows: Sequence[dict], x, title: str, *, points
   base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=colour)
   band = base.mark_rule() if points else base.mark_area(opacity=0.2)
   end = alt.Chart(alt.Data(values=ends)).encode(y=y("at"))
-  layers = [
+  parts = [
     band.encode(y=y("low"), y2="high:Q"),
     base.mark_line(point=points, strokeWidth=2).encode(y=y("mean")),
     end.mark_point(filled=True, size=45, opacity=1).encode(x=alt.value(width + 9), color=colour),
     _words(end.encode(x=alt.value(width + 17)), "label"),
   ]
-  return alt.layer(*layers).properties(width=width, height=height)
+  return alt.layer(*parts).properties(width=width, height=height)
 
 
 # --------------------------------------------------------------------------------------------------- effects
@@ -167,7 +174,7 @@ def _effects(alt, rows: Sequence[dict]):
     color="#999999", opacity=0.25, height=18, yOffset=below
   )
   interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, yOffset=below)
-  layers = [
+  parts = [
     band.encode(x=x("floor_low"), x2="floor_high:Q"),
     alt.Chart(alt.Data(values=zero)).mark_rule(color="#555555").encode(x=x("zero")),
     alt.Chart(alt.Data(values=margins))
@@ -177,7 +184,7 @@ def _effects(alt, rows: Sequence[dict]):
     base.mark_point(filled=True, size=90, opacity=1, yOffset=below).encode(x=x("effect"), color=colour, shape=shape),
     _words(base.encode(x=alt.value(4)), "label", limit=WIDTH + 30, dy=-12),
   ]
-  return alt.layer(*layers).properties(width=WIDTH + 40, height=alt.Step(46))
+  return alt.layer(*parts).properties(width=WIDTH + 40, height=alt.Step(46))
 
 
 # ------------------------------------------------------------------------------------------- quality and cost
@@ -260,7 +267,7 @@ def _quality(alt, summary: Mapping, rows: Sequence[dict], names: Sequence[str]):
   colour = _by_arm(alt, summary)
   front = base.transform_filter("datum.front")
   words = base.encode(y=alt.Y("at:Q", scale=None))
-  layers = [
+  parts = [
     front.mark_line(color="#BBBBBB", strokeDash=[3, 3], interpolate="step-after").encode(y=y("mean")),
     base.mark_rule().encode(y=y("low"), y2="high:Q", color=colour),
     base.mark_point(size=70, strokeWidth=2, fill="white", opacity=1).encode(y=y("mean"), color=colour),
@@ -268,7 +275,7 @@ def _quality(alt, summary: Mapping, rows: Sequence[dict], names: Sequence[str]):
     _words(words.transform_filter("!datum.left"), "label", dx=DOT),
     _words(words.transform_filter("datum.left"), "label", dx=-DOT, align="right"),
   ]
-  return alt.layer(*layers).properties(width=WIDTH, height=height)
+  return alt.layer(*parts).properties(width=WIDTH, height=height)
 
 
 def _beside(points: Sequence[tuple], widths: Sequence[float], width: float, height: float) -> list[tuple[bool, float]]:
@@ -295,7 +302,7 @@ def _beside(points: Sequence[tuple], widths: Sequence[float], width: float, heig
   return [places[i] for i in range(len(points))]
 
 
-CHARTS = {"curves": curves, "effects": effects, "lengths": lengths, "costs": quality_cost}
+CHARTS = {"curves": curves, "effects": effects, "lengths": lengths, "layers": layers, "costs": quality_cost}
 
 
 # ------------------------------------------------------------------------------------------------------ parts

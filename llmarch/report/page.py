@@ -141,6 +141,7 @@ def ablation(summary: Mapping, *, alone: bool = False) -> str:
 CAPTIONS = {
   "curves": "The mean over seeds, and their range.",
   "effects": "Paired differences, with 95 % intervals; grey: what noise may reach; black: the rule's margin.",
+  "layers": "Layer by layer: the mean, and one deviation over seeds.",
   "lengths": "Rows of more tokens than were trained on: the mean, and one deviation over seeds.",
   "costs": "Quality against each cost in which arms differ; filled: no other arm is better and no dearer.",
 }
@@ -200,8 +201,8 @@ def arms(s: Mapping) -> list[dict]:
 
 
 def metrics(s: Mapping) -> list[str]:
-  """The names of all that was measured, the ablation's metric first."""
-  names = dict.fromkeys(name for arm in s["arms"] for name in arm["metrics"])
+  """The names of what was measured, the ablation's metric first; what was layer by layer has a chart instead."""
+  names = dict.fromkeys(name for arm in s["arms"] for name in arm["metrics"] if not charts.LAYERS.match(name))
   return sorted(names, key=lambda name: name != s["metric"])
 
 

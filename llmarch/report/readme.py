@@ -17,6 +17,7 @@ FIGURES = {
   "effects": "Effects, with their 95 % intervals; grey: what noise may reach; black: the rule's margin",
   "curves": "Validation loss over steps: mean and range over seeds",
   "lengths": "Loss in rows of more tokens than were trained on",
+  "layers": "Layer by layer: the mean, and one deviation over seeds",
   "costs": "Quality against cost; filled: no other arm is better and no dearer",
 }
 METRICS = 8  # of a table, at most
