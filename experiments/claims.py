@@ -191,7 +191,9 @@ NORMS = (
   measured("deepnorm-trains", "DeepNorm makes post-norm train", "2203.00555", ("survey 1, line 79",), "norm_placement/deepnorm-trains"),
   measured("post-norm-gradient-constant", "The last layer's gradient does not fall with depth for post-norm", "2002.04745, theorem 1", ("survey 4, page 87",), "gradient_depth/post-constant-in-depth", "0.748, 0.727, 0.726"),
   measured("pre-norm-gradient-falls", "The last layer's gradient falls as 1/sqrt(L) for pre-norm", "2002.04745, theorem 1", ("survey 4, page 87",), "gradient_depth/pre-falls-with-root-depth", "0.326, 0.227, 0.152"),
-  cited("post-norm-gradients-vanish", "At initialisation post-norm's gradients shrink towards the lowest layer, and pre-norm's are alike in all", "2002.04745, figure 3", ("survey 4, page 95",), None, "the paper's figure is of an encoder-decoder for translation; gradient_depth measures the last layer alone, so that no profile over layers is measured here", "direction"),
+  measured("post-norm-gradients-vanish", "At initialisation an encoder's gradients shrink towards the lowest layer with post-norm", "2002.04745, figure 3", ("survey 4, page 95",), "gradient_depth/encoder-post-vanishes", "the last layer has 3.5 to 4.6 times the first's, of W1"),
+  measured("pre-norm-gradients-alike", "At initialisation an encoder's gradients are alike in all layers with pre-norm", "2002.04745, figure 3", ("survey 4, page 95",), "gradient_depth/encoder-pre-uniform", "0.64 to 0.68 of the first's"),
+  measured("decoder-post-norm-vanishes", "At initialisation a decoder's gradients shrink towards the lowest layer with post-norm", "2002.04745, figure 3", ("survey 4, page 95",), "gradient_depth/decoder-post-vanishes", "1.2 to 1.9 times"),
   measured("no-bias-same-quality", "Without biases the perplexity is the same", "2204.02311, section 2", ("survey 4, page 128", "survey 4, page 132"), "bias/no-bias-ties-bias", "below 0.01"),
   measured("parallel-slightly-worse", "Parallel blocks are hardly worse", "2204.02311, section 2", ("survey 4, page 193",), "parallel/parallel-ties-serial", "0.003 to 0.014"),
   cited("parallel-15-percent-faster", "Parallel blocks are 15 % faster", "2204.02311, section 2", ("survey 4, page 192",), None, "of large matrices on accelerators; a CPU step shows nothing of it", "cost", "gpu"),
@@ -238,6 +240,7 @@ POSITIONS = (
 TRAINING = (
   fact("softmax-overflows", "exp overflows half precision above 11.09; with the maximum subtracted it never does", "IEEE 754", ("survey 4, page 302",), "softmax_overflow", HOLDS, "ln 65504"),
   fact("z-loss-gradient", "z-loss is log^2 Z", "2204.02311, section 5", ("survey 4, page 306", "survey 4, page 308"), "z_loss_gradient", HOLDS),
+  measured("raised-rates-spike", "Training's loss has spikes where the learning rate is too high", "2309.14322, figure 1", ("survey 4, page 298",), "stability/raised-rate-spikes"),
   measured("z-loss-shrinks-z", "z-loss makes log Z smaller", "2204.02311, section 5", ("survey 4, page 306",), "stability/z-loss-shrinks-log-z", "5 times"),
   measured("z-loss-stabilises", "z-loss keeps a run with ten times the rate going", "2309.14322", ("survey 4, page 306",), "stability/z-loss-survives"),
   measured("qk-norm-stabilises", "QK-norm keeps a run with ten times the rate going", "2302.05442; 2309.14322", ("survey 4, page 312",), "stability/qk-norm-survives"),

@@ -543,13 +543,14 @@ def test_gradients_by_layer_are_those_of_a_training_step(monkeypatch):
   for i in range(2):
     before = flatten(nnx.state(Decoder(config.model, jax.random.key(2 * 3 + i))))
     after, _ = step.step(step.init(before), data.batch(i))
-    (name,) = (name for name in before if name.endswith("ffn/down"))
-    draws.append([np.log(np.linalg.norm(g)) for g in np.asarray(before[name]) - np.asarray(after["params"][name])])
+    moved = {name.split("/")[-1]: np.asarray(x) - np.asarray(after["params"][name]) for name, x in before.items()}
+    draws.append([[np.log(np.linalg.norm(g)) for g in moved[name]] for name in ("up", "down")])
   monkeypatch.setattr(measures, "DRAWS", 2)
   found = measures.initial_gradients(config, "")
-  np.testing.assert_allclose([found[f"log_gradient[{i}]"] for i in (1, 2, 3)], np.mean(draws, axis=0), atol=1e-3)
-  assert found["log_last_gradient"] == found["log_gradient[3]"]
-  assert found["first_gradient"] == pytest.approx(np.exp(found["log_gradient[1]"]))
+  layers = [[found[f"log_{name}[{i}]"] for i in (1, 2, 3)] for name in ("up", "down")]
+  np.testing.assert_allclose(layers, np.mean(draws, axis=0), atol=1e-3)
+  assert found["log_last_gradient"] == layers[1][2] and found["last_gradient"] == pytest.approx(np.exp(layers[1][2]))
+  assert found["log_up_last_over_first"] == pytest.approx(layers[0][2] - layers[0][0])
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

@@ -67,6 +67,12 @@ def partition(trained: Trained) -> dict[str, float]:
   return {"log_z_squared": as_trained(trained)["log_z_squared"]}
 
 
+def spike(trained: Trained) -> dict[str, float]:
+  """The largest rise of the training loss above the lowest before it, in nats, of the steps that were logged."""
+  losses = np.array([row["loss"] for row in trained.rows if "loss" in row])
+  return {"spike": float(np.max(losses - np.minimum.accumulate(losses)))}
+
+
 def losses_at_lengths(*multiples: int) -> Callable[[Trained], dict[str, float]]:
   """A measure: the loss in rows of so many times the trained length, "loss_4x" and so on; and what it is above that
   at the trained length, "rise_4x"."""
@@ -111,9 +117,9 @@ DRAWS = 8  # of the initial parameters, in one trial
 
 
 def initial_gradients(config: ExperimentConfig, workdir: str) -> dict[str, float]:
-  """Norms of the loss's gradient at initialisation for the `down` matrix of each layer, geometric means over DRAWS
-  draws of the parameters: of the last and the first, and as log_gradient[1] to log_gradient[L] the logarithms of all
-  (2002.04745, theorem 1: the last does not fall with depth for post-norm, and as 1/sqrt(L) for pre-norm)."""
+  """Norms of the loss's gradient at initialisation for both matrices of every feed-forward, geometric means over DRAWS
+  draws of the parameters: last_gradient of the last `down` (2002.04745, theorem 1: it does not fall with depth for
+  post-norm, and as 1/sqrt(L) for pre-norm), and the logarithms of all, such as log_up[1] to log_up[L]."""
   from llmarch.layers.param import flatten
   from llmarch.models.decoder import Decoder
 
@@ -135,17 +141,17 @@ def initial_gradients(config: ExperimentConfig, workdir: str) -> dict[str, float
       logits, _, _ = nnx.merge(graph, params)(batch["tokens"], batch["positions"], batch["segment_ids"])
       return jnp.mean(token_losses(logits, batch["targets"])[0])
 
-    (down,) = (g for name, g in flatten(jax.grad(loss)(params)).items() if name.endswith("ffn/down"))
-    return jnp.log(jnp.linalg.norm(down.reshape(down.shape[0], -1), axis=-1))  # [layers]
+    grads = {name.split("/")[-1]: g for name, g in flatten(jax.grad(loss)(params)).items() if "ffn/" in name}
+    of = lambda g: jnp.log(jnp.linalg.norm(g.reshape(g.shape[0], -1), axis=-1))  # [layers]
+    return {name: of(grads[name]) for name in ("up", "down")}
 
   draws = [norms(np.uint32(DRAWS * config.seed + i), data.batch(i)) for i in range(DRAWS)]
-  layers = np.mean(jax.device_get(draws), axis=0)
-  return {
-    "last_gradient": float(np.exp(layers[-1])),
-    "first_gradient": float(np.exp(layers[0])),
-    "log_last_gradient": float(layers[-1]),
-    "log_last_over_first": float(layers[-1] - layers[0]),
-  } | {f"log_gradient[{i}]": float(x) for i, x in enumerate(layers, 1)}
+  logs = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *jax.device_get(draws))
+  found = {"last_gradient": float(np.exp(logs["down"][-1])), "log_last_gradient": float(logs["down"][-1])}
+  for name, layers in logs.items():
+    found[f"log_{name}_last_over_first"] = float(layers[-1] - layers[0])
+    found |= {f"log_{name}[{i}]": float(x) for i, x in enumerate(layers, 1)}
+  return found
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
