@@ -258,9 +258,23 @@ def test_records_of_another_version_are_refused_and_kept(tmp_path, monkeypatch):
   assert (tmp_path / records.NAME).read_bytes() == before
 
 
-def test_a_line_that_is_no_record_is_refused_and_kept(tmp_path):
+@pytest.mark.parametrize(
+  "line",
+  [
+    {"key": "1", "note": "by hand"},
+    row("1", metrics=None),
+    row("1", metrics={"loss": "low"}),
+    row("1", metrics={"loss": math.nan}),
+    row("1", seed="zero"),
+    row("1", status="good"),
+    row("1", status="failed"),
+  ],
+)
+def test_a_line_that_is_no_record_is_refused_and_kept(line, tmp_path):
   records.add(tmp_path, row("0"))
-  records.add(tmp_path, {"key": "1", "note": "by hand"})
+  records.add(tmp_path, row("2", status="failed", reason="a NaN", metrics={"loss": math.nan}))
+  assert len(records.read(tmp_path)) == 2
+  records.add(tmp_path, line)
   before = (tmp_path / records.NAME).read_bytes()
   with pytest.raises(UserError, match="holds a line that is no record .*take it out"):
     records.read(tmp_path)
@@ -570,7 +584,12 @@ def test_gradients_by_layer_are_those_of_a_training_step(monkeypatch):
     ("def play", "raise SystemExit(3)\ndef play", "line 6, failed with SystemExit"),
     ('Arm("first")', 'Arm("first", {"model.d_model": -1})', "arm 'first': config.model.d_model must be at least 1"),
     ("return Ablation(", "return dict(", "get_ablation must return an Ablation"),
-    ('"less", 0.001)', '"less", 0.001, metric="los")', "wants the metric 'los', which the trials do not record"),
+    ('"less", 0.001)', '"less", 0.001, metric="los")', "wants the metric 'los', which arm 'first' does not record"),
+    ("trial=play", "trial=play, metric='los'", "the ablation wants the metric 'los', which arm"),
+    ('title="Widths"', "title=3", "title must be a text, got 3"),
+    ('Arm("first")', 'Arm("first", {}, "params")', "arm 'first': match must be a Match"),
+    ("learning_rates=()", "learning_rates=1e-3", "learning_rates must be numbers"),
+    ("Budget(seeds=1", "Budget(seeds=1001", "--seeds must be at least 1 and at most 1000, got 1001"),
     ('"less", 0.001)', '"less", 0.001, baseline="d_ff=32")', "compares d_ff=32 with itself"),
     (str(TINY), "nowhere.py", "widths: config: there is no file .*nowhere.py"),
     ("def play", "1 / 0\ndef play", "failed with ZeroDivisionError"),

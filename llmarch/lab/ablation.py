@@ -82,6 +82,8 @@ class Arm:
   def __post_init__(self):
     check(isinstance(self.name, str) and bool(self.name), f"an arm's name must be a text, got {self.name!r}")
     _check_overrides(self.overrides, f"arm {self.name!r}")
+    matched = self.match is None or isinstance(self.match, Match)
+    check(matched, f"arm {self.name!r}: match must be a Match, such as Match('params'), got {self.match!r:.80}")
 
 
 def _check_overrides(overrides: Any, what: str) -> None:
@@ -177,6 +179,11 @@ class Ablation:
                               ("budgets", self.budgets.values(), Budget)):  # fmt: skip
       other = next((one for one in found if not isinstance(one, kind)), None)
       check(other is None, f"{what} must hold {kind.__name__} alone, got {other!r:.80}")
+    for name in ("title", "question", "config", "metric", "notes"):
+      check(isinstance(getattr(self, name), str), f"{name} must be a text, got {getattr(self, name)!r:.80}")
+    rates = self.learning_rates
+    numbers = isinstance(rates, Sequence) and all(isinstance(rate, (int, float)) for rate in rates)
+    check(numbers, f"learning_rates must be numbers, such as (1e-3, 3e-3), got {rates!r:.80}")
     for function in self.functions:
       check(inspect.isfunction(function), f"trial and measures must be functions, got {function!r:.80}")
     names = [arm.name for arm in self.arms]
@@ -243,7 +250,7 @@ def trials(
   """
   found = _budget(ablation, folder, budget)
   count = found.seeds if seeds is None else seeds
-  check(count >= 1, f"--seeds must be at least 1, got {count}")
+  check(1 <= count <= TUNING_SEED, f"--seeds must be at least 1 and at most {TUNING_SEED}, got {count}")
   plan = []
   for arm in ablation.arms:
     n = max(count, found.noise_seeds if seeds is None else 0) if arm is ablation.baseline else count

@@ -6,6 +6,7 @@ then the last counts.
 """
 
 import fcntl
+import math
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from llmarch.train import journal
 
 NAME = "records.jsonl"
 VERSION = 1  # of a row, and of what a trial's key means
-FIELDS = {"version", "key", "arm", "seed", "budget", "phase", "status", "metrics", "overrides"}  # of every row
+FIELDS = {"key": str, "arm": str, "seed": int, "budget": str, "phase": str, "status": str, "metrics": dict,
+          "overrides": dict}  # fmt: skip  # of every row
 
 
 def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -> list[dict]:
@@ -27,7 +29,7 @@ def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -
     rows = journal.read(path)
   except OSError as e:
     raise UserError(f"{path} cannot be read ({e.strerror}); mend it, or give another --out") from None
-  strange = next((row for row in rows if not FIELDS <= row.keys() and row.get("version", VERSION) == VERSION), None)
+  strange = next((row for row in rows if row.get("version", VERSION) == VERSION and not is_record(row)), None)
   if strange is not None:
     raise UserError(f"{path} holds a line that is no record ({str(strange)[:60]}); take it out, or give another --out")
   other = next((row["version"] for row in rows if row["version"] != VERSION), VERSION)
@@ -40,6 +42,17 @@ def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -
   if lost:
     say(f"llmarch: {path}: half-written or damaged, and left out: line {', '.join(map(str, lost))}")
   return rows
+
+
+def is_record(row: dict) -> bool:
+  """Whether it has what every record has; what somebody wrote by hand may not."""
+  if "version" not in row or not all(isinstance(row.get(name), kind) for name, kind in FIELDS.items()):
+    return False
+  if row["status"] == "failed":
+    return isinstance(row.get("reason"), str)
+  return row["status"] == "ok" and all(
+    isinstance(x, (int, float)) and math.isfinite(x) for x in row["metrics"].values()
+  )
 
 
 def damaged(path: Path) -> list[int]:

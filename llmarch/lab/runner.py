@@ -81,17 +81,19 @@ class Sweep:
     return row
 
   def check_metrics(self, row: dict) -> None:
-    """Raises UserError where a comparison wants a metric that its arm, in this row, does not record."""
+    """Raises UserError where the ablation wants a metric that the row's arm does not record."""
     if row["status"] != "ok" or row["phase"] != "main":
       return
+    wanted = [("the ablation", row["arm"], self.ablation.metric)]
     for c in self.ablation.comparisons:
-      sides = ((c.arm, c.metric), (c.baseline or self.ablation.baseline.name, c.baseline_metric or c.metric))
-      for arm, metric in sides:
-        check(
-          arm != row["arm"] or metric in (ZERO, *row["metrics"]),
-          f"comparison {c.id} wants the metric {metric!r}, which the trials do not record; add a measure, or name one"
-          f" of {', '.join(sorted(row['metrics']))}",
-        )
+      other = c.baseline or self.ablation.baseline.name
+      wanted += [(f"comparison {c.id}", c.arm, c.metric), (f"comparison {c.id}", other, c.baseline_metric or c.metric)]
+    for what, arm, metric in wanted:
+      check(
+        arm != row["arm"] or metric in (ZERO, *row["metrics"]),
+        f"{what} wants the metric {metric!r}, which arm {arm!r} does not record; add a measure, or name one of"
+        f" {', '.join(sorted(row['metrics']))}",
+      )
 
   def refresh(self) -> None:
     """Takes in what other processes have recorded."""
