@@ -294,11 +294,13 @@ def test_runs_are_compared(tmp_path):
     more = {"bits_per_byte": 1, "grad_norm": 1, "tokens_per_second": 9}
     rows = [{"step": n, "loss": 4.0 / n, **more} for n in (1, 2, 3)]
     lines = [json.dumps(r) for r in (*rows, {"step": 3, "eval/loss": 1.5, "eval/bits_per_byte": 2.2})]
+    lines += ["[1]", "garbage", json.dumps({"step": "x", "loss": None} | more)]  # another program's, or a hand's
+    lines += [json.dumps({"step": 4, "loss": 9.75} | more | {"tokens_per_second": 0})]
     (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
   out = tmp_path / "r.html"
   assert llmarch(["report", str(tmp_path / "a"), str(tmp_path / "b"), f"--out={out}"]) == 0
   seen = "\n".join(Reader(out.read_text()).text)
-  assert "config.seed: 7 here, 0 there" in seen and "1.5" in seen
+  assert "config.seed: 7 here, 0 there" in seen and "1.5" in seen and "9.75" not in seen
 
 
 @pytest.mark.parametrize(

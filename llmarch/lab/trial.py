@@ -71,8 +71,9 @@ def summary(rows: list[dict], tokens_per_step: int) -> dict:
 
   step_ms: median and quartiles of the milliseconds of a step, from the rows after the first, which compiles.
   """
-  train = [r for r in rows if {"step", "loss", "grad_norm", "tokens_per_second"} <= r.keys()]
-  evals = [r for r in rows if {"step", "eval/loss", "eval/bits_per_byte"} <= r.keys()]
+  having = lambda *names: [r for r in rows if all(isinstance(r.get(name), (int, float)) for name in names)]
+  train = [r for r in having("step", "loss", "grad_norm", "tokens_per_second") if r["tokens_per_second"] > 0]
+  evals = having("step", "eval/loss", "eval/bits_per_byte")
   metrics = {}
   if train:
     metrics |= {"train_loss": train[-1]["loss"], "max_grad_norm": max(r["grad_norm"] for r in train)}
