@@ -102,6 +102,25 @@ def test_a_run_is_recorded_and_a_changed_rule_makes_it_not_run(tmp_path):
   assert len(journal.read(path.parent / claims.RECORDS)) == 2
 
 
+def test_a_damaged_line_is_said_and_a_full_disk_is_a_sentence(tmp_path, capsys, monkeypatch):
+  path = registry(tmp_path, "claim('a', Fact('yes'))", "claim('b', Fact('no'))")
+  for claim in claims.load(path):
+    claims.run(claim, path.parent)
+  file = path.parent / claims.RECORDS
+  first, second = file.read_text().splitlines()
+  file.write_text(f"{first[:-9]}\n{second}\n")
+  found = claims.status(claims.load(path), path.parent)
+  assert [r["status"] for r in found] == ["not run", "refuted"]
+  assert "claims.jsonl: half-written or damaged, and left out: line 1" in capsys.readouterr().err
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(journal, "append", full)
+  with pytest.raises(UserError, match="cannot write .*claims.jsonl .No space left"):
+    claims.run(claims.load(path)[0], path.parent)
+
+
 def test_tests_pass_fail_and_are_not_there(tmp_path):
   (tmp_path / "tests").mkdir()
   (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")  # as this project's own

@@ -439,7 +439,7 @@ def test_a_sibling_s_trial_is_not_computed_again(tmp_path):
 
 
 def test_a_function_whose_code_changed_has_no_records_yet(tmp_path):
-  """Neither a sibling's of the same name, nor its own from before the edit, counts; white space is no edit."""
+  """Neither a sibling's of the same name, nor its own from before the edit, counts."""
   first, second = (write_ablation(tmp_path / name, widths=[32], seeds=1) for name in ("one", "two"))
   path = tmp_path / "two" / "ablation.py"
   text = path.read_text()
@@ -447,11 +447,55 @@ def test_a_function_whose_code_changed_has_no_records_yet(tmp_path):
   runner.run_all([first, second], budget="tiny", workers=2, say=lambda text: None)
   loss = lambda folder: [r["metrics"]["loss"] for r in records.read(folder)]
   assert max(loss(first)) < 100 < min(loss(second)) and not any("from" in r for r in records.read(second))
-  path.write_text(text.replace("1 / width", "1  /  width"))
+  path.write_text(text)
   found = results.summarize(second)
   assert (found["trials"], found["missing"], found["stale"]) == (0, 2, 2)
   runner.run_all([first, second], budget="tiny", workers=2, say=lambda text: None)
   assert max(loss(second)[2:]) < 100 and {r.get("from") for r in records.read(second)[2:]} == {"one"}
+
+
+def test_a_line_that_is_moved_out_of_a_block_is_an_edit(tmp_path):
+  folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1)
+  path = tmp_path / "widths" / "ablation.py"
+  before = {t.key for t in ab.trials(ab.load(folder), folder, "tiny")}
+  text = path.read_text()
+  path.write_text(text.replace("  time.sleep(", "  if width:\n    time.sleep("))
+  inside = {t.key for t in ab.trials(ab.load(folder), folder, "tiny")}
+  path.write_text(text.replace("  time.sleep(", "  if width:\n    pass\n  time.sleep("))
+  after = {t.key for t in ab.trials(ab.load(folder), folder, "tiny")}
+  assert not before & inside and not inside & after
+
+
+def test_arms_are_called_what_the_file_calls_them(tmp_path):
+  """A trial is its config: names may be exchanged or new, and what was recorded goes with the config."""
+  folder = write_ablation(tmp_path / "widths", widths=[32, 64], rates=(1e-3, 2e-3))
+  runner.run_all([folder], budget="tiny", workers=2, say=lambda text: None)
+  before = results.summarize(folder)
+  path = tmp_path / "widths" / "ablation.py"
+  exchanged = 'Arm("d_ff=32", {"model.blocks.layer.ffn.d_ff": 64}), Arm("d_ff=64", {"model.blocks.layer.ffn.d_ff": 32})'
+  text = path.read_text()
+  path.write_text(text.replace('*arms(grid({"model.blocks.layer.ffn.d_ff": [32, 64]}))', exchanged))
+  after = results.summarize(folder)
+  numbers = lambda s: {arm["arm"]: (arm["metrics"]["width"]["mean"], arm["cost"]["params"]) for arm in s["arms"]}
+  old, new = numbers(before), numbers(after)
+  assert new == {"first": old["first"], "d_ff=32": old["d_ff=64"], "d_ff=64": old["d_ff=32"]}
+  effect = lambda s: s["comparisons"][0]["effect"]
+  assert after["missing"] == after["stale"] == 0 and effect(after) != effect(before)
+  assert {(row["arm"], row["learning_rate"]) for row in after["tuning"]} == {
+    (arm, rate) for arm in new for rate in (1e-3, 2e-3)
+  }
+
+
+def test_trials_of_two_budgets_that_are_one_config_are_one_trial(tmp_path):
+  folder = write_ablation(tmp_path / "widths", widths=[32], rates=(1e-3, 2e-3))
+  path = tmp_path / "widths" / "ablation.py"
+  path.write_text(path.read_text().replace("budgets={", 'budgets={"more": Budget(seeds=5), '))
+  pairs = lambda budget: results.summarize(folder, budget=budget)["comparisons"][0]["n"]
+  runner.run_all([folder], budget="tiny", workers=2, say=lambda text: None)
+  assert len(records.read(folder)) == 10 and (pairs("tiny"), pairs("more")) == (3, 3)
+  runner.run_all([folder], budget="more", workers=2, say=lambda text: None)
+  assert len(records.read(folder)) == 14 and (pairs("tiny"), pairs("more")) == (3, 5)
+  assert {results.summarize(folder, budget=b)["stale"] for b in ("tiny", "more")} == {0}
 
 
 def test_seeds_beyond_the_budget_s_count_only_where_they_are_asked_for(tmp_path):
@@ -587,8 +631,16 @@ def test_gradients_by_layer_are_those_of_a_training_step(monkeypatch):
     ('"less", 0.001)', '"less", 0.001, metric="los")', "wants the metric 'los', which arm 'first' does not record"),
     ("trial=play", "trial=play, metric='los'", "the ablation wants the metric 'los', which arm"),
     ('title="Widths"', "title=3", "title must be a text, got 3"),
+    ('Arm("first")', "Arm('a\\nb')", "an arm's name must be a text of one line"),
+    ('Arm("first")', "Arm('first', {3: 1})", "arm 'first': the keys of overrides must be texts"),
+    ('"less", 0.001)', '"less", float("inf"))', "comparison wider: by must be a finite number, got inf"),
+    ('"less", 0.001)', '"equal", 1, "x")', "comparison wider: to must be a finite number, got 'x'"),
+    ("comparisons=(", "comparisons=iter(()) or (", "comparisons must be a tuple or a list"),
+    ("Budget(seeds=1", "Budget(seeds=1.5", "seeds must be a whole number from 1, got 1.5"),
+    ("trial=play", "trial=eval('lambda c, w: {}')", "has no source; define it in a file"),
+    ("learning_rates=()", "learning_rates=(1e-3,), metric='los'", "the ablation wants the metric 'los', which arm"),
     ('Arm("first")', 'Arm("first", {}, "params")', "arm 'first': match must be a Match"),
-    ("learning_rates=()", "learning_rates=1e-3", "learning_rates must be numbers"),
+    ("learning_rates=()", "learning_rates=1e-3", "learning_rates must be a tuple or a list"),
     ("Budget(seeds=1", "Budget(seeds=1001", "--seeds must be at least 1 and at most 1000, got 1001"),
     ('"less", 0.001)', '"less", 0.001, baseline="d_ff=32")', "compares d_ff=32 with itself"),
     (str(TINY), "nowhere.py", "widths: config: there is no file .*nowhere.py"),

@@ -53,8 +53,8 @@ def _ablations(folders: list[str], args) -> int:
   from llmarch.report import charts, page, readme
 
   below = {folder: _below(folder, runner.find) for folder in folders}
-  found = {}
-  for folder in dict.fromkeys(f for inside in below.values() for f in inside):
+  every, found = list(dict.fromkeys(f for inside in below.values() for f in inside)), {}
+  for folder in every:
     name = Path(folder).resolve().name
     out = Path(args.records) / name if args.records else Path(folder)
     summary = results.summarize(folder, budget=args.budget, out=out, seeds=args.seeds)
@@ -65,6 +65,9 @@ def _ablations(folders: list[str], args) -> int:
   if not found:
     which = f" of budget {args.budget}" if args.budget else ""
     raise UserError(f"{folders[0]} has no records{which}; run llmarch ablate {folders[0]} first")
+  for folder in every if args.budget else ():
+    if folder not in found:
+      print(f"llmarch: {folder} has no records of budget {args.budget}, and is left out", file=sys.stderr)
   summaries = list(found.values())
   if args.json:
     print(json.dumps(summaries, indent=1))
@@ -105,6 +108,7 @@ def _runs(folders: list[str], args) -> int:
   for folder, name, config in zip(folders, distinct(folders), configs):
     rows = read_rows(Path(folder) / "metrics.jsonl")
     check(bool(rows), f"{folder}/metrics.jsonl has no rows yet; train on, or leave the run out")
+    check(rows[-1].get("step") is not None, f"{folder}/metrics.jsonl: the last row has no step; take it out")
     s = summary(rows, config.train.batch_size * config.train.seq_len)
     found.append(
       {

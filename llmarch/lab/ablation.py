@@ -16,7 +16,9 @@ import hashlib
 import inspect
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +82,8 @@ class Arm:
   match: Match | None = None
 
   def __post_init__(self):
-    check(isinstance(self.name, str) and bool(self.name), f"an arm's name must be a text, got {self.name!r}")
+    named = isinstance(self.name, str) and bool(self.name) and self.name.isprintable()
+    check(named, f"an arm's name must be a text of one line, got {self.name!r:.80}")
     _check_overrides(self.overrides, f"arm {self.name!r}")
     matched = self.match is None or isinstance(self.match, Match)
     check(matched, f"arm {self.name!r}: match must be a Match, such as Match('params'), got {self.match!r:.80}")
@@ -88,7 +91,12 @@ class Arm:
 
 def _check_overrides(overrides: Any, what: str) -> None:
   check(isinstance(overrides, Mapping), f"{what}: overrides must be {{dotted key: value}}, got {overrides!r:.80}")
+  check(all(isinstance(key, str) for key in overrides), f"{what}: the keys of overrides must be texts")
   check("seed" not in overrides, f"{what} sets seed, which is the sweep's to set; give --seeds, or leave it out")
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +118,11 @@ class Comparison:
   baseline_metric: str = ""  # "": metric
 
   def __post_init__(self):
+    for name in ("id", "statement", "arm", "metric", "baseline", "baseline_metric"):
+      check(isinstance(getattr(self, name), str), f"comparison {self.id!r}: {name} must be a text")
+    for name in ("by", "to"):
+      value = getattr(self, name)
+      check(_is_number(value), f"comparison {self.id}: {name} must be a finite number, got {value!r:.80}")
     check_at_least(self, 0, "by")
     known = ("less", "greater", "equal")
     check(self.expect in known, f"comparison {self.id}: expect={self.expect!r} is not one of {', '.join(known)}")
@@ -138,8 +151,9 @@ class Budget:
   limit: float = 3600.0  # seconds of a trial
 
   def __post_init__(self):
-    check_at_least(self, 1, "seeds")
-    check_at_least(self, 0, "noise_seeds")
+    for name, least in (("seeds", 1), ("noise_seeds", 0)):
+      value = getattr(self, name)
+      check(type(value) is int and value >= least, f"{name} must be a whole number from {least}, got {value!r:.80}")
     check_above(self, 0, "limit")
     _check_overrides(self.overrides, "a budget")
 
@@ -174,6 +188,9 @@ class Ablation:
   notes: str = ""  # what a reader should know beside the question
 
   def __post_init__(self):
+    for name in ("arms", "comparisons", "measures", "learning_rates"):
+      value = getattr(self, name)
+      check(isinstance(value, (list, tuple)), f"{name} must be a tuple or a list, got {value!r:.80}")
     check(bool(self.arms), "an ablation needs arms; the first is the baseline")
     for what, found, kind in (("arms", self.arms, Arm), ("comparisons", self.comparisons, Comparison),
                               ("budgets", self.budgets.values(), Budget)):  # fmt: skip
@@ -181,9 +198,7 @@ class Ablation:
       check(other is None, f"{what} must hold {kind.__name__} alone, got {other!r:.80}")
     for name in ("title", "question", "config", "metric", "notes"):
       check(isinstance(getattr(self, name), str), f"{name} must be a text, got {getattr(self, name)!r:.80}")
-    rates = self.learning_rates
-    numbers = isinstance(rates, Sequence) and all(isinstance(rate, (int, float)) for rate in rates)
-    check(numbers, f"learning_rates must be numbers, such as (1e-3, 3e-3), got {rates!r:.80}")
+    check(all(map(_is_number, self.learning_rates)), f"learning_rates must be numbers, got {self.learning_rates!r:.80}")
     for function in self.functions:
       check(inspect.isfunction(function), f"trial and measures must be functions, got {function!r:.80}")
     names = [arm.name for arm in self.arms]
@@ -256,13 +271,15 @@ def trials(
     n = max(count, found.noise_seeds if seeds is None else 0) if arm is ablation.baseline else count
     rate = {"optimizer.learning_rate": rates[arm.name]} if arm.name in rates else {}
     plan += _trials(ablation, folder, budget, arm, "main", range(n), [rate])
+  return _distinct(plan)
+
+
+def _distinct(plan: list[Trial]) -> list[Trial]:
   first: dict[str, Trial] = {}
   for trial in plan:
     other = first.setdefault(trial.key, trial)
-    check(
-      other is trial,
-      f"{folder}: arms {other.arm!r} and {trial.arm!r} are the same config; change what they override, or drop one",
-    )
+    same = f"arms {other.arm!r} and {trial.arm!r} are the same config; change what they override, or drop one"
+    check(other is trial, f"{trial.folder}: {same}")
   return plan
 
 
@@ -271,11 +288,17 @@ def tuning(ablation: Ablation, folder: str | Path, budget: str) -> list[Trial]:
   _budget(ablation, folder, budget)
   rates = [{"optimizer.learning_rate": rate} for rate in ablation.learning_rates]
   of = lambda arm: _trials(ablation, folder, budget, arm, "tune", [TUNING_SEED], rates)
-  return [trial for arm in ablation.arms for trial in of(arm)] if rates else []
+  return _distinct([trial for arm in ablation.arms for trial in of(arm)] if rates else [])
+
+
+def recorded(plan: Iterable[Trial], rows: Mapping[str, Mapping]) -> list[dict]:
+  """The records of the plan's trials, by key; arms are called as the file calls them now, and not as it did then."""
+  named = lambda t: {"arm": t.arm, "seed": t.seed, "phase": t.phase, "overrides": t.overrides}
+  return [{**rows[t.key], **named(t)} for t in plan if t.key in rows]
 
 
 def chosen_rates(ablation: Ablation, records: Sequence[Mapping]) -> dict[str, float]:
-  """The learning rate of the lowest metric for each arm, from the records of its tuning trials.
+  """The learning rate of the lowest metric for each arm, from the records of its tuning trials (see `recorded`).
 
   Raises UserError where no rate of an arm gave a number.
   """
@@ -366,11 +389,16 @@ def trial_key(config: ExperimentConfig, functions: Sequence[Callable]) -> str:
   """Names what a trial computes: the config, and the functions applied to it, by their names and code.
 
   Of the config, what is not a default, so that a new field with a default leaves old records as they are. (A default
-  that changes what is computed wants a new records.VERSION.) Of the code, all but white space, and not what it calls.
+  that changes what is computed wants a new records.VERSION.) Of the code, every letter, and not what it calls.
   """
   from llmarch.lab.records import VERSION
 
-  code = lambda f: hashlib.sha256("".join(inspect.getsource(f).split()).encode()).hexdigest()[:16]
+  def code(f: Callable) -> str:
+    try:
+      return hashlib.sha256(textwrap.dedent(inspect.getsource(f)).encode()).hexdigest()[:16]
+    except OSError:
+      raise UserError(f"the function {f.__name__!r} has no source; define it in a file") from None
+
   what = {"version": VERSION, "config": _chosen(config), "functions": [f"{f.__name__} {code(f)}" for f in functions]}
   return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 

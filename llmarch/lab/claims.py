@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmarch.config import UserError, check, config_dataclass, execute, nearest
-from llmarch.lab import trial
+from llmarch.lab import records, trial
 from llmarch.train import journal
 
 FACTS, RECORDS = "facts.py", "claims.jsonl"  # beside the file of claims
@@ -228,7 +228,10 @@ def run(claim: Claim, folder: str | Path, *, budget: str | None = None) -> dict:
   }
   before = _last(folder).get(claim.id, {})
   if any(row[name] != before.get(name) for name in ("of", "status", "evidence")):  # the same again is no news
-    journal.append(folder / RECORDS, row)
+    try:
+      journal.append(folder / RECORDS, row)
+    except OSError as e:
+      raise UserError(f"cannot write {folder / RECORDS} ({e.strerror}); make room, and run it again") from None
   return row
 
 
@@ -290,7 +293,11 @@ def status(claims: Iterable[Claim], folder: str | Path, *, budget: str | None = 
 def _last(folder: Path) -> dict[str, dict]:
   """{id: its newest row}. Raises UserError where the records cannot be read."""
   try:
-    return {row["id"]: row for row in journal.read(folder / RECORDS) if "id" in row}
+    rows, lost = journal.read(folder / RECORDS), records.damaged(folder / RECORDS)
+    if lost:
+      lines = ", ".join(map(str, lost))
+      print(f"llmarch: {folder / RECORDS}: half-written or damaged, and left out: line {lines}", file=sys.stderr)
+    return {row["id"]: row for row in rows if isinstance(row.get("id"), str)}
   except OSError as e:
     raise UserError(f"{folder / RECORDS} cannot be read ({e.strerror}); mend it, or give another --file") from None
 

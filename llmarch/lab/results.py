@@ -19,6 +19,7 @@ from llmarch.lab.ablation import (
   chosen_rates,
   config_differences,
   load,
+  recorded,
   resolve,
   trials,
   tuning,
@@ -34,20 +35,20 @@ def summarize(
   budget: None is that of the newest record. seeds: None is the budget's, and no more count, however many are recorded:
   seeds cannot be added until a rule is met. Plain data: name, title, question, notes, budget, seeds, metric, baseline;
   arms: a row each (see `_arm`); comparisons: a row each (see `_compare`); hardware, versions, seconds, trials;
-  stale: records of trials that the file no longer describes; missing: trials without a record.
+  stale: this budget's records of trials that the file, as it is, does not have; missing: trials without a record.
   """
   ablation, out = load(folder), out or folder
   rows = records.read(out)
-  budgets = [row["budget"] for row in rows]
-  if not budgets or (budget is not None and budget not in budgets):
+  budget = budget or (rows[-1]["budget"] if rows else None)
+  if not rows or budget not in {*ablation.budgets, *(row["budget"] for row in rows)}:
     return None
-  budget = budget or budgets[-1]
-  rows = [row for row in rows if row["budget"] == budget]
   current = records.latest(rows)
   plan = _plan(ablation, folder, budget, current, seeds)
-  keys = {trial.key for trial in plan}
-  mine = {key: row for key, row in current.items() if key in keys}
-  main = [row for row in mine.values() if row["phase"] == "main"]
+  mine = recorded(plan, current)  # of any budget: trials of one config are one trial
+  others = {key for key, row in current.items() if row["budget"] == budget} - {trial.key for trial in plan}
+  if not mine and not others:
+    return None
+  main = [row for row in mine if row["phase"] == "main"]
   by_arm = {arm.name: [row for row in main if row["arm"] == arm.name] for arm in ablation.arms}
   differ = config_differences(ablation, folder, budget)
   return {
@@ -72,15 +73,15 @@ def summarize(
         "status": row["status"],
         ablation.metric: row["metrics"].get(ablation.metric),
       }
-      for row in mine.values()
+      for row in mine
       if row["phase"] == "tune"
     ],
     "hardware": sorted({row["hardware"] for row in main if "hardware" in row}),
     "workers": sorted({row["workers"] for row in main if "workers" in row}),
     "versions": next((row["versions"] for row in main if "versions" in row), {}),
-    "seconds": sum(row.get("seconds", 0) for row in mine.values() if "from" not in row),
+    "seconds": sum(row.get("seconds", 0) for row in mine if "from" not in row),
     "trials": len(mine),
-    "stale": len(current) - len(mine),
+    "stale": len(others),
     "missing": len(plan) - len(mine),
   }
 
@@ -105,7 +106,7 @@ def declared(folder: str | Path, id: str) -> Comparison:
 def _plan(ablation: Ablation, folder, budget: str, current: Mapping[str, dict], seeds: int | None) -> list[Trial]:
   """The trials that the ablation describes: those of the tuning alone, while these are not done."""
   first = tuning(ablation, folder, budget)
-  tried = [current[t.key] for t in first if t.key in current]
+  tried = recorded(first, current)
   if len(tried) < len(first):
     return first
   try:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from llmarch.config import UserError, check
 from llmarch.lab import records
-from llmarch.lab.ablation import FILE, ZERO, Ablation, Trial, chosen_rates, load, trials, tuning
+from llmarch.lab.ablation import FILE, ZERO, Ablation, Trial, chosen_rates, load, recorded, trials, tuning
 from llmarch.lab.trial import LOG, RESULT, RUN, TRIAL, read_rows, summary
 from llmarch.process import dies_with, huge_pages
 from llmarch.train.faults import CONFIG, NUMBERS
@@ -52,7 +52,7 @@ class Sweep:
     if not all(map(self.done, self.tuning)):
       return self.tuning
     if self._main is None:
-      rates = chosen_rates(self.ablation, [self.rows[t.key] for t in self.tuning])
+      rates = chosen_rates(self.ablation, recorded(self.tuning, self.rows))
       self._main = trials(self.ablation, self.folder, self.budget, seeds=self.seeds, rates=rates)
     return self.tuning + self._main
 
@@ -82,10 +82,10 @@ class Sweep:
 
   def check_metrics(self, row: dict) -> None:
     """Raises UserError where the ablation wants a metric that the row's arm does not record."""
-    if row["status"] != "ok" or row["phase"] != "main":
+    if row["status"] != "ok":
       return
     wanted = [("the ablation", row["arm"], self.ablation.metric)]
-    for c in self.ablation.comparisons:
+    for c in self.ablation.comparisons if row["phase"] == "main" else ():
       other = c.baseline or self.ablation.baseline.name
       wanted += [(f"comparison {c.id}", c.arm, c.metric), (f"comparison {c.id}", other, c.baseline_metric or c.metric)]
     for what, arm, metric in wanted:

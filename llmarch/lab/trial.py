@@ -41,10 +41,13 @@ class Trained:
     return read_rows(Path(self.workdir) / "metrics.jsonl")
 
 
+LARGEST = 1e100  # of a metric: its square is a number, too
+
+
 def read_rows(path: Path) -> list[dict]:
   """The whole rows of a metrics file, which a process may have left in the middle of a line; [] of none."""
   found = []
-  for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+  for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
     try:
       row = json.loads(line)
     except ValueError:
@@ -136,7 +139,7 @@ def checked(metrics) -> dict[str, float]:
     plain = value.item() if getattr(value, "shape", None) == () else value  # NumPy's and JAX's
     number = isinstance(plain, (int, float)) and not isinstance(plain, bool)
     check(number, f"the metric {name!r} of a trial must be a number, got {value!r:.80}")
-    if not -sys.float_info.max <= plain <= sys.float_info.max:
+    if not -LARGEST <= plain <= LARGEST:
       raise Fault(f"the metric {name!r} is {plain!s:.20}")
     found[name] = float(plain)
   return found

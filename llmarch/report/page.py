@@ -156,7 +156,7 @@ def _loud(what: str, lines: Sequence[str]) -> str:
 
 def _missing(s: Mapping) -> list[str]:
   found = [f"{s['missing']} trials have not run"] if s["missing"] else []
-  stale = f"{s['stale']} records are of trials that the experiment no longer describes; they do not count"
+  stale = f"{s['stale']} records are of trials that the experiment, as it is, does not have; they do not count"
   return found + ([stale] if s["stale"] else [])
 
 
