@@ -253,7 +253,7 @@ TRAINING = (
   cited("heads-times-dim-is-width", "Bhojanapalli et al. 2020 say that heads x dimension should be the width", "2002.07028", ("survey 4, page 250",), False, "that paper argues the opposite: fix the head's dimension, whatever the width"),
   measured("larger-vocabulary-fewer-tokens", "A larger vocabulary needs fewer tokens, and so fewer steps", "2407.21783, section 3.2", ("survey 4, page 269",), "vocabulary/larger-vocabulary-fewer-tokens", kind="cost"),
   measured("dropout-is-not-needed", "Pre-training needs no dropout", "2302.13971; 2204.02311", ("survey 4, page 277", "survey 4, page 278"), "dropout/dropout-worse"),
-  measured("weight-decay-lowers-loss", "Weight decay lowers the training loss", "2310.04415", ("survey 4, page 282",), "weight_decay/decay-lowers-loss", "an effect of long runs"),
+  measured("weight-decay-lowers-loss", "Weight decay lowers the loss (held-out here; the paper speaks of the training loss)", "2310.04415", ("survey 4, page 282",), "weight_decay/decay-lowers-loss", "an effect of long runs"),
   measured("tied-embeddings-tie", "Tied embeddings lose nothing", "1608.05859", (), "tied/tied-ties-untied"),
   measured("lion-ties-adamw", "Lion does as well as AdamW", "2302.06675", (), "optimizers/lion-ties-adamw"),
   measured("muon-beats-adamw", "Muon gets further than AdamW in as many steps", "2502.16982", (), "optimizers/muon-below-adamw"),
