@@ -10,7 +10,7 @@ Command: llmarch train --config=configs/gpt2_124m.py:FOLDER --workdir=runs/gpt2
 
 from ml_collections import ConfigDict
 
-from llmarch.config import to_dict
+from llmarch.build import to_dict
 from llmarch.presets import PRESETS
 
 

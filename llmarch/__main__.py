@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     print(_help())
     return 0
   name, *rest = argv
-  from llmarch.config import UserError, nearest
+  from llmarch.errors import UserError, nearest
 
   try:
     if name not in COMMANDS:

@@ -2,15 +2,9 @@
 
 from typing import Literal
 
-from llmarch.config import (
-  ModelConfig,
-  Variant,
-  check,
-  check_above,
-  check_at_least,
-  check_rate,
-  config_dataclass,
-)
+from llmarch.build import Variant, config_dataclass
+from llmarch.config import ModelConfig
+from llmarch.errors import check, check_above, check_at_least, check_rate
 from llmarch.mesh import check_training
 
 # ------------------------------------------------------------------------------------------------ data

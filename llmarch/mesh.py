@@ -6,7 +6,8 @@ What a mesh cannot do is refused here, from the config alone: before jax looks f
 import math
 from collections.abc import Mapping
 
-from llmarch.config import ModelConfig, UserError, check, nearest
+from llmarch.config import ModelConfig
+from llmarch.errors import UserError, check, nearest
 
 # In the order of the mesh, the slowest network outermost: between slices go only gradients (data) or one
 # microbatch's activations (stage), and tensor, which talks several times a layer, has the nearest neighbours.

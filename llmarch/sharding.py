@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 from llmarch.mesh import BATCH, HEADS, LENGTH
 from llmarch.mesh import parse_mesh as parse_mesh
 

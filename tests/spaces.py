@@ -14,7 +14,8 @@ from flax import nnx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelConfig, Normal, Xavier, to_dict
+from llmarch.build import to_dict
+from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelConfig, Normal, Xavier
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.ffn import Activation, MLPConfig
 from llmarch.layers.mla import MLAConfig

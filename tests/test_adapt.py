@@ -17,11 +17,13 @@ from flax import nnx
 import llmarch
 from llmarch.__main__ import main
 from llmarch.analysis import cost
+from llmarch.build import build
 from llmarch.commands.common import load_config
-from llmarch.config import BlockConfig, ModelConfig, UserError, build
+from llmarch.config import BlockConfig, ModelConfig
 from llmarch.convert import hf, peft
 from llmarch.convert.tables import FAMILIES
 from llmarch.data.tokenizers import ByteTokenizer, train_bpe
+from llmarch.errors import UserError
 from llmarch.experiment import (
   CheckpointConfig,
   Constant,

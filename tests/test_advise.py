@@ -14,8 +14,9 @@ from flax import nnx
 from llmarch.analysis import advise, cost, planner, roofline
 from llmarch.analysis.advise import Request
 from llmarch.analysis.hardware import CHIPS
+from llmarch.build import FrozenDict
 from llmarch.commands.advise import main, parse_bytes
-from llmarch.config import FrozenDict, UserError
+from llmarch.errors import UserError
 from llmarch.lab import ablation as ablations
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.moe import MoEConfig, TopK

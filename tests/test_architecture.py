@@ -11,15 +11,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted((ROOT / "llmarch").rglob("*.py"))
 
 # A room may import itself and these rooms. experiment.py, mesh.py and process.py are parts of config.
-BELOW_MODELS = {"config", "sharding", "ops", "layers", "models"}
+GROUND = {"errors", "build", "config"}  # the standard library alone
+BELOW_MODELS = GROUND | {"sharding", "ops", "layers", "models"}
 ARROWS = {
-  "config": set(),
-  "sharding": {"config"},  # its UserError
-  "ops": {"sharding", "config"},  # config is the standard library alone; ops/sampling.py has a config
-  "layers": {"ops", "config", "sharding"},
-  "models": {"layers", "ops", "config", "sharding"},
-  "presets": {"config", "layers"},
-  "data": {"config"},
+  "errors": set(),
+  "build": {"errors"},
+  "config": {"build", "errors"},
+  "sharding": {"errors", "config"},  # the text of a mesh, mesh.py
+  "ops": {"sharding", "errors", "build"},  # ops/sampling.py has a config
+  "layers": GROUND | {"ops", "sharding"},
+  "models": GROUND | {"layers", "ops", "sharding"},
+  "presets": GROUND | {"layers"},
+  "data": GROUND,
   "train": BELOW_MODELS | {"data", "analysis"},
   "infer": BELOW_MODELS | {"data"},
   "convert": BELOW_MODELS | {"presets"},
@@ -28,10 +31,12 @@ ARROWS = {
   "report": BELOW_MODELS | {"analysis", "lab"},
   "commands": BELOW_MODELS
   | {"presets", "data", "train", "infer", "convert", "analysis", "lab", "report", "__main__", "__init__"},
-  "__main__": {"config", "commands"},
+  "__main__": {"errors", "config", "commands"},
   "__init__": {"data", "train", "infer", "convert"},
 }
 LIBRARIES = {  # outside the standard library
+  "errors": set(),
+  "build": set(),
   "config": set(),
   "sharding": {"jax", "numpy"},
   "ops": {"jax", "numpy"},

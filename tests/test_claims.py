@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from llmarch.__main__ import main as llmarch
-from llmarch.config import UserError
+from llmarch.errors import UserError
 from llmarch.lab import ablation, claims
 from llmarch.lab.claims import Cited, Fact, Measured, Test
 from llmarch.train import journal

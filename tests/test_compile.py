@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from llmarch.__main__ import main
 from llmarch.analysis import compile as ahead
-from llmarch.config import UserError
+from llmarch.errors import UserError
 
 ahead.prepare()
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")

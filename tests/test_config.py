@@ -12,19 +12,12 @@ import spaces
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
+from llmarch import build as build_module
 from llmarch import config as config_module
 from llmarch import experiment
-from llmarch.config import (
-  FrozenDict,
-  ModelConfig,
-  UserError,
-  build,
-  differences,
-  override,
-  parse_stack,
-  parse_value,
-  to_dict,
-)
+from llmarch.build import FrozenDict, build, differences, override, parse_value, to_dict
+from llmarch.config import ModelConfig, parse_stack
+from llmarch.errors import UserError
 from llmarch.experiment import ExperimentConfig
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.position import RoPE
@@ -200,8 +193,9 @@ def test_differences_name_every_key():
 
 
 def test_the_examples_in_the_docstrings_hold():
-  result = doctest.testmod(config_module)
-  assert result.attempted >= 2 and result.failed == 0
+  for module in (build_module, config_module):
+    result = doctest.testmod(module)
+    assert result.attempted >= 1 and result.failed == 0
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,12 @@ import llmarch
 from llmarch import sharding
 from llmarch.__main__ import main
 from llmarch.analysis import cost
-from llmarch.config import ModelConfig, Precision, UserError, build, parse_stack
+from llmarch.build import build
+from llmarch.config import ModelConfig, Precision, parse_stack
 from llmarch.convert import hf
 from llmarch.convert.fields import Layout, name_blocks
 from llmarch.convert.tables import FAMILIES
+from llmarch.errors import UserError
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract
 from llmarch.presets import PRESETS, shrink

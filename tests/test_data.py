@@ -17,9 +17,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from llmarch.build import build
 from llmarch.commands import tokenizer as command
-from llmarch.config import UserError, build
 from llmarch.data import packing, pipeline, sources, synthetic, tokenfile, tokenizers
+from llmarch.errors import UserError
 from llmarch.experiment import (
   JSONL,
   Copy,

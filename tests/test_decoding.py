@@ -16,8 +16,9 @@ from spaces import HAND, attention, block, model, random_params
 import llmarch
 from llmarch import sharding
 from llmarch.__main__ import main
-from llmarch.config import Precision, UserError
+from llmarch.config import Precision
 from llmarch.data.tokenizers import load_tokenizer
+from llmarch.errors import UserError
 from llmarch.infer import lm as infer
 from llmarch.infer.decoder import decoding_params, make_decoder
 from llmarch.infer.lm import LM, Text

@@ -15,8 +15,10 @@ import pytest
 from flax import nnx
 from trainee import MODEL, B, Data, T, block, experiment, run
 
-from llmarch.config import ModelConfig, Precision, UserError, build, override, parse_stack, to_dict
+from llmarch.build import build, override, to_dict
+from llmarch.config import ModelConfig, Precision, parse_stack
 from llmarch.data import pipeline, tokenfile, tokenizers
+from llmarch.errors import UserError
 from llmarch.experiment import DataConfig, ExperimentConfig, Text, TrainConfig
 from llmarch.infer.decoder import make_decoder
 from llmarch.infer.lm import LM

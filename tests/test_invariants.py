@@ -29,8 +29,8 @@ from llmarch.config import (
   PositionConfig,
   Precision,
   ScalingConfig,
-  UserError,
 )
+from llmarch.errors import UserError
 from llmarch.layers.attention import QKNorm
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm

@@ -21,7 +21,8 @@ from scipy import stats
 import llmarch.layers.registry  # noqa: F401
 from llmarch.__main__ import main as llmarch_main
 from llmarch.analysis import cost
-from llmarch.config import UserError, assign, build, to_dict
+from llmarch.build import assign, build, to_dict
+from llmarch.errors import UserError
 from llmarch.experiment import ExperimentConfig
 from llmarch.lab import ablation as ab
 from llmarch.lab import records, results, runner

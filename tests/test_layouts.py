@@ -17,7 +17,9 @@ from flax import nnx
 from test_invariants import assert_close
 
 from llmarch.analysis import cost
-from llmarch.config import EmbedConfig, HeadConfig, ModelConfig, UserError, build
+from llmarch.build import build
+from llmarch.config import EmbedConfig, HeadConfig, ModelConfig
+from llmarch.errors import UserError
 from llmarch.infer.decoder import decoding_params, make_decoder
 from llmarch.infer.lm import LM
 from llmarch.layers.attention import QKNorm

@@ -16,7 +16,9 @@ from test_invariants import T, Toy, assert_close, assert_same_gradients, check_d
 from test_presets import dot_flops
 
 from llmarch.analysis import cost
-from llmarch.config import MixerConfig, Precision, UserError, build, to_dict
+from llmarch.build import build, to_dict
+from llmarch.config import MixerConfig, Precision
+from llmarch.errors import UserError
 from llmarch.infer.quantize import quantize_params
 from llmarch.layers import mla
 from llmarch.layers.position import Interpolation, RoPE

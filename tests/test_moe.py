@@ -15,7 +15,9 @@ from flax import nnx
 from test_invariants import assert_close, assert_same_gradients, decode, forward, make_batch, plan, prefix_lengths
 
 from llmarch.analysis import cost
-from llmarch.config import FanIn, FFNConfig, UserError, Xavier, build
+from llmarch.build import build
+from llmarch.config import FanIn, FFNConfig, Xavier
+from llmarch.errors import UserError
 from llmarch.experiment import ExperimentConfig, OptimizerConfig, TrainConfig
 from llmarch.infer.lm import check_generates
 from llmarch.layers.context import make_context

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from test_train_layouts import B, T, assert_near, batch, block, optax_moments
 
 from llmarch.analysis import hlo
-from llmarch.config import EmbedConfig, UserError
+from llmarch.config import EmbedConfig
+from llmarch.errors import UserError
 from llmarch.experiment import AdamW, Constant, ExperimentConfig, OptimizerConfig, TrainConfig
 from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, ScaleNorm

@@ -9,7 +9,9 @@ import pytest
 
 from llmarch.__main__ import main
 from llmarch.analysis import comm, cost, hardware, planner
-from llmarch.config import FrozenDict, ModelConfig, UserError, build
+from llmarch.build import FrozenDict, build
+from llmarch.config import ModelConfig
+from llmarch.errors import UserError
 from llmarch.presets import PRESETS
 
 PALM = PRESETS["palm_540b"]()

@@ -15,8 +15,9 @@ from flax import nnx
 
 from llmarch.__main__ import main
 from llmarch.analysis import cost, hardware
+from llmarch.build import differences, to_dict
 from llmarch.commands.common import load_config
-from llmarch.config import ModelConfig, differences, to_dict
+from llmarch.config import ModelConfig
 from llmarch.experiment import SGD, Adafactor, AdamW, ExperimentConfig, Lion, Muon, OptimizerConfig, TrainConfig
 from llmarch.layers.moe import MoEConfig
 from llmarch.layers.param import flatten

@@ -18,9 +18,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import llmarch.layers.registry  # noqa: F401  the kinds of layers
+from llmarch.build import build
 from llmarch.commands import launch
-from llmarch.config import UserError, build
 from llmarch.data.pipeline import make_pipeline
+from llmarch.errors import UserError
 from llmarch.experiment import ExperimentConfig
 from llmarch.sharding import make_mesh
 from llmarch.train import distributed

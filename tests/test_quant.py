@@ -18,7 +18,9 @@ from flax import nnx
 import llmarch
 from llmarch.__main__ import main
 from llmarch.analysis import cost
-from llmarch.config import ModelConfig, Precision, UserError, build
+from llmarch.build import build
+from llmarch.config import ModelConfig, Precision
+from llmarch.errors import UserError
 from llmarch.infer.decoder import decoding_params, make_decoder
 from llmarch.infer.lm import LM
 from llmarch.infer.quantize import quantize_params

@@ -29,7 +29,8 @@ import pytest
 import trainee
 from trainee import Data, experiment, run
 
-from llmarch.config import UserError, to_dict
+from llmarch.build import to_dict
+from llmarch.errors import UserError
 from llmarch.experiment import Copy, DataConfig, SpikeConfig
 from llmarch.mesh import parse_mesh
 from llmarch.sharding import make_mesh

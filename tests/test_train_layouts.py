@@ -18,7 +18,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from llmarch.config import EmbedConfig, HeadConfig, UserError, build, override, to_dict
+from llmarch.build import build, override, to_dict
+from llmarch.config import EmbedConfig, HeadConfig
+from llmarch.errors import UserError
 from llmarch.experiment import AdamW, Constant, ExperimentConfig, OptimizerConfig, TrainConfig
 from llmarch.layers.attention import QKNorm
 from llmarch.layers.ffn import MLPConfig

@@ -12,8 +12,10 @@ import optax
 import pytest
 
 import llmarch
-from llmarch.config import BlockConfig, ModelConfig, UserError, build, override, to_dict
+from llmarch.build import build, override, to_dict
+from llmarch.config import BlockConfig, ModelConfig
 from llmarch.data.tokenizers import load_tokenizer, train_bpe
+from llmarch.errors import UserError
 from llmarch.experiment import (
   SGD,
   WSD,

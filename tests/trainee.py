@@ -13,7 +13,8 @@ import time
 
 import numpy as np
 
-from llmarch.config import BlockConfig, ModelConfig, UserError
+from llmarch.config import BlockConfig, ModelConfig
+from llmarch.errors import UserError
 from llmarch.experiment import (
   AdamW,
   CheckpointConfig,

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from llmarch.analysis import cost, planner, roofline
 from llmarch.analysis.hardware import find_chip
-from llmarch.config import FrozenDict, ModelConfig, UserError, check, nearest
+from llmarch.build import FrozenDict
+from llmarch.config import ModelConfig
+from llmarch.errors import UserError, check, nearest
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.mla import MLAConfig

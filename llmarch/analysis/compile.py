@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from llmarch.config import ModelConfig, UserError, check, nearest
+from llmarch.config import ModelConfig
+from llmarch.errors import UserError, check, nearest
 from llmarch.experiment import ExperimentConfig
 
 GiB = 2**30

@@ -4,7 +4,7 @@ import functools
 import time
 from typing import NamedTuple
 
-from llmarch.config import UserError, nearest
+from llmarch.errors import UserError, nearest
 
 
 class Chip(NamedTuple):

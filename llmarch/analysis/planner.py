@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 from llmarch.analysis import comm, cost
 from llmarch.analysis.hardware import Chip, find_chip
-from llmarch.config import BlockConfig, FrozenDict, ModelConfig, UserError, check, nearest
+from llmarch.build import FrozenDict
+from llmarch.config import BlockConfig, ModelConfig
+from llmarch.errors import UserError, check, nearest
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.models.padding import pad_heads

@@ -10,7 +10,8 @@ import dataclasses
 
 from llmarch.analysis import cost, planner
 from llmarch.analysis.hardware import CHIPS, Chip
-from llmarch.config import BlockConfig, ModelConfig, UserError, check, nearest
+from llmarch.config import BlockConfig, ModelConfig
+from llmarch.errors import UserError, check, nearest
 from llmarch.layers.mla import MLAConfig
 from llmarch.layers.moe import MoEConfig, TopK
 

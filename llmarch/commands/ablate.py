@@ -5,7 +5,7 @@ import sys
 from absl import flags
 
 from llmarch.commands.common import parse_words, print_table
-from llmarch.config import check
+from llmarch.errors import check
 
 USAGE = """llmarch ablate FOLDER [FOLDER ...] [--flags]
 

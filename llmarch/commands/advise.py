@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from llmarch.commands.common import parse_flags, print_table, short, short_bytes
-from llmarch.config import UserError
+from llmarch.errors import UserError
 
 USAGE = """llmarch advise --task=generate|understand|transform --context=N (--memory=SIZE | --hardware=CHIP) [--json]
 

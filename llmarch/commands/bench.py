@@ -14,7 +14,7 @@ import typing
 from absl import flags
 
 from llmarch.commands.common import load_config, parse_flags, print_table, split_overrides
-from llmarch.config import UserError
+from llmarch.errors import UserError
 
 USAGE = (
   "llmarch bench --config=FILE|PRESET [--phases=train,prefill,decode] [--batch=1,8] [--weights=bfloat16,int8]"
@@ -96,7 +96,9 @@ def _shapes(config, args) -> list[dict]:
 
 def _in_formats(model, shape: dict):
   """The model with the shape's state format, and its weights' type where that is a float one. Raises UserError."""
-  from llmarch.config import DType, StateDType, build, nearest
+  from llmarch.build import build
+  from llmarch.config import DType, StateDType
+  from llmarch.errors import nearest
   from llmarch.ops.quant import FORMATS
 
   weights, floats = shape["weights"], typing.get_args(DType)
@@ -252,7 +254,7 @@ _PHASES = {"train": _train, "prefill": _prefill, "decode": _decode}
 
 
 def _run_peer(script: str, config, shapes: list[dict], repeats: int) -> list[list[float]]:
-  from llmarch.config import to_dict
+  from llmarch.build import to_dict
 
   request = {"model": to_dict(config.model), "shapes": shapes, "repeats": repeats, "threads": os.cpu_count()}
   with tempfile.NamedTemporaryFile("w", suffix=".json") as f:

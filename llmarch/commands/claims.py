@@ -6,7 +6,7 @@ import sys
 from absl import flags
 
 from llmarch.commands.common import parse_words, print_table
-from llmarch.config import UserError, check, nearest
+from llmarch.errors import UserError, check, nearest
 
 USAGE = """llmarch claims [--kind=KIND] [--status=STATUS] [--json]     the table, with what came of the last runs
        llmarch claims show ID                                      one claim whole

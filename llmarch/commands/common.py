@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from absl import flags
 
-from llmarch.config import UserError, build, execute, nearest, override, to_dict
+from llmarch.build import build, execute, override, to_dict
+from llmarch.errors import UserError, nearest
 
 
 def parse_flags(argv: list[str], define: Callable[[flags.FlagValues], None], usage: str) -> flags.FlagValues:

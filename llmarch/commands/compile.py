@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from llmarch.commands.common import load_config, parse_flags, print_table, short, short_bytes, split_overrides
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 
 USAGE = (
   "llmarch compile --config=FILE|PRESET --topology=v4:4x4x4 --phase=prefill|decode|train [--batch=64]"

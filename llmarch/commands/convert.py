@@ -15,8 +15,10 @@ from pathlib import Path
 
 from absl import flags
 
+from llmarch.build import build, to_dict
 from llmarch.commands.common import parse_flags, short, short_bytes
-from llmarch.config import ModelConfig, UserError, build, check, to_dict
+from llmarch.config import ModelConfig
+from llmarch.errors import UserError, check
 
 
 def main(argv: list[str]) -> int:

@@ -6,8 +6,8 @@ from collections import Counter
 
 from absl import flags
 
+from llmarch.build import to_dict
 from llmarch.commands.common import load_config, parse_flags, print_table, short, short_bytes, split_overrides
-from llmarch.config import to_dict
 
 USAGE = "llmarch describe --config=FILE|PRESET|RUN [--config.a.b=value ...] [--json]"
 

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from llmarch.commands.common import parse_flags, print_table
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 
 
 def _define(values: flags.FlagValues) -> None:

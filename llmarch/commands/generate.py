@@ -6,7 +6,7 @@ import time
 from absl import flags
 
 from llmarch.commands.common import parse_flags, print_table
-from llmarch.config import UserError
+from llmarch.errors import UserError
 
 USAGE = "llmarch generate --from=DIR --prompt=TEXT [--max_new_tokens=N] [--temperature=T] ..."
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from llmarch.commands.common import parse_flags
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 from llmarch.train.workdir import LOGS
 
 USAGE = """llmarch launch --workdir=DIR (--local=N | --hosts=A,B,... | --slurm) [--flags] -- train --config=... [...]

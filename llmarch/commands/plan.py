@@ -7,7 +7,7 @@ import sys
 from absl import flags
 
 from llmarch.commands.common import load_config, parse_flags, print_table
-from llmarch.config import UserError, nearest
+from llmarch.errors import UserError, nearest
 
 USAGE = """llmarch plan --model=PRESET|FILE --hardware=CHIP [--chips=64] [--batch=64] [--json]
 

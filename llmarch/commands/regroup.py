@@ -9,7 +9,7 @@ import json
 from absl import flags
 
 from llmarch.commands.common import parse_flags
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 
 HOW = {
   "mean": "the mean of the heads that become one",

@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from llmarch.commands.common import parse_words
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 
 USAGE = """llmarch report FOLDER [FOLDER ...] [--flags]
 
@@ -98,7 +98,7 @@ def _below(folder: str, find) -> list[str]:
 
 
 def _runs(folders: list[str], args) -> int:
-  from llmarch.config import differences, to_dict
+  from llmarch.build import differences, to_dict
   from llmarch.lab.trial import read_rows, summary
   from llmarch.report import page
   from llmarch.train.workdir import read_config

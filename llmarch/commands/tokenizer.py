@@ -11,8 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
+from llmarch.build import build, parse_value
 from llmarch.commands.common import parse_flags
-from llmarch.config import UserError, build, parse_value
+from llmarch.errors import UserError
 from llmarch.experiment import SourceConfig
 
 
@@ -55,7 +56,7 @@ def _define(options: flags.FlagValues) -> None:
 
 
 def parse_source(text: str) -> SourceConfig:
-  """`kind`, `kind:GLOB,...` or a dict -> a config. Raises UserError as `llmarch.config.build` does."""
+  """`kind`, `kind:GLOB,...` or a dict -> a config. Raises UserError as `llmarch.build.build` does."""
   kind, colon, paths = text.partition(":")
   if text.startswith("{"):
     value = parse_value(text)

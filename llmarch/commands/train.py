@@ -5,7 +5,7 @@ import sys
 from absl import flags
 
 from llmarch.commands.common import load_config, parse_flags, split_overrides
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 from llmarch.train import distributed
 
 USAGE = "llmarch train --config=FILE|PRESET --workdir=DIR [--config.a.b=value ...]"

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llmarch.config import MAX_LAYERS, UserError, check
+from llmarch.config import MAX_LAYERS
+from llmarch.errors import UserError, check
 
 REQUIRED = object()
 

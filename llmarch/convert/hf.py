@@ -20,9 +20,11 @@ import numpy as np
 from flax import nnx
 
 from llmarch import sharding
-from llmarch.config import ModelConfig, UserError, build, check, differences, nearest, to_dict
+from llmarch.build import build, differences, to_dict
+from llmarch.config import ModelConfig
 from llmarch.convert.fields import METADATA, Family, Layout, Row
 from llmarch.convert.tables import FAMILIES
+from llmarch.errors import UserError, check, nearest
 from llmarch.layers import registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.param import flatten, unflatten

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from llmarch.config import ModelConfig, check
+from llmarch.config import ModelConfig
 from llmarch.convert import hf
+from llmarch.errors import check
 from llmarch.experiment import LoRAConfig
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract

@@ -5,7 +5,6 @@ A new family is one entry of FAMILIES. Nothing else in the project knows a famil
 
 import math
 
-from llmarch.config import UserError, check
 from llmarch.convert.fields import (
   Choice,
   Derived,
@@ -26,6 +25,7 @@ from llmarch.convert.fields import (
   slides,
   when,
 )
+from llmarch.errors import UserError, check
 
 _DECODE = {
   "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",

@@ -18,12 +18,13 @@ from typing import Literal
 
 import numpy as np
 
-from llmarch.config import UserError, to_dict
+from llmarch.build import to_dict
 from llmarch.data import sources
 from llmarch.data.packing import PLANS, Stream
 from llmarch.data.synthetic import TASKS, Draws, TaskRows
 from llmarch.data.tokenfile import TokenStore, open_tokens, progress_bar, write_tokens
 from llmarch.data.tokenizers import Tokenizer, load_tokenizer
+from llmarch.errors import UserError
 from llmarch.experiment import DataConfig, TokenFile
 
 FORMAT = 1  # part of the hash: raise it with every change that gives other batches for the same inputs

@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmarch.config import UserError, nearest
+from llmarch.errors import UserError, nearest
 from llmarch.experiment import JSONL, HFDataset, SourceConfig, Stdlib, Text
 
 # Third-party packages, tests (odd encodings, odd code), and what differs between builds of one version.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llmarch.config import UserError
+from llmarch.errors import UserError
 from llmarch.experiment import Copy, Induction, Needle, Recall, SourceConfig
 
 

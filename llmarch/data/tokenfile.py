@@ -23,8 +23,8 @@ from typing import IO
 
 import numpy as np
 
-from llmarch.config import UserError
 from llmarch.data import sources
+from llmarch.errors import UserError
 
 MAGIC, VERSION = b"LLMARCH\0", 1
 HEADER = struct.Struct("<8sIIQQQQ32s32s32s")

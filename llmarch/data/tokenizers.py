@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmarch.config import UserError
 from llmarch.data.tokenfile import atomic_write
+from llmarch.errors import UserError
 
 END = "<|endoftext|>"
 # GPT-2 Qwen OLMo; Llama 2 Mistral BLOOM; Gemma; Llama 3; DeepSeek. The first present ends a document.

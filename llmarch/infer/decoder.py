@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmarch import sharding
-from llmarch.config import ModelConfig, check
+from llmarch.config import ModelConfig
+from llmarch.errors import check
 from llmarch.infer.quantize import quantize_params
 from llmarch.models.decoder import Decoder, abstract, unstack
 from llmarch.ops import cache

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmarch.config import ModelConfig, check
+from llmarch.config import ModelConfig
+from llmarch.errors import check
 from llmarch.infer.lm import LM, bucket
 from llmarch.models.decoder import abstract
 

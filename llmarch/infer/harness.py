@@ -9,7 +9,7 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from llmarch.config import check
+from llmarch.errors import check
 from llmarch.infer.evaluate import beginning, score
 from llmarch.infer.lm import LM, Text
 

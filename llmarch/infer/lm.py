@@ -19,7 +19,9 @@ import numpy as np
 from flax import nnx
 
 from llmarch import sharding
-from llmarch.config import ModelConfig, StateDType, UserError, build, check, to_dict
+from llmarch.build import build, to_dict
+from llmarch.config import ModelConfig, StateDType
+from llmarch.errors import UserError, check
 from llmarch.infer.decoder import Programs, decoding_params, make_decoder
 from llmarch.infer.quantize import quantize_params
 from llmarch.layers.param import flatten, unflatten

@@ -5,7 +5,7 @@ import functools
 import jax
 from flax import nnx
 
-from llmarch.config import UserError
+from llmarch.errors import UserError
 from llmarch.ops import quant
 
 

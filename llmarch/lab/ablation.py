@@ -22,20 +22,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from llmarch.config import (
-  FrozenDict,
-  UserError,
-  Variant,
-  assign,
-  build,
-  check,
-  check_above,
-  check_at_least,
-  differences,
-  execute,
-  nearest,
-  to_dict,
-)
+from llmarch.build import FrozenDict, Variant, assign, build, differences, execute, to_dict
+from llmarch.errors import UserError, check, check_above, check_at_least, nearest
 from llmarch.experiment import ExperimentConfig
 from llmarch.lab.match import Match, matched
 

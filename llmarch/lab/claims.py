@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from llmarch.config import UserError, check, config_dataclass, execute, nearest
+from llmarch.build import config_dataclass, execute
+from llmarch.errors import UserError, check, nearest
 from llmarch.lab import records, trial
 from llmarch.train import journal
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from llmarch.analysis import cost
-from llmarch.config import UserError, assign, build, check, check_above, check_at_least, to_dict
+from llmarch.build import assign, build, to_dict
+from llmarch.errors import UserError, check, check_above, check_at_least
 from llmarch.experiment import ExperimentConfig
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmarch.config import FrozenDict, ModelConfig, ScalingConfig
+from llmarch.build import FrozenDict
+from llmarch.config import ModelConfig, ScalingConfig
 from llmarch.data.pipeline import make_pipeline
 from llmarch.experiment import ExperimentConfig
 from llmarch.lab.trial import Trained

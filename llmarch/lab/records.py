@@ -10,7 +10,7 @@ import math
 import sys
 from pathlib import Path
 
-from llmarch.config import UserError
+from llmarch.errors import UserError
 from llmarch.train import journal
 
 NAME = "records.jsonl"

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llmarch.analysis import cost, roofline
-from llmarch.config import UserError, build, check
+from llmarch.build import build
+from llmarch.errors import UserError, check
 from llmarch.experiment import ExperimentConfig
 from llmarch.lab import records
 from llmarch.lab.ablation import (

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 from llmarch.lab import records
 from llmarch.lab.ablation import FILE, ZERO, Ablation, Trial, chosen_rates, load, recorded, trials, tuning
 from llmarch.lab.trial import LOG, RESULT, RUN, TRIAL, read_rows, summary

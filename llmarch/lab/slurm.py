@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llmarch.config import UserError
+from llmarch.errors import UserError
 from llmarch.lab import records
 from llmarch.lab.ablation import Trial
 from llmarch.lab.runner import TRIALS, Progress, Sweep, command, finished, header, prepare

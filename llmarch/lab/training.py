@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from llmarch import sharding
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 from llmarch.experiment import ExperimentConfig
 from llmarch.train import distributed
 
@@ -40,7 +40,7 @@ def train_run(config: ExperimentConfig, workdir: str, num_processes: int = 1) ->
   import jax
 
   from llmarch.analysis import cost, hardware
-  from llmarch.config import to_dict
+  from llmarch.build import to_dict
   from llmarch.data.pipeline import make_pipeline
   from llmarch.data.tokenizers import load_tokenizer
   from llmarch.train.loop import train
@@ -97,7 +97,7 @@ def _weights(config, tokenizer) -> dict:
   from flax import nnx
 
   import llmarch
-  from llmarch.config import differences, to_dict
+  from llmarch.build import differences, to_dict
   from llmarch.layers.param import flatten, unflatten
   from llmarch.models.decoder import abstract
 

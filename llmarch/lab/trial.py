@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from llmarch.config import build, check
+from llmarch.build import build
+from llmarch.errors import check
 from llmarch.experiment import ExperimentConfig
 from llmarch.train.faults import Fault
 
@@ -170,7 +171,7 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-  from llmarch.config import UserError
+  from llmarch.errors import UserError
 
   if len(sys.argv) > 2:  # before jax counts its threads
     os.sched_setaffinity(0, {int(core) for core in sys.argv[2].split(",")})

@@ -7,16 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import (
-  MixerConfig,
-  NormConfig,
-  PositionConfig,
-  check,
-  check_above,
-  check_at_least,
-  check_rate,
-  config_dataclass,
-)
+from llmarch.build import config_dataclass
+from llmarch.config import MixerConfig, NormConfig, PositionConfig
+from llmarch.errors import check, check_above, check_at_least, check_rate
 from llmarch.layers.context import Context
 from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker

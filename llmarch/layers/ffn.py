@@ -5,7 +5,9 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from llmarch.config import FFNConfig, check, check_at_least, config_dataclass
+from llmarch.build import config_dataclass
+from llmarch.config import FFNConfig
+from llmarch.errors import check, check_at_least
 from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
 from llmarch.ops.activation import activate

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import BlockConfig, check
+from llmarch.config import BlockConfig
+from llmarch.errors import check
 from llmarch.layers.attention import PROJECTED, Attention, AttentionConfig
 from llmarch.layers.block import Block
 from llmarch.layers.context import Context

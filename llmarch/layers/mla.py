@@ -13,16 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import (
-  MixerConfig,
-  NormConfig,
-  PositionConfig,
-  check,
-  check_above,
-  check_at_least,
-  check_rate,
-  config_dataclass,
-)
+from llmarch.build import config_dataclass
+from llmarch.config import MixerConfig, NormConfig, PositionConfig
+from llmarch.errors import check, check_above, check_at_least, check_rate
 from llmarch.layers.attention import ATTENDING, BY_CHANNEL, PROJECTED, attend, mean_over
 from llmarch.layers.context import Context
 from llmarch.layers.norm import Norm, RMSNorm

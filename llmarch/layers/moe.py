@@ -10,16 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import (
-  FFNConfig,
-  UserError,
-  Variant,
-  check,
-  check_above,
-  check_at_least,
-  check_rate,
-  config_dataclass,
-)
+from llmarch.build import Variant, config_dataclass
+from llmarch.config import FFNConfig
+from llmarch.errors import UserError, check, check_above, check_at_least, check_rate
 from llmarch.layers.context import Context
 from llmarch.layers.ffn import MLP, MLPConfig
 from llmarch.layers.param import Maker

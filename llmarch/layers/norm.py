@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import NormConfig, check, check_above, config_dataclass
+from llmarch.build import config_dataclass
+from llmarch.config import NormConfig
+from llmarch.errors import check, check_above
 from llmarch.layers.param import Maker
 from llmarch.ops import norm as ops
 from llmarch.sharding import Axis, move

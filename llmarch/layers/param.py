@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import InitConfig, check
+from llmarch.config import InitConfig
+from llmarch.errors import check
 
 
 @dataclasses.dataclass(frozen=True)

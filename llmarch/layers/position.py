@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmarch.config import PositionConfig, ScalingConfig, check, check_above, check_at_least, config_dataclass
+from llmarch.build import config_dataclass
+from llmarch.config import PositionConfig, ScalingConfig
+from llmarch.errors import check, check_above, check_at_least
 from llmarch.layers.param import Maker
 from llmarch.ops import attention as ops
 from llmarch.ops import rope

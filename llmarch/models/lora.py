@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import ModelConfig, UserError, check
+from llmarch.config import ModelConfig
+from llmarch.errors import UserError, check
 from llmarch.experiment import LoRAConfig
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract

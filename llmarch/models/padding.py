@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import FrozenDict, ModelConfig, check
+from llmarch.build import FrozenDict
+from llmarch.config import ModelConfig
+from llmarch.errors import check
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.layers.position import ALiBi

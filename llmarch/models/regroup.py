@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmarch.config import FrozenDict, ModelConfig, check, nearest
+from llmarch.build import FrozenDict
+from llmarch.config import ModelConfig
+from llmarch.errors import check, nearest
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import Decoder, abstract
 from llmarch.models.padding import block_of

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llmarch import sharding
-from llmarch.config import check
+from llmarch.errors import check
 from llmarch.ops import quant
 from llmarch.ops.collective_einsum import all_gather_einsum, einsum_reduce_scatter
 from llmarch.ops.lora import Adapted

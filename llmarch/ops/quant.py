@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 
 # Quantiles of a normal distribution with an exact zero (QLoRA, 2305.14314, appendix E).
 NF4 = (

@@ -6,7 +6,8 @@ B batch, V vocabulary. Logits are f32 [B, V]; a row never depends on another.
 import jax
 import jax.numpy as jnp
 
-from llmarch.config import check, check_at_least, config_dataclass
+from llmarch.build import config_dataclass
+from llmarch.errors import check, check_at_least
 
 
 @config_dataclass

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmarch.config import UserError
+from llmarch.errors import UserError
 
 
 def pareto_chart(points: Sequence[dict], path: str, *, title: str) -> list[Path]:

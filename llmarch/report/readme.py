@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmarch.config import UserError
+from llmarch.errors import UserError
 from llmarch.lab.statistics import tally
 from llmarch.report import charts
 from llmarch.report.page import arms, commands, failures, interval, metrics, number, where

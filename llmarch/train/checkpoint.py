@@ -24,8 +24,8 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from llmarch.config import UserError
 from llmarch.data.synthetic import TASKS
+from llmarch.errors import UserError
 from llmarch.experiment import CheckpointConfig, ExperimentConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract

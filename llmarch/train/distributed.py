@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmarch.config import UserError, check
+from llmarch.errors import UserError, check
 from llmarch.train.faults import INTERRUPTED, WATCHDOG
 
 # Seconds without a heartbeat after which a process counts as dead, and all others end (jax: 100).

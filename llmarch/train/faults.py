@@ -15,7 +15,7 @@ others      died: 137 or -9 killed, 134 or -6 aborted, 1 an uncaught error    st
 It waits 1, 2, 4 ... 60 s in between, and ends after three deaths in a row without a new step on disk.
 """
 
-from llmarch.config import UserError
+from llmarch.errors import UserError
 
 CONFIG, NUMBERS, STORAGE, WATCHDOG, INTERRUPTED, PREEMPTED = 2, 70, 74, 75, 130, 143
 FINAL = {0, CONFIG, 78, NUMBERS, INTERRUPTED}

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llmarch.config import UserError, to_dict
+from llmarch.build import to_dict
+from llmarch.errors import UserError
 from llmarch.experiment import ExperimentConfig
 from llmarch.train import distributed
 from llmarch.train.checkpoint import (

@@ -5,7 +5,7 @@ import optax
 from flax import nnx
 from optax import contrib
 
-from llmarch.config import check
+from llmarch.errors import check
 from llmarch.experiment import (
   SGD,
   WSD,

@@ -10,7 +10,8 @@ import socket
 import tempfile
 from pathlib import Path
 
-from llmarch.config import UserError, build, differences, to_dict
+from llmarch.build import build, differences, to_dict
+from llmarch.errors import UserError
 from llmarch.experiment import ExperimentConfig
 from llmarch.train.distributed import is_main
 
