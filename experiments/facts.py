@@ -13,6 +13,7 @@ from llmarch.analysis import cost, planner, roofline
 from llmarch.config import ModelConfig
 from llmarch.lab.claims import Evidence
 from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.mask import Bidirectional, Causal
 from llmarch.ops import attention, norm, quant, rope
 from llmarch.ops.activation import ACTIVATIONS
 from llmarch.ops.attention import Keys
@@ -176,7 +177,7 @@ def gemma_2_alternates() -> Evidence:
 def gemma_2_norms() -> Evidence:
   """Holds if every layer has 4 norms and the 2B has 2,614,341,888 parameters."""
   c = preset("gemma_2_2b")
-  norms = {cost.block_norms(b) for b in c.blocks.values()}
+  norms = {len(b.norms) for b in c.blocks.values()}
   return Evidence(
     norms == {4} and total("gemma_2_2b") == 2_614_341_888,
     f"norms of a layer: {norms}; {total('gemma_2_2b'):,} parameters",
@@ -233,13 +234,13 @@ def no_bias_in_llama() -> Evidence:
   Holds if LLaMA 7B has none.
   """
   c = preset("llama_7b")
-  vectors = sum(n * (mixer.vectors + ffn.vectors) for n, _, mixer, ffn in cost.layers(c))
+  vectors = cost.total(c, lambda row: row.vectors)
   return Evidence(vectors == 0 and not c.head.bias, f"{vectors} biases in {len(c.layers)} layers")
 
 
 def parallel_presets() -> Evidence:
   """Holds if GPT-J and PaLM are parallel and LLaMA is not."""
-  kinds = {n: next(iter(preset(n).blocks.values())).residual for n in ("gpt_j_6b", "palm_540b", "llama_7b")}
+  kinds = {n: next(iter(preset(n).blocks.values())).residual.kind for n in ("gpt_j_6b", "palm_540b", "llama_7b")}
   return Evidence(list(kinds.values()) == ["parallel", "parallel", "pre"], f"{kinds}")
 
 
@@ -275,7 +276,7 @@ def architectures_converge() -> Evidence:
     expert = getattr(b.ffn, "expert", b.ffn)
     position = getattr(b.mixer, "position", None)
     return (
-      b.residual in ("pre", "sandwich")
+      b.residual.kind in ("pre", "sandwich")
       and b.norm.kind == "rmsnorm"
       and position is not None
       and position.kind == "rope"
@@ -338,7 +339,7 @@ def gpt_3_alternates() -> Evidence:
   """Holds if every second of GPT-3's 96 layers has a band, and the bands save FLOPs at 2,048 tokens."""
   c = preset("gpt_3_175b")
   windows = [c.blocks[name].mixer.window for name in c.layers]
-  share = cost.mean_keys(2048, "causal", windows[1]) / cost.mean_keys(2048, "causal", None)
+  share = Causal().mean_keys(2048, windows[1]) / Causal().mean_keys(2048, None)
   return Evidence(
     windows == [None, windows[1]] * 48 and share < 1,
     f"48 dense layers and 48 banded, whose queries see {share:.0%} of the keys (band {windows[1]}, unpublished)",
@@ -367,7 +368,7 @@ def position_families() -> Evidence:
 def llama_norms_before_branches() -> Evidence:
   """Holds if all LLaMA presets norm what enters a branch, and by RMSNorm."""
   names = [n for n in PRESETS if n.startswith("llama")]
-  found = {(b.residual, b.norm.kind) for n in names for b in preset(n).blocks.values()}
+  found = {(b.residual.kind, b.norm.kind) for n in names for b in preset(n).blocks.values()}
   return Evidence(found == {("pre", "rmsnorm")}, f"{len(names)} presets: {found}")
 
 
@@ -512,7 +513,7 @@ def local_scores() -> Evidence:
   Holds if the saving lies between 30 and 70 % at 8,192 tokens and a window of 512.
   """
   T, W = 8192, 512
-  share = cost.mean_keys(T, "causal", W) / cost.mean_keys(T, "causal", None)
+  share = Causal().mean_keys(T, W) / Causal().mean_keys(T, None)
   return Evidence(
     0.3 <= 1 - share <= 0.7,
     f"{1 - share:.0%} fewer scores at {T} tokens and a window of {W}; it depends on W/T, and the weights do not shrink",
@@ -658,7 +659,7 @@ def quadratic_attention() -> Evidence:
 
   Holds if the exponent is within 0.01 of 2.
   """
-  mixing = lambda T: T * cost.mean_keys(T, "causal", None)
+  mixing = lambda T: T * Causal().mean_keys(T, None)
   slope = math.log(mixing(8192) / mixing(1024)) / math.log(8)
   return Evidence(abs(slope - 2) < 0.01, f"exponent {slope:.4f}")
 
@@ -671,7 +672,7 @@ def encoder_decoder_cross_term() -> Evidence:
   """
 
   def flops(T: int, S: int) -> int:
-    q, kv, seen = jnp.ones((1, T, 1, 4)), jnp.ones((1, 1, S, 4)), jnp.ones((1, T, S), bool)
+    q, kv, seen = jnp.ones((1, T, 1, 4)), jnp.ones((1, 1, S, 4)), jnp.ones((1, 1, T, S), bool)
     options = {"scale": 0.5, "softcap": None, "dropout": 0.0, "key": None}
     program = jax.make_jaxpr(lambda q, kv, seen: attention.attend(q, kv, kv, seen, None, None, **options)[0])
     dots = [e for e in program(q, kv, seen).eqns if e.primitive.name == "dot_general"]
@@ -688,7 +689,7 @@ def encoder_decoder_cross_term() -> Evidence:
 def window_scores_linear() -> Evidence:
   """Holds if the exponent is within 0.1 of 1."""
   W = 4096
-  pairs = {T: T * cost.mean_keys(T, "causal", W) for T in (16384, 65536)}
+  pairs = {T: T * Causal().mean_keys(T, W) for T in (16384, 65536)}
   slope = math.log(pairs[65536] / pairs[16384]) / math.log(4)
   return Evidence(
     abs(slope - 1) < 0.1,
@@ -704,7 +705,7 @@ def receptive_field() -> Evidence:
   """
   T, W, L = 64, 8, 3
   keys = Keys(jnp.arange(T)[None], jnp.zeros((1, T), jnp.int32), None)
-  seen = np.asarray(attention.visible(keys, keys, mask="causal", window=W))[0]
+  seen = np.asarray(attention.visible(keys, keys, mask=Causal(), window=W))[0, 0]
   reach = int((np.linalg.matrix_power(seen.astype(int), L)[-1] > 0).sum())
   return Evidence(reach == L * (W - 1) + 1, f"{L} layers of window {W} reach {reach} tokens")
 
@@ -713,8 +714,8 @@ def causal_mask() -> Evidence:
   """Holds if the causal mask is the lower triangle and the bidirectional one is full."""
   T = 7
   keys = Keys(jnp.arange(T)[None], jnp.zeros((1, T), jnp.int32), None)
-  causal = np.asarray(attention.visible(keys, keys, mask="causal", window=None))[0]
-  both = np.asarray(attention.visible(keys, keys, mask="bidirectional", window=None))[0]
+  causal = np.asarray(attention.visible(keys, keys, mask=Causal(), window=None))[0, 0]
+  both = np.asarray(attention.visible(keys, keys, mask=Bidirectional(), window=None))[0, 0]
   return Evidence(
     bool((causal == np.tril(np.ones((T, T), bool))).all() and both.all()),
     f"causal: lower triangle of {causal.sum()} pairs; bidirectional: all {both.sum()}",
@@ -776,8 +777,9 @@ def norms_share() -> Evidence:
   from llmarch.analysis.hardware import CHIPS
 
   chip, c = CHIPS["h200"], preset("llama_7b")
-  ((_, _, mixer, ffn),) = cost.layers(c)
-  matrices, norms = 2 * (mixer.matrices + ffn.matrices) / chip.flops, 2 * 2 * 2 * c.d_model / chip.hbm_bandwidth
+  ((_, _, costs),) = cost.layers(c)
+  matrices = 2 * sum(row.matrices for row in costs.values()) / chip.flops
+  norms = 2 * 2 * 2 * c.d_model / chip.hbm_bandwidth
   share = norms / (norms + matrices)
   return Evidence(share < 0.05, f"{share:.1%} of a layer of width {c.d_model}, if nothing is fused")
 
@@ -996,7 +998,7 @@ def packing_is_neutral() -> Evidence:
     phase = rope.phases(positions, rope.frequencies(16, 10000.0))
     q = y if absolute else rope.rotate(y, phase, interleaved=False)
     keys = Keys(positions, segments, None)
-    seen = attention.visible(keys, keys, mask="causal", window=None)
+    seen = attention.visible(keys, keys, mask=Causal(), window=None)
     heads = lambda a: a.swapaxes(1, 2)
     options = {"scale": 0.25, "softcap": None, "dropout": 0.0, "key": None}
     return attention.attend(q, heads(q), heads(x), seen, None, None, **options)[0][:, -7:]
@@ -1032,17 +1034,19 @@ def pre_norm_keeps_the_stream() -> Evidence:
   from llmarch.layers.context import make_context
   from llmarch.layers.norm import RMSNorm
   from llmarch.layers.param import Maker
+  from llmarch.layers.site import Site
+  from llmarch.residual import Post, Pre
 
   x = jax.random.normal(jax.random.key(1), (1, 3, 8))
-  context, _ = make_context(jnp.arange(3)[None], None, None, None, False)
+  context, _ = make_context(jnp.arange(3)[None], None, None, None, None, False)
   change = {}
-  for residual in ("pre", "post"):
+  for residual in (Pre(), Post()):
     ffn = MLPConfig(d_ff=8, activation="relu", gated=False)
     c = BlockConfig(mixer=AttentionConfig(num_heads=2), ffn=ffn, norm=RMSNorm(), residual=residual, branch_scale=0.0)
     block, y = Block(c, 8, Maker(jax.random.key(0), FanIn(), "float32")), x
     for _ in range(4):
-      y, *_ = block(y, context, None, None, None)
-    change[residual] = float(jnp.abs(y - x).max())
+      y = block(y, Site(context, 0, None, None, {}, None)).y
+    change[residual.kind] = float(jnp.abs(y - x).max())
   return Evidence(
     change["pre"] == 0 and change["post"] > 0.01,
     f"with silent branches four pre-norm blocks change their input by {change['pre']}, post-norm ones by"

@@ -42,6 +42,7 @@ class Variant:
 
   kind: ClassVar[str] = ""
   variants: ClassVar[dict[str, type]] = {}
+  by_name: ClassVar[bool] = False  # whether a member without fields is written as its kind alone: "causal"
 
   def __init_subclass__(cls, kind: str = "", **kwargs):
     super().__init_subclass__(**kwargs)
@@ -133,13 +134,19 @@ def _dataclass(annotation, value, path):
 def to_dict(config: Any) -> Any:
   """The plain data of a config, every default written out: `build(type(c), to_dict(c)) == c`."""
   if dataclasses.is_dataclass(config):
-    kind = {"kind": config.kind} if isinstance(config, Variant) else {}
-    return kind | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return with_kind(config, {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)})
   if isinstance(config, Mapping):
     return {k: to_dict(v) for k, v in config.items()}
   if isinstance(config, (list, tuple)):
     return [to_dict(v) for v in config]
   return config
+
+
+def with_kind(config: Any, fields: dict) -> dict | str:
+  """The plain data of a config's fields, with the kind of a variant: {"kind": "rope", "theta": 1e4}, or "causal"."""
+  if not isinstance(config, Variant):
+    return fields
+  return config.kind if config.by_name and not fields else {"kind": config.kind} | fields
 
 
 def override(data: dict, assignments: list[tuple[str, str]], path: str = "config") -> dict:

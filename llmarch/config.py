@@ -10,8 +10,10 @@ import math
 import re
 from typing import Literal
 
+from llmarch.branches import BranchConfig, CrossConfig, FFNConfig, MixerConfig, check_kept
 from llmarch.build import FrozenDict, Variant, config_dataclass
 from llmarch.errors import UserError, check, check_above, check_at_least, check_rate, nearest
+from llmarch.residual import Pre, ResidualConfig
 
 # --------------------------------------------------------------------------------------- the families
 
@@ -23,17 +25,22 @@ class NormConfig(Variant):
 class PositionConfig(Variant):
   """A position scheme, inside attention or at the embedding; see layers/position.py."""
 
+  at_embedding = False  # is added to the embedding, once
+
+  def check_against(self, width: int, max_seq_len: int) -> None:
+    """Raises UserError for what does not fit heads (at the embedding: a model) of this width, or this context."""
+
+  def make_shared(self, num_heads: int, make):
+    """A parameter that all layers of a block's name share; None."""
+    return None
+
+  def shared_size(self, num_heads: int) -> int:
+    """Elements of that parameter."""
+    return 0
+
 
 class ScalingConfig(Variant):
   """A context extension of RoPE; see layers/position.py."""
-
-
-class MixerConfig(Variant):
-  """A token mixer; see layers/attention.py."""
-
-
-class FFNConfig(Variant):
-  """A feed-forward; see layers/ffn.py."""
 
 
 class InitConfig(Variant):
@@ -81,25 +88,19 @@ class Xavier(InitConfig, kind="xavier"):
 
 # ----------------------------------------------------------------------------------- the architecture
 
-Residual = Literal["pre", "post", "sandwich", "output", "parallel", "parallel_two_norms"]
-
 
 @config_dataclass
 class BlockConfig:
-  """A token mixer and a feed-forward on a residual stream. With f either of them and a, m the scales:
+  """Branches on a residual stream: a token mixer, then a cross-attention and a feed-forward if there are such.
 
-  pre       x = a x + m f(norm(x))
-  post      x = norm(a x + m f(x))              DeepNorm: skip_scale = a, init_scale = beta (2203.00555)
-  sandwich  x = a x + m norm'(f(norm(x)))       Gemma 2, Grok
-  output    x = a x + m norm(f(x))              OLMo 2
-  parallel  x = a x + m (mixer(h) + ffn(h)), h = norm(x)           GPT-J, PaLM
-  parallel_two_norms   the same, with a norm for each branch       GPT-NeoX, Falcon-40B
+  How they read the stream and write to it is the residual scheme; residual.py has the formulas.
   """
 
   mixer: MixerConfig
   ffn: FFNConfig | None
   norm: NormConfig
-  residual: Residual = "pre"
+  cross: CrossConfig | None = None  # reads the output of the model's encoder
+  residual: ResidualConfig = Pre()
   skip_scale: float = 1.0  # a
   branch_scale: float = 1.0  # m (Granite's residual multiplier)
   dropout: float = 0.0  # on each branch, before it joins the stream
@@ -109,10 +110,18 @@ class BlockConfig:
   def __post_init__(self):
     check_rate(self, "dropout")
     check_above(self, 0, "init_scale", "output_init_scale")
-    check(
-      self.ffn is not None or not self.residual.startswith("parallel"),
-      f"residual={self.residual!r} runs the mixer beside a feed-forward; give ffn, or use residual='pre'",
-    )
+    self.residual.groups(tuple(self.branches))  # which refuses branches that it cannot run
+
+  @functools.cached_property
+  def branches(self) -> dict[str, BranchConfig]:
+    """The branches that there are, in the order in which they run."""
+    named = {"mixer": self.mixer, "cross": self.cross, "ffn": self.ffn}
+    return {name: branch for name, branch in named.items() if branch is not None}
+
+  @property
+  def norms(self) -> tuple[str, ...]:
+    """Names of the block's norms."""
+    return self.residual.norms(tuple(self.branches))
 
 
 @config_dataclass
@@ -178,6 +187,7 @@ class ModelConfig:
   init: InitConfig = FanIn()
   embed_init: InitConfig = Normal(stddev=0.02)  # fan_in is d_model here: FanIn gives std 1/sqrt(d_model)
   precision: Precision = Precision()
+  encoder: "ModelConfig | None" = None  # whose output the `cross` branches read; its head is not used
 
   def __post_init__(self):
     object.__setattr__(self, "blocks", FrozenDict(self.blocks))
@@ -189,23 +199,40 @@ class ModelConfig:
       raise UserError(f"blocks.{name} is not used by stack={self.stack!r}; add it there or drop it")
     at_embedding = self.embed.position
     check(
-      at_embedding is None or getattr(at_embedding, "at_embedding", False),
+      at_embedding is None or at_embedding.at_embedding,
       f"embed.position must be sinusoidal or learned, got {at_embedding and at_embedding.kind!r}; give the"
       " others to a block's mixer",
     )
     if at_embedding is not None:
       at_embedding.check_against(self.d_model, self.max_seq_len)
     for name, block in self.blocks.items():
-      for part in ("mixer", "ffn"):
-        if hasattr(getattr(block, part), "check_against"):
-          try:
-            getattr(block, part).check_against(self.d_model, self.max_seq_len)
-          except UserError as e:
-            raise UserError(f"blocks.{name}.{part}.{e}") from None
+      for part, branch in block.branches.items():
+        check(
+          self.encoder is not None or not branch.reads_memory,
+          f"blocks.{name}.{part} reads the output of an encoder, and there is none; give model.encoder, or leave"
+          f" {part} out",
+        )
+        try:
+          if branch.reads_memory:
+            branch.check_memory(self.d_model, self.encoder.d_model)
+          branch.check_against(self.d_model, self.max_seq_len)
+          branch.check_state(self.precision.state)
+        except UserError as e:
+          raise UserError(f"blocks.{name}.{part}.{e}") from None
+    check_kept({name: block.branches for name, block in self.blocks.items()}, self.segments)
 
   @functools.cached_property
   def segments(self) -> tuple[tuple[tuple[str, ...], int], ...]:
     return parse_stack(self.stack)
+
+  @functools.cached_property
+  def handed_on(self) -> tuple[frozenset[str], ...]:
+    """For each segment, the names of the kept values that a later segment reads from it."""
+    values = lambda what, pattern: {
+      v for name in pattern for branch in self.blocks[name].branches.values() for v in getattr(branch, what)
+    }
+    read_after = lambda i: set().union(*(values("reads_kept", later) for later, _ in self.segments[i + 1 :]))
+    return tuple(frozenset(values("keeps", p) & read_after(i)) for i, (p, _) in enumerate(self.segments))
 
   @functools.cached_property
   def layers(self) -> tuple[str, ...]:

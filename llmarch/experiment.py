@@ -375,4 +375,5 @@ class ExperimentConfig:
       f"train.seq_len={self.train.seq_len} is longer than model.max_seq_len={self.model.max_seq_len};"
       " lower the one or raise the other",
     )
+    check(self.model.encoder is None, "model.encoder: training has no sources for an encoder to read; leave it out")
     check_training(self.mesh, self.model, self.train)

@@ -6,6 +6,7 @@ What a mesh cannot do is refused here, from the config alone: before jax looks f
 import math
 from collections.abc import Mapping
 
+from llmarch.branches import BranchConfig
 from llmarch.config import ModelConfig
 from llmarch.errors import UserError, check, nearest
 
@@ -67,50 +68,48 @@ def check_training(text: str, model: ModelConfig, train) -> None:
     divides("train.seq_len", train.seq_len, ("context",), 2)
   divides("model.d_model", model.d_model, ("fsdp",), why=", which splits the parameters")
   for name, block in model.blocks.items():
-    try:
-      _check_mixer(block.mixer, mesh, divides)
-      _check_ffn(block.ffn, divides)
-    except UserError as e:
-      raise UserError(f"model.blocks.{name}.{e}") from None
+    for part, branch in block.branches.items():
+      try:
+        _check_branch(part, branch, mesh, divides)
+      except UserError as e:
+        raise UserError(f"model.blocks.{name}.{e}") from None
   check(
-    mesh["expert"] == 1 or any(hasattr(b.ffn, "num_experts") for b in model.blocks.values()),
+    mesh["expert"] == 1 or any(b.ffn is not None and b.ffn.experts for b in model.blocks.values()),
     f"mesh expert={mesh['expert']} has no experts to split: no block has a moe; use data or fsdp",
   )
   plan_pipeline(mesh, model, train)
 
 
-def _check_mixer(mixer, mesh: Mapping[str, int], divides) -> None:
+# The mesh axes that must divide a dimension of a branch, and what they do; by its logical axis (BranchConfig.extents).
+EXTENTS = {
+  "heads": (HEADS, ""),
+  "latent": (("fsdp",), ", which splits the parameters"),
+  "mlp": (("tensor",), ""),
+  "experts": (("expert",), ""),
+  "expert_mlp": (("tensor",), ""),
+}
+
+
+def _check_branch(part: str, branch: BranchConfig, mesh: Mapping[str, int], divides) -> None:
+  """Raises UserError, beginning with `part`, for a branch that the mesh cannot split."""
   ring, ulysses = mesh["context"], mesh["sequence"]
-  if not hasattr(mixer, "num_heads") or not hasattr(mixer, "mask"):
-    for axis in ("context", "sequence"):
-      check(mesh[axis] == 1, f"mixer={mixer.kind} is no attention, and mesh {axis}={mesh[axis]} is for that alone")
-    return
-  check(
-    ring == 1 or not mixer.dropout,
-    f"mixer.dropout={mixer.dropout} is not for mesh context={ring}: a ring keeps no weights to drop; set it to 0",
-  )
-  why = ", which splits heads in attention (an all-to-all over sequence)" if ulysses > 1 else ""
-  divides("mixer.num_heads", mixer.num_heads, HEADS, why=why)
-  ways = math.prod(mesh[a] for a in HEADS)
-  mine, group = mixer.num_heads // ways, mixer.num_heads // mixer.kv_heads
-  check(
-    mine % group == 0 or group % mine == 0,
-    f"mixer.num_heads={mixer.num_heads} over mesh {'*'.join(HEADS)}={ways} gives a device {mine} heads, neither a"
-    f" multiple nor a divisor of the {group} that share one of num_kv_heads={mixer.kv_heads}; change any of these",
-  )
-  for field in ("q_lora_rank", "kv_lora_rank"):
-    if getattr(mixer, field, None):
-      divides(f"mixer.{field}", getattr(mixer, field), ("fsdp",), why=", which splits the parameters")
-
-
-def _check_ffn(ffn, divides) -> None:
-  if hasattr(ffn, "d_ff"):
-    divides("ffn.d_ff", ffn.d_ff, ("tensor",))
-  if hasattr(ffn, "num_experts"):
-    divides("ffn.num_experts", ffn.num_experts, ("expert",))
-    divides("ffn.expert.d_ff", ffn.expert.d_ff, ("tensor",))
-    if ffn.shared:
-      divides("ffn.shared.d_ff", ffn.shared.d_ff, ("tensor",))
+  if part != "ffn":
+    check(
+      ring == 1 or not branch.dropout,
+      f"{part}.dropout={branch.dropout} is not for mesh context={ring}: a ring keeps no weights to drop; set it to 0",
+    )
+  for field, axis, size in branch.extents():
+    axes, why = EXTENTS[axis]
+    why = ", which splits heads in attention (an all-to-all over sequence)" if axis == "heads" and ulysses > 1 else why
+    divides(f"{part}.{field}", size, axes, why=why)
+  if part != "ffn" and branch.kv_heads is not None:
+    ways = math.prod(mesh[a] for a in HEADS)
+    mine, group = branch.heads // ways, branch.heads // branch.kv_heads
+    check(
+      mine % group == 0 or group % mine == 0,
+      f"{part}.num_heads={branch.heads} over mesh {'*'.join(HEADS)}={ways} gives a device {mine} heads, neither a"
+      f" multiple nor a divisor of the {group} that share one of num_kv_heads={branch.kv_heads}; change any of these",
+    )
 
 
 def plan_pipeline(mesh: Mapping[str, int], model: ModelConfig, train) -> tuple[int, int, int] | None:
@@ -124,6 +123,13 @@ def plan_pipeline(mesh: Mapping[str, int], model: ModelConfig, train) -> tuple[i
         f" stage=2 or more, or leave train.{name} out",
       )
     return None
+  check(model.encoder is None, f"mesh stage={S}: a pipeline has no place for model.encoder; use a mesh without stage")
+  handed = sorted(set().union(*model.handed_on))
+  check(
+    not handed,
+    f"mesh stage={S}: {', '.join(handed)} is kept in one term of model.stack and read in another, which a pipeline"
+    " cannot carry; put both blocks into one term, or use a mesh without stage",
+  )
   check(train.remat != "offload", f"train.remat='offload' is not for a pipeline (mesh stage={S}); take 'full'")
   for pattern, repeat in model.segments:
     check(

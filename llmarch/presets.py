@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from llmarch.branches import BranchConfig
 from llmarch.config import (
   BlockConfig,
   EmbedConfig,
@@ -28,6 +29,7 @@ from llmarch.layers.mla import MLAConfig
 from llmarch.layers.moe import Groups, MoEConfig, TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm
 from llmarch.layers.position import ALiBi, Interpolation, Learned, Llama3Scaling, RoPE, T5Bias, YaRN
+from llmarch.residual import Parallel, ParallelTwoNorms, Pre, Sandwich
 
 
 def gpt(
@@ -77,7 +79,7 @@ def gpt_j() -> ModelConfig:
         mixer=AttentionConfig(num_heads=16, position=RoPE(dims=64, interleaved=True)),
         ffn=MLPConfig(d_ff=16384, activation="gelu_tanh", gated=False, bias=True),
         norm=LayerNorm(),
-        residual="parallel",
+        residual=Parallel(),
       )
     },
     head=HeadConfig(tied=False, bias=True),
@@ -98,7 +100,7 @@ def palm(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
         mixer=AttentionConfig(num_heads=num_heads, num_kv_heads=1, head_dim=256, position=RoPE()),
         ffn=MLPConfig(d_ff=4 * d_model),
         norm=RMSNorm(zero_centered=True),
-        residual="parallel",
+        residual=Parallel(),
       )
     },
     head=HeadConfig(scale=d_model**-0.5),
@@ -218,7 +220,7 @@ def gemma(
       ),
       ffn=MLPConfig(d_ff=d_ff, activation="gelu_tanh"),
       norm=norm,
-      residual="sandwich" if sandwich else "pre",
+      residual=Sandwich() if sandwich else Pre(),
     )
 
   everywhere = block(None, RoPE(theta=global_theta, scaling=global_scaling))
@@ -289,7 +291,7 @@ def falcon(num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, *, 
         mixer=AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, position=RoPE()),
         ffn=MLPConfig(d_ff=4 * d_model, activation="gelu", gated=False),
         norm=LayerNorm(),
-        residual="parallel" if num_kv_heads == 1 else "parallel_two_norms",
+        residual=Parallel() if num_kv_heads == 1 else ParallelTwoNorms(),
       )
     },
     head=HeadConfig(tied=tied),
@@ -449,7 +451,7 @@ def grok_1() -> ModelConfig:
     vocab_size=131072,
     max_seq_len=8192,
     stack="64*moe",
-    blocks={"moe": BlockConfig(mixer=attention, ffn=moe, norm=norm, residual="sandwich")},
+    blocks={"moe": BlockConfig(mixer=attention, ffn=moe, norm=norm, residual=Sandwich())},
     embed=EmbedConfig(scale=math.sqrt(6144)),
     head=HeadConfig(scale=3**-0.5),
     final_norm=norm,
@@ -644,42 +646,19 @@ def shrink(
   '2*(local local global) 2*local'
   """
 
-  def attention(c: AttentionConfig) -> dict:
-    group = c.num_heads // c.kv_heads
-    if group == 1 and c.kv_heads > 1:  # MHA; ALiBi has a rule for powers of two and one for the rest
-      kv_heads = 6 if c.num_heads & (c.num_heads - 1) else 4
-    else:
-      group, kv_heads = group if group <= 4 else 4 - group % 2, min(c.kv_heads, 2)
-    sizes = {
-      "num_heads": group * kv_heads,
-      "num_kv_heads": None if c.num_kv_heads is None else kv_heads,
-      "head_dim": None if c.head_dim is None else 10,
-      "window": None if c.window is None else window,
-    }
-    if getattr(c.position, "dims", None) is not None:  # of some dimensions: still not of all
-      sizes["position"] = dataclasses.replace(walk(c.position), dims=4)
-    return sizes
+  def hidden(d_ff: int) -> int:  # keeps its ratio to d_model, and is not d_model unless it was
+    return 8 * round(d_ff * d_model / config.d_model / 8) + 8 * (d_ff == config.d_model)
 
   def scale(c: EmbedConfig | HeadConfig) -> dict:  # sqrt(d_model) and its inverse go on following d_model
     power = math.log(c.scale, config.d_model) if c.scale > 0 else 0
     return {"scale": d_model**power} if math.isclose(abs(power), 0.5) else {}
 
   rules = {
-    AttentionConfig: attention,
     EmbedConfig: scale,
     HeadConfig: scale,
-    MLAConfig: lambda c: {
-      "num_heads": 4,
-      "q_lora_rank": None if c.q_lora_rank is None else 14,
-      "kv_lora_rank": 18,
-      "qk_nope_head_dim": 6,
-      "qk_rope_head_dim": 4,
-      "v_head_dim": 9,
-    },
-    MoEConfig: lambda c: {"num_experts": 6},
+    RoPE: lambda c: {} if c.dims is None else {"dims": 4},  # of some dimensions: still not of all
     TopK: lambda c: {"k": min(c.k, 3)},
     Groups: lambda c: {"num": 3, "top": 2},
-    MLPConfig: lambda c: {"d_ff": 8 * round(c.d_ff * d_model / config.d_model / 8) + 8 * (c.d_ff == config.d_model)},
     Learned: lambda c: {"length": max_seq_len},
     ModelConfig: lambda c: {
       "d_model": d_model,
@@ -697,7 +676,8 @@ def shrink(
     changes = {f.name: walk(getattr(part, f.name)) for f in dataclasses.fields(part)}
     if "original" in changes:  # of a RoPE scaling: toys reach beyond it
       changes["original"] = max_seq_len // 2
-    return dataclasses.replace(part, **changes | rules.get(type(part), lambda c: {})(part))
+    small = part.toy(window=window, hidden=hidden) if isinstance(part, BranchConfig) else {}
+    return dataclasses.replace(part, **changes | small | rules.get(type(part), lambda c: {})(part))
 
   return walk(config)
 

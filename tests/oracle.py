@@ -166,7 +166,7 @@ def sees(mixer, m: int, n: int, same_segment: bool, key_is_prefix: bool) -> bool
     return False
   if mixer.window is not None and abs(m - n) >= mixer.window:
     return False
-  return n <= m or mixer.mask == "bidirectional" or (mixer.mask == "prefix" and key_is_prefix)
+  return n <= m or mixer.mask.kind == "bidirectional" or (mixer.mask.kind == "prefix" and key_is_prefix)
 
 
 def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
@@ -210,7 +210,7 @@ def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
         if kind == "alibi":
           score -= slopes[n] * abs(distance)
         if kind == "t5_bias":
-          position, both = c.position, c.mask == "bidirectional"
+          position, both = c.position, c.mask.kind == "bidirectional"
           score += table[t5_bucket(-distance, position.num_buckets, position.max_distance, both)][n]
         logits.append(score)
         values.append(vs[s][group])
@@ -349,22 +349,22 @@ def block(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
   ffn = lambda vs: FFNS[c.ffn.kind](c.ffn, p["ffn"], vs, row)
   add = lambda xs, *ys: [c.skip_scale * x + c.branch_scale * sum(y) for x, *y in zip(xs, *ys, strict=True)]
 
-  if c.residual == "parallel":
+  if c.residual.kind == "parallel":
     h = norms("mixer_norm", xs)
     return add(xs, mixer(h), ffn(h))
-  if c.residual == "parallel_two_norms":
+  if c.residual.kind == "parallel_two_norms":
     return add(xs, mixer(norms("mixer_norm", xs)), ffn(norms("ffn_norm", xs)))
   for name, f in (("mixer", mixer), ("ffn", ffn)):
     if name == "ffn" and c.ffn is None:
       continue
-    if c.residual == "pre":
+    if c.residual.kind == "pre":
       xs = add(xs, f(norms(f"{name}_norm", xs)))
-    elif c.residual == "post":
+    elif c.residual.kind == "post":
       xs = norms(f"{name}_norm", add(xs, f(xs)))
-    elif c.residual == "sandwich":
+    elif c.residual.kind == "sandwich":
       xs = add(xs, norms(f"{name}_out_norm", f(norms(f"{name}_norm", xs))))
     else:
-      assert c.residual == "output"
+      assert c.residual.kind == "output"
       xs = add(xs, norms(f"{name}_norm", f(xs)))
   return xs
 

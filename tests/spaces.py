@@ -9,6 +9,7 @@ import typing
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 from llmarch.build import to_dict
 from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelConfig, Normal, Xavier
 from llmarch.layers.attention import AttentionConfig, QKNorm
+from llmarch.layers.context import make_context
 from llmarch.layers.ffn import Activation, MLPConfig
+from llmarch.layers.mask import Bidirectional, Causal, Prefix
 from llmarch.layers.mla import MLAConfig
 from llmarch.layers.moe import ExpertChoice, Groups, MoEConfig, TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
@@ -35,7 +38,9 @@ from llmarch.layers.position import (
   XPos,
   YaRN,
 )
+from llmarch.layers.site import Site
 from llmarch.presets import PRESETS, shrink
+from llmarch.residual import Output, Parallel, ParallelTwoNorms, Post, Pre, Sandwich
 
 MAX_LEN = 24  # of every config here
 
@@ -91,14 +96,14 @@ HAND: dict[str, ModelConfig] = {
       AttentionConfig(num_heads=3, num_kv_heads=3, dropout=0.1),
       norm=LayerNorm(),
       ffn=MLPConfig(d_ff=20, activation="relu", gated=False),
-      residual="post",
+      residual=Post(),
     ),
     embed=EmbedConfig(position=Sinusoidal(), scale=18**0.5),
     init=Xavier(),
     final_norm=None,
   ),
   "deepnorm": model(
-    block(residual="post", skip_scale=1.7, init_scale=0.4, norm=LayerNorm(zero_centered=True, bias=False)),
+    block(residual=Post(), skip_scale=1.7, init_scale=0.4, norm=LayerNorm(zero_centered=True, bias=False)),
     init=Xavier(gain=1.2),
     final_norm=None,
   ),
@@ -106,10 +111,10 @@ HAND: dict[str, ModelConfig] = {
     block(
       attention(window=5, softcap=5.0, query_scale=0.3),
       norm=RMSNorm(zero_centered=True),
-      residual="sandwich",
+      residual=Sandwich(),
       ffn=MLPConfig(d_ff=22, activation="gelu_tanh"),
     ),
-    block(attention(softcap=5.0, position=None), residual="sandwich", ffn=MLPConfig(d_ff=22, activation="gelu")),
+    block(attention(softcap=5.0, position=None), residual=Sandwich(), ffn=MLPConfig(d_ff=22, activation="gelu")),
     stack="2*(a b)",
     embed=EmbedConfig(scale=18**0.5),
     head=HeadConfig(softcap=3.0),
@@ -122,33 +127,33 @@ HAND: dict[str, ModelConfig] = {
       AttentionConfig(num_heads=3, qkv_bias=True, out_bias=True),
       norm=LayerNorm(scale=False),
       ffn=MLPConfig(d_ff=20, activation="relu", gated=False, bias=True),
-      residual="post",
+      residual=Post(),
     ),
     embed=EmbedConfig(dim=10, scale=1.3, position=Learned(length=MAX_LEN, offset=2)),
     head=HeadConfig(tied=False),
     final_norm=None,
   ),
   "cohere": model(
-    block(attention(qk_norm=QKNorm(norm=LayerNorm(bias=False), per_head=True)), residual="parallel"),
+    block(attention(qk_norm=QKNorm(norm=LayerNorm(bias=False), per_head=True)), residual=Parallel()),
     block(attention(qk_norm=QKNorm(norm=ScaleNorm(), per_head=True), qkv_clip=0.6)),
     embed=EmbedConfig(dim=22),
   ),
-  "olmo2": model(block(attention(qk_norm=QKNorm(norm=RMSNorm(), whole=True)), residual="output")),
+  "olmo2": model(block(attention(qk_norm=QKNorm(norm=RMSNorm(), whole=True)), residual=Output())),
   "qwen3": model(block(attention(qk_norm=QKNorm(norm=RMSNorm()))), head=HeadConfig(tied=False)),
   "gptj": model(
     block(
       attention(num_kv_heads=None, position=RoPE(dims=4, interleaved=True)),
-      residual="parallel",
+      residual=Parallel(),
       norm=LayerNorm(),
       ffn=MLPConfig(d_ff=20, activation="gelu_tanh", gated=False, bias=True),
     ),
     head=HeadConfig(tied=False, bias=True),
   ),
-  "palm": model(block(attention(num_kv_heads=1), residual="parallel", norm=LayerNorm(bias=False), dropout=0.1)),
+  "palm": model(block(attention(num_kv_heads=1), residual=Parallel(), norm=LayerNorm(bias=False), dropout=0.1)),
   "neox": model(
     block(
       attention(qkv_bias=True, position=RoPE(dims=6)),
-      residual="parallel_two_norms",
+      residual=ParallelTwoNorms(),
       norm=LayerNorm(),
       ffn=MLPConfig(d_ff=20, activation="relu2", gated=False),
     )
@@ -171,11 +176,11 @@ HAND: dict[str, ModelConfig] = {
     stack="2*a b",
   ),
   "encoder": model(
-    block(attention(mask="bidirectional", position=T5Bias(num_buckets=8, max_distance=10))),
-    block(attention(mask="bidirectional", window=4, sinks=True), ffn=MLPConfig(d_ff=22, activation="sigmoid")),
+    block(attention(mask=Bidirectional(), position=T5Bias(num_buckets=8, max_distance=10))),
+    block(attention(mask=Bidirectional(), window=4, sinks=True), ffn=MLPConfig(d_ff=22, activation="sigmoid")),
   ),
   "prefix": model(
-    block(attention(mask="prefix")), block(attention(mask="prefix", window=4, position=ALiBi())), block(ffn=None)
+    block(attention(mask=Prefix())), block(attention(mask=Prefix(), window=4, position=ALiBi())), block(ffn=None)
   ),
   "sinks": model(block(attention(sinks=True, window=4)), block(attention(sinks=True, position=None), ffn=None)),
   "scalenorm": model(block(attention(qk_norm=QKNorm(norm=ScaleNorm())), norm=ScaleNorm()), final_norm=ScaleNorm()),
@@ -217,7 +222,7 @@ HAND: dict[str, ModelConfig] = {
       )
     ),
     block(mla(q_lora_rank=None, query_scale=0.5, position=RoPE(), latent_norm=LayerNorm()), ffn=None),
-    block(attention(window=3), residual="parallel"),
+    block(attention(window=3), residual=Parallel()),
     stack="2*(a b) c",
   ),
   "mixtral": model(block(ffn=moe()), stack="3*a"),
@@ -236,7 +241,7 @@ HAND: dict[str, ModelConfig] = {
   "qwen2_moe": model(
     block(
       ffn=moe(6, TopK(k=3, renormalize=False), {"d_ff": 10}, shared=MLPConfig(d_ff=26), shared_gate=True),
-      residual="parallel",
+      residual=Parallel(),
     )
   ),
   "deepseek": model(
@@ -270,7 +275,7 @@ HAND: dict[str, ModelConfig] = {
   "expert_choice": model(block(ffn=moe(4, ExpertChoice(capacity_factor=1.7))), block()),
   "hybrid": model(
     block(attention(window=3, position=RoPE(theta=100.0))),
-    block(AttentionConfig(num_heads=2, position=ALiBi()), residual="parallel", norm=LayerNorm()),
+    block(AttentionConfig(num_heads=2, position=ALiBi()), residual=Parallel(), norm=LayerNorm()),
     block(AttentionConfig(num_heads=6, num_kv_heads=3, position=T5Bias(num_buckets=4, max_distance=6)), ffn=None),
     stack="2*(a a b) c",
   ),
@@ -410,7 +415,7 @@ def _attention(draw, d_model: int):
     num_kv_heads=None if group == 1 and draw(st.booleans()) else kv,
     head_dim=head_dim,
     position=draw(_position(head_dim or d_model // heads)),
-    mask=draw(st.sampled_from([*["causal"] * 7, *["prefix"] * 2, "bidirectional"])),
+    mask=draw(st.sampled_from([*[Causal()] * 7, *[Prefix()] * 2, Bidirectional()])),
     window=draw(_maybe(st.integers(1, 8))),
     qkv_bias=draw(st.booleans()),
     out_bias=draw(st.booleans()),
@@ -447,7 +452,7 @@ def _mla(draw):
 @st.composite
 def _block(draw, d_model: int):
   ffn = draw(_maybe(st.one_of(_mlp(), _mlp(), _moe())))
-  forms = ["pre", "post", "sandwich", "output"] + (["parallel", "parallel_two_norms"] if ffn else [])
+  forms = [Pre(), Post(), Sandwich(), Output()] + ([Parallel(), ParallelTwoNorms()] if ffn else [])
   return BlockConfig(
     mixer=draw(st.one_of(*[_attention(d_model)] * 4, _mla())),
     ffn=ffn,
@@ -581,6 +586,13 @@ def random_params(abstract_params: nnx.State, seed: int) -> nnx.State:
   return jax.tree_util.tree_map_with_path(draw, abstract_params, is_leaf=is_param)
 
 
+def site(positions, segments=None, *, state=None, key=None, telemetry=False) -> Site:
+  """Where a branch of the lowest layer stands, in a call of tokens at these positions [B, T] and no decoding state."""
+  segments = None if segments is None else jnp.asarray(segments, jnp.int32)
+  context, _ = make_context(jnp.asarray(positions, jnp.int32), segments, None, None, None, telemetry)
+  return Site(context, 0, state, None, {}, key)
+
+
 # ------------------------------------------------------------------------------------- walking over configs
 
 
@@ -595,7 +607,7 @@ def components(config) -> list:
 
 def field_types(component) -> dict[str, object]:
   """Field names and annotations of a config dataclass."""
-  hints = typing.get_type_hints(component)
+  hints = typing.get_type_hints(component if isinstance(component, type) else type(component))
   return {f.name: hints[f.name] for f in dataclasses.fields(component)}
 
 

@@ -47,6 +47,7 @@ from llmarch.models.decoder import Decoder, abstract
 from llmarch.models.lora import Adapters, product
 from llmarch.models.regroup import regroup_config, regroup_params
 from llmarch.ops import quant
+from llmarch.residual import Sandwich
 from llmarch.sharding import make_mesh, parse_mesh
 from llmarch.train.step import make_train_step
 
@@ -62,7 +63,7 @@ def model(**more) -> ModelConfig:
       mixer=AttentionConfig(**wide, position=RoPE(), window=7, qk_norm=QKNorm(norm=RMSNorm(), whole=True)),
       ffn=MLPConfig(d_ff=192, bias=True),
       norm=LayerNorm(),
-      residual="sandwich",
+      residual=Sandwich(),
     ),
     "full": BlockConfig(
       mixer=AttentionConfig(**wide | {"num_heads": 4}, position=ALiBi(), qk_norm=QKNorm(norm=RMSNorm())),

@@ -19,6 +19,7 @@ from llmarch.commands.advise import main, parse_bytes
 from llmarch.errors import UserError
 from llmarch.lab import ablation as ablations
 from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.mask import Causal, Prefix
 from llmarch.layers.moe import MoEConfig, TopK
 from llmarch.models.decoder import abstract
 from llmarch.ops import quant
@@ -280,8 +281,8 @@ def test_latent_attention_has_the_causal_mask_alone():
     why = {r.name: r.why for r in advise.advise(Request(task, 100, 4e12)).refused}
     assert why.get("deepseek_v3") == refused
   masks = {b.mixer.mask for name in ("llama_7b", "gemma_3_1b") for b in PRESETS[name]().blocks.values()}
-  assert masks == {"causal"}
-  assert advise.with_mask(PRESETS["gemma_3_1b"](), "prefix").blocks["local"].mixer.mask == "prefix"
+  assert masks == {Causal()}
+  assert advise.with_mask(PRESETS["gemma_3_1b"](), "prefix").blocks["local"].mixer.mask == Prefix()
 
 
 def test_losses_name_what_a_choice_gives_up():

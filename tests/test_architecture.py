@@ -11,12 +11,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted((ROOT / "llmarch").rglob("*.py"))
 
 # A room may import itself and these rooms. experiment.py, mesh.py and process.py are parts of config.
-GROUND = {"errors", "build", "config"}  # the standard library alone
+GROUND = {"errors", "build", "branches", "residual", "config"}  # the standard library alone
 BELOW_MODELS = GROUND | {"sharding", "ops", "layers", "models"}
 ARROWS = {
   "errors": set(),
   "build": {"errors"},
-  "config": {"build", "errors"},
+  "branches": {"build", "errors"},
+  "residual": {"build", "errors"},
+  "config": {"branches", "build", "errors", "residual"},
   "sharding": {"errors", "config"},  # the text of a mesh, mesh.py
   "ops": {"sharding", "errors", "build"},  # ops/sampling.py has a config
   "layers": GROUND | {"ops", "sharding"},

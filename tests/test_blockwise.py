@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmarch.layers.mask import Bidirectional, Causal, Prefix
 from llmarch.ops import attention, blockwise
 from llmarch.ops.attention import Keys
 
@@ -14,11 +15,11 @@ B, N, K, H, V = 3, 6, 2, 8, 5
 KINDS = {
   "causal": {},
   "window": {"window": 9},
-  "bidirectional": {"mask": "bidirectional", "window": 11},
-  "prefix": {"mask": "prefix"},
+  "bidirectional": {"mask": Bidirectional(), "window": 11},
+  "prefix": {"mask": Prefix()},
   "softcap": {"softcap": 1.5},
   "sinks": {"sinks": True},
-  "all": {"mask": "prefix", "window": 23, "softcap": 2.0, "sinks": True},
+  "all": {"mask": Prefix(), "window": 23, "softcap": 2.0, "sinks": True},
 }
 
 
@@ -44,7 +45,7 @@ def value_and_gradients(f, weights, *args):
 @pytest.mark.parametrize("T, S, block", [(40, 40, 16), (37, 37, 8), (19, 53, 16), (5, 64, 64)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blockwise_attention_is_attention(kind, T, S, block, cases):
-  options = {"mask": "causal", "window": None, "scale": 0.3, "softcap": None} | KINDS[kind]
+  options = {"mask": Causal(), "window": None, "scale": 0.3, "softcap": None} | KINDS[kind]
   q, k, v, sinks, queries, keys, weights = case(T, S)
   args = (q, k, v, sinks) if options.pop("sinks", False) else (q, k, v)
 
@@ -69,7 +70,7 @@ def test_keys_in_blocks_that_no_query_sees_are_not_read():
   q, k, v, _, queries, keys, weights = case(32, 32)
   keys = keys._replace(positions=keys.positions.at[:, :16].set(-1))
   k, v = k.at[:, :, :16].set(jnp.nan), v.at[:, :, :16].set(jnp.nan)
-  options = dict(queries=queries, keys=keys, sinks=None, mask="causal", window=None, scale=1.0, softcap=None)
+  options = dict(queries=queries, keys=keys, sinks=None, mask=Causal(), window=None, scale=1.0, softcap=None)
   run = lambda q, k, v, block: blockwise.attend(q, k, v, block=block, **options)[0]
   _, (dq, dk, dv) = value_and_gradients(functools.partial(run, block=16), weights, q, k, v)
   assert all(jnp.isfinite(a).all() for a in (run(q, k, v, block=16), dq, dk, dv))
@@ -79,7 +80,7 @@ def test_keys_in_blocks_that_no_query_sees_are_not_read():
 def test_no_array_of_all_scores_is_held():
   T = 64
   q, k, v, _, queries, keys, weights = case(T, T)
-  options = dict(mask="causal", window=None, scale=1.0, softcap=None)
+  options = dict(mask=Causal(), window=None, scale=1.0, softcap=None)
   f = lambda *a: blockwise.attend(*a, queries, keys, None, block=8, **options)[0]
   text = jax.jit(jax.grad(lambda *a: jnp.sum(f(*a) * weights), argnums=(0, 1, 2))).lower(q, k, v).as_text()
   largest = max(
@@ -106,7 +107,7 @@ def test_the_survey_of_two_blocks_never_misses_a_key_that_is_seen(cases):
   for _ in range(400):
     segments = r.integers(1, 4)
     queries, keys = block(segments), block(segments)
-    how = {"mask": r.choice(["causal", "bidirectional", "prefix"]), "window": r.choice([None, 3, 12])}
+    how = {"mask": [Causal(), Bidirectional(), Prefix()][r.integers(3)], "window": r.choice([None, 3, 12])}
     seen = bool(jnp.any(attention.visible(queries, keys, **how)))
     may = bool(blockwise.may_see(queries, keys, **how))
     missed += seen and not may

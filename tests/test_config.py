@@ -284,10 +284,10 @@ BAD = [
   (f"{A}.norm", {"eps": 1.0}, f"config.{A}.norm must name its kind, one of layernorm, rmsnorm, scalenorm"),
   (f"{A}.norm", None, f"config.{A}.norm must name its kind"),
   (f"{A}.mixer", 3, f"config.{A}.mixer must name its kind"),
-  (f"{A}.mixer.mask", "casual", f"config.{A}.mixer.mask: unknown value 'casual'; did you mean 'causal'?"),
+  (f"{A}.mixer.mask", "casual", f"config.{A}.mixer.mask.kind: unknown kind 'casual'; did you mean 'causal'?"),
   (f"{A}.ffn.activation", "swiglu", f"config.{A}.ffn.activation: unknown value 'swiglu'"),
-  (f"{A}.residual", 3, f"config.{A}.residual: unknown value 3 (known: pre, post"),
-  (f"{A}.residual", ["pre"], f"config.{A}.residual: unknown value ['pre']"),
+  (f"{A}.residual", 3, f"config.{A}.residual must name its kind, one of output, parallel"),
+  (f"{A}.residual", ["pre"], f"config.{A}.residual must name its kind"),
   ("train.remat", "dot", "config.train.remat: unknown value 'dot'; did you mean 'dots'?"),
   # wrong types
   ("seed", "1", "config.seed must be of type int, got '1'"),

@@ -18,12 +18,11 @@ import spaces
 from flax import nnx
 
 from llmarch.analysis import cost
+from llmarch.branches import FFNConfig, MixerConfig
 from llmarch.config import (
   EmbedConfig,
-  FFNConfig,
   HeadConfig,
   InitConfig,
-  MixerConfig,
   ModelConfig,
   NormConfig,
   PositionConfig,
@@ -33,12 +32,14 @@ from llmarch.config import (
 from llmarch.errors import UserError
 from llmarch.layers.attention import QKNorm
 from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.mask import MaskConfig, Prefix
 from llmarch.layers.norm import LayerNorm, RMSNorm
 from llmarch.layers.position import ALiBi, Learned, T5Bias
 from llmarch.layers.stack import REMAT_POLICIES
 from llmarch.models.decoder import Decoder, abstract, restack, unstack
 from llmarch.ops import cache
 from llmarch.ops.loss import chunked_loss
+from llmarch.residual import Output, Parallel, Pre, ResidualConfig, Sandwich
 from llmarch.sharding import LAYOUTS, make_mesh, shardings, use_layout
 
 TOLERANCE = 1e-5  # of the spread of the logits, f32 against float64
@@ -153,8 +154,8 @@ class Toy:
     return [self.alone(row) for row in range(B)]
 
   def masks(self) -> set[str]:
-    causal = all(getattr(block.ffn, "causal", True) for block in self.config.blocks.values())
-    return {block.mixer.mask for block in self.config.blocks.values()} | (set() if causal else {"bidirectional"})
+    causal = all(block.ffn is None or block.ffn.causal for block in self.config.blocks.values())
+    return {block.mixer.mask.kind for block in self.config.blocks.values()} | (set() if causal else {"bidirectional"})
 
   def depends_on_length(self) -> bool:
     return any(c.__class__.__name__ in ("DynamicNTK", "LongRoPE") for c in spaces.components(self.config))
@@ -235,7 +236,8 @@ def check_causality(toy: Toy, run, cases):
   reach = np.eye(T, dtype=bool)
   for name in toy.config.layers:
     mixer = toy.config.blocks[name].mixer
-    causal = getattr(toy.config.blocks[name].ffn, "causal", True)
+    ffn = toy.config.blocks[name].ffn
+    causal = ffn is None or ffn.causal
     layer = [[oracle.sees(mixer, i, j, True, marks[j]) or not causal for j in range(T)] for i in range(T)]
     reach = (np.array(layer) | np.eye(T, dtype=bool)) @ reach
   for row, j in enumerate(at):
@@ -346,7 +348,7 @@ def test_the_list_by_hand_holds_every_option():
   ]
   assert not missing
   kinds = {type(c) for config in spaces.HAND.values() for c in spaces.components(config)}
-  families = (NormConfig, PositionConfig, ScalingConfig, MixerConfig, FFNConfig, InitConfig)
+  families = (NormConfig, PositionConfig, ScalingConfig, MixerConfig, FFNConfig, InitConfig, MaskConfig, ResidualConfig)
   assert {kind for family in families for kind in family.variants.values()} <= kinds
 
 
@@ -505,17 +507,17 @@ WIDE: dict[str, ModelConfig] = {
     head=HeadConfig(tied=False, bias=True),
     embed=EmbedConfig(position=Learned(length=spaces.MAX_LEN)),
   ),
-  "mqa_parallel": wide(({"num_kv_heads": 1}, {"residual": "parallel"})),
+  "mqa_parallel": wide(({"num_kv_heads": 1}, {"residual": Parallel()})),
   "biases_by_distance": wide(
     ({"num_kv_heads": 8, "position": T5Bias(num_buckets=6, max_distance=7), "sinks": True}, {}),
     (
-      {"num_heads": 16, "num_kv_heads": 8, "position": ALiBi(), "mask": "prefix", "softcap": 4.0},
-      {"residual": "sandwich"},
+      {"num_heads": 16, "num_kv_heads": 8, "position": ALiBi(), "mask": Prefix(), "softcap": 4.0},
+      {"residual": Sandwich()},
     ),
     stack="2*(a b)",
   ),
   "qk_norm": wide(
-    ({"num_kv_heads": 4, "qk_norm": QKNorm(norm=RMSNorm(), whole=True)}, {"residual": "output"}),
+    ({"num_kv_heads": 4, "qk_norm": QKNorm(norm=RMSNorm(), whole=True)}, {"residual": Output()}),
     ({"num_kv_heads": 4, "position": None, "qk_norm": QKNorm(norm=RMSNorm())}, {"ffn": None}),
     stack="a 2*b",
   ),
@@ -585,7 +587,7 @@ def test_tensor_parallel_ends_each_branch_in_one_all_reduce():
   """1909.08053: two in a serial layer forward. And without a layout entered inside, no constraint exists."""
   config, mesh = WIDE["mqa_parallel"], make_mesh({"data": 1, "tensor": 8})
   config = dataclasses.replace(
-    config, stack="a", blocks={"a": dataclasses.replace(config.blocks["a"], residual="pre")}
+    config, stack="a", blocks={"a": dataclasses.replace(config.blocks["a"], residual=Pre())}
   )
   toy = Toy(config, 0, 3)
 

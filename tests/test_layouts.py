@@ -32,6 +32,7 @@ from llmarch.models.padding import pad_heads, pad_params
 from llmarch.ops import cache
 from llmarch.ops.sampling import Sampling
 from llmarch.presets import PRESETS
+from llmarch.residual import Parallel
 from llmarch.sharding import (
   ATTENTION,
   FEED_FORWARD,
@@ -95,7 +96,7 @@ OPTIONS = {
       ),
     ),
     spaces.block(
-      spaces.attention(num_heads=8), ffn=spaces.moe(2, TopK(k=1, renormalize=False), {"d_ff": 24}), residual="parallel"
+      spaces.attention(num_heads=8), ffn=spaces.moe(2, TopK(k=1, renormalize=False), {"d_ff": 24}), residual=Parallel()
     ),
   ),
   "biases_by_distance": model(
@@ -109,7 +110,7 @@ OPTIONS = {
     spaces.block(
       spaces.mla(num_heads=16, q_lora_rank=None, kv_lora_rank=40, qk_nope_head_dim=5, v_head_dim=6),
       ffn=MLPConfig(d_ff=40),
-      residual="parallel",
+      residual=Parallel(),
     ),
   ),
 }

@@ -15,12 +15,12 @@ from flax import nnx
 from test_invariants import assert_close, assert_same_gradients, decode, forward, make_batch, plan, prefix_lengths
 
 from llmarch.analysis import cost
+from llmarch.branches import FFNConfig
 from llmarch.build import build
-from llmarch.config import FanIn, FFNConfig, Xavier
+from llmarch.config import FanIn, Xavier
 from llmarch.errors import UserError
 from llmarch.experiment import ExperimentConfig, OptimizerConfig, TrainConfig
 from llmarch.infer.lm import check_generates
-from llmarch.layers.context import make_context
 from llmarch.layers.ffn import MLP, MLPConfig
 from llmarch.layers.moe import ExpertChoice, Groups, MoE, MoEConfig, TopK
 from llmarch.layers.param import Maker, flatten, unflatten
@@ -50,9 +50,8 @@ def route(logits, k=2, real=None, **options) -> ops.Routes:
   return ops.top_k(scores, jax.lax.stop_gradient(scores), real, k, **{"renormalize": True, "scale": 1.0} | options)
 
 
-def context(positions, segments=None):
-  segments = None if segments is None else jnp.asarray(segments, jnp.int32)
-  return make_context(jnp.asarray(positions, jnp.int32), segments, None, None, True)[0]
+def site(positions, segments=None):
+  return spaces.site(positions, segments, telemetry=True)
 
 
 def layer(config: MoEConfig, seed: int = 3) -> MoE:
@@ -116,12 +115,14 @@ def test_what_capacity_drops_is_what_the_loop_drops_and_no_expert_has_more(capac
 def test_padding_takes_no_place_from_real_tokens():
   config = MoEConfig(num_experts=E, expert=MLPConfig(d_ff=F), router=TopK(k=2, capacity_factor=0.8))
   moe, x = layer(config), normal(1, 6, D)
-  alone, aux = moe(x, context([np.arange(6)]), None)
+  out = moe(x, site([np.arange(6)]))
+  alone, aux = out.y, out.stats
   at = np.array([1, 2, 5, 6, 8, 9])
   padded = normal(1, 11, D, seed=5).at[:, at].set(x)
   positions = np.full((1, 11), -1)
   positions[0, at] = np.arange(6)
-  y, padded_aux = moe(padded, context(positions), None)
+  out = moe(padded, site(positions))
+  y, padded_aux = out.y, out.stats
   np.testing.assert_allclose(y[:, at], alone, atol=1e-6)
   assert aux["router_dropped"] > 0
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), padded_aux, aux)
@@ -137,8 +138,8 @@ def test_identical_experts_with_renormalised_gates_are_one_dense_mlp():
         one = getattr(moe, name)[0]
         getattr(mlp, name).set_value(one)
         getattr(moe, name).set_value(jnp.broadcast_to(one, (E, *one.shape)))
-    x, here = normal(B, T, D), context(np.tile(np.arange(T), (B, 1)))
-    assert_close(moe(x, here, None)[0], np.asarray(mlp(x, here, None)[0]), str(expert))
+    x, here = normal(B, T, D), site(np.tile(np.arange(T), (B, 1)))
+    assert_close(moe(x, here).y, np.asarray(mlp(x, here).y), str(expert))
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4_32"])
@@ -266,12 +267,12 @@ def test_router_losses_are_trained_and_a_bias_steps_against_its_load_past_the_op
 
   before, new, metrics = after(LOSSY)
   aux = metrics["telemetry"]
-  assert metrics["router_loss"] == pytest.approx(float(jnp.sum(aux["router_loss"])))
-  assert (aux["router_loss"] > 0.9).all() and (aux["router_dropped"] == 0).all()
+  assert metrics["branch_loss"] == pytest.approx(float(jnp.sum(aux["branch_loss"])))
+  assert (aux["branch_loss"] > 0.9).all() and (aux["router_dropped"] == 0).all()
 
   graph, params = nnx.split(abstract(LOSSY))
   trunk = lambda p: nnx.merge(graph, unflatten(params, p)).trunk(batch["tokens"], batch["positions"])[2]
-  pull = jax.jit(jax.grad(lambda p: jnp.sum(trunk(p)["router_loss"])))(before)
+  pull = jax.jit(jax.grad(lambda p: jnp.sum(trunk(p).loss)))(before)
   bias, router = (f"stack/segments/0/blocks/0/ffn/{name}" for name in ("selection_bias", "router"))
   assert np.abs(pull[bias]).max() > 0.1
   np.testing.assert_allclose(new[bias], before[bias] - 0.02 * np.sign(pull[bias]), rtol=1e-6)
@@ -331,7 +332,7 @@ def test_a_decoding_state_drops_nothing_so_that_chunks_agree():
 
 
 def test_a_model_whose_experts_choose_cannot_generate():
-  with pytest.raises(UserError, match="kind='expert_choice': it sees the future and cannot generate"):
+  with pytest.raises(UserError, match="router='expert_choice': it sees the future and cannot generate"):
     check_generates(spaces.HAND["expert_choice"])
   check_generates(spaces.HAND["deepseek"])
 
@@ -365,7 +366,7 @@ def test_experts_over_eight_devices_equal_one_device(name, cases):
   def loss(params, mesh):
     with use_layout(layout, mesh):
       logits, _, aux = nnx.merge(graph, params)(tokens, positions)
-      return jnp.sum(logits * pull) + jnp.sum(aux.get("router_loss", 0.0)), logits
+      return jnp.sum(logits * pull) + (0.0 if aux.loss is None else jnp.sum(aux.loss)), logits
 
   def run(mesh):
     return jax.value_and_grad(functools.partial(loss, mesh=mesh), has_aux=True)

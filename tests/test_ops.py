@@ -15,8 +15,8 @@ from flax import nnx
 from llmarch.config import FanIn, HeadConfig, Normal, Xavier
 from llmarch.layers.attention import QKNorm
 from llmarch.layers.block import Block
-from llmarch.layers.context import make_context
 from llmarch.layers.ffn import MLP, MLPConfig
+from llmarch.layers.mask import Bidirectional
 from llmarch.layers.norm import LayerNorm, RMSNorm
 from llmarch.layers.param import Maker, flatten
 from llmarch.layers.position import (
@@ -520,7 +520,7 @@ def test_query_key_norm_bounds_the_logits_by_sqrt_of_the_head_dim():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(attention, "attend", spy)
     positions = jnp.arange(9)[None]
-    mixer(normal(1, 9, 18, scale=100.0), make_context(positions, None, None, None, False)[0], None, None, None)
+    mixer(normal(1, 9, 18, scale=100.0), spaces.site(positions))
   q, k = seen[0]
   scores = jnp.einsum("btkgh,bksh->bkgts", q.reshape(1, 9, 2, 3, H), k) / math.sqrt(H)
   assert jnp.abs(scores).max() <= math.sqrt(H) * (1 + 1e-5)
@@ -553,15 +553,15 @@ def test_attention_dropout_zeroes_or_rescales_each_weight():
 def test_dropout_of_a_block_zeroes_or_rescales_each_branch():
   config = spaces.block(ffn=None, dropout=0.25)
   x, block = normal(3, 8, 18), Block(config, 18, Maker(jax.random.key(0), FanIn(), "float32"))
-  context = make_context(jnp.tile(jnp.arange(8), (3, 1)), None, None, None, False)[0]
-  branch, dropped = jax.jit(lambda: [block(x, context, None, None, k)[0] - x for k in (None, jax.random.key(1))])()
+  at = lambda key: spaces.site(jnp.tile(jnp.arange(8), (3, 1)), key=key)
+  branch, dropped = jax.jit(lambda: [block(x, at(k)).y - x for k in (None, jax.random.key(1))])()
   zero = jnp.abs(dropped) < 1e-6
   np.testing.assert_allclose(jnp.where(zero, 0, dropped), jnp.where(zero, 0, branch / 0.75), rtol=1e-3, atol=1e-5)
   assert abs(zero.mean() - 0.25) < 0.06
 
 
 def test_without_positions_a_bidirectional_decoder_is_equivariant_to_permutations():
-  block = spaces.block(spaces.attention(position=None, mask="bidirectional"))
+  block = spaces.block(spaces.attention(position=None, mask=Bidirectional()))
   model = Decoder(spaces.model(block), jax.random.key(0))
   tokens, order = jnp.array([[3, 1, 4, 15, 9, 2, 6]]), jnp.array([4, 0, 6, 2, 1, 5, 3])
   positions = jnp.arange(7)[None]

@@ -20,6 +20,7 @@ from llmarch.analysis import hlo
 from llmarch.config import EmbedConfig
 from llmarch.errors import UserError
 from llmarch.experiment import AdamW, Constant, ExperimentConfig, OptimizerConfig, TrainConfig
+from llmarch.layers.mask import Prefix
 from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, ScaleNorm
 from llmarch.layers.position import T5Bias
@@ -35,7 +36,7 @@ MODELS = {
   "parallel": spaces.model(block(1, form="parallel", norm=ScaleNorm()), stack="4*a", **SIZES),
   # Two terms, and a table that all layers of a name share.
   "terms": spaces.model(
-    block(2, position=T5Bias(num_buckets=6, max_distance=7), mask="prefix"), block(4), stack="4*a 2*(b a)", **SIZES
+    block(2, position=T5Bias(num_buckets=6, max_distance=7), mask=Prefix()), block(4), stack="4*a 2*(b a)", **SIZES
   ),
   "drops": spaces.model(DROPS, stack="4*a", embed=EmbedConfig(dropout=0.1), **SIZES),
   "experts": spaces.model(

@@ -13,6 +13,7 @@ from llmarch.build import FrozenDict, build
 from llmarch.config import ModelConfig
 from llmarch.errors import UserError
 from llmarch.presets import PRESETS
+from llmarch.residual import ResidualConfig
 
 PALM = PRESETS["palm_540b"]()
 E, F = 18432, 73728
@@ -218,7 +219,7 @@ def block_of(kv_heads, residual="pre", gated=True):
   (block,) = PALM.blocks.values()
   return dataclasses.replace(
     block,
-    residual=residual,
+    residual=build(ResidualConfig, residual, "residual"),
     mixer=dataclasses.replace(block.mixer, num_heads=64, num_kv_heads=kv_heads),
     ffn=dataclasses.replace(block.ffn, gated=gated),
   )

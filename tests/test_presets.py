@@ -19,6 +19,7 @@ from llmarch.build import differences, to_dict
 from llmarch.commands.common import load_config
 from llmarch.config import ModelConfig
 from llmarch.experiment import SGD, Adafactor, AdamW, ExperimentConfig, Lion, Muon, OptimizerConfig, TrainConfig
+from llmarch.layers.mask import Bidirectional, Causal, Prefix
 from llmarch.layers.moe import MoEConfig
 from llmarch.layers.param import flatten
 from llmarch.models import decoder
@@ -278,19 +279,19 @@ def test_flops_are_those_of_the_matrix_products_in_the_forward_and_gradient(name
   assert cost.train_flops_per_token(TOYS[name], T, dense=True) * B * T == dot_flops(gradient)
 
 
-@pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
+@pytest.mark.parametrize("mask", [Causal(), Bidirectional(), Prefix()], ids=lambda mask: mask.kind)
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 30])
 @pytest.mark.parametrize("length", [1, 4, 9, 13])
 def test_mean_keys_count_what_the_mask_lets_see(mask, window, length):
   tokens = ops.Keys(jnp.arange(length)[None], jnp.zeros((1, length), jnp.int32), None)
   seen = ops.visible(tokens, tokens, mask=mask, window=window)
-  assert cost.mean_keys(length, mask, window) == pytest.approx(float(jnp.sum(seen)) / length, rel=1e-6)
+  assert mask.mean_keys(length, window) == pytest.approx(float(jnp.sum(seen)) / length, rel=1e-6)
 
 
 def test_masked_scores_are_counted_by_dense_alone():
   config = TOYS["gemma_2_2b"]  # 4 heads of 10; two layers see 5 keys, two see all
   heads = 4 * 10
-  matrices = cost.flops_per_token(config, T) - 2 * (2 * 2 * heads) * (cost.mean_keys(T, "causal", 5) + (T + 1) / 2)
+  matrices = cost.flops_per_token(config, T) - 2 * (2 * 2 * heads) * (Causal().mean_keys(T, 5) + (T + 1) / 2)
   assert matrices == pytest.approx(cost.flops_per_token(config, T, dense=True) - 4 * (2 * 2 * heads) * T)
 
 

@@ -24,12 +24,14 @@ from llmarch.errors import UserError
 from llmarch.infer.decoder import decoding_params, make_decoder
 from llmarch.infer.lm import LM
 from llmarch.infer.quantize import quantize_params
+from llmarch.layers.mask import Causal, Prefix
 from llmarch.models.decoder import abstract
 from llmarch.ops import attention, cache, kivi, quant
 from llmarch.ops.attention import Keys
 from llmarch.ops.quant import FORMATS, NF4, QTensor, quantize
 from llmarch.ops.sampling import Sampling
 from llmarch.presets import PRESETS
+from llmarch.residual import Parallel
 from llmarch.sharding import find_layout, make_mesh, shardings
 
 compiled = jax.jit(quantize, static_argnums=(1, 2))
@@ -165,7 +167,7 @@ def attend_in_chunks(widths, window, q, k, v):
   chunk, full = max(widths), WIDTH if window is None else window + max(widths) - 1
   S = kivi.capacity(min(full, WIDTH))
   spec = cache.Spec((B, K, S, H), ("",) * 4, "float32")
-  state, ledger = cache.allocate((kivi.specs(spec, "int8", chunk), cache.ledger_spec(B, S)))
+  state, ledger = cache.allocate((kivi.specs(spec, "int8", chunk), cache.Ring(S).ledger(B)))
   cursor, out, at = jnp.zeros(B, jnp.int32), [], 0
   step = jax.jit(lambda *a: _one_chunk(*a, window))
   for width in widths:
@@ -178,10 +180,9 @@ def attend_in_chunks(widths, window, q, k, v):
 def _one_chunk(state, ledger, cursor, q, k, v, at, window):
   positions = at + jnp.arange(q.shape[1]) - (WIDTH - jnp.array(LENGTHS)[:, None])
   queries = Keys(jnp.maximum(positions, -1), jnp.zeros_like(positions), None)
-  slot = cache.slots(cursor, queries.positions, ledger["positions"].shape[1])
-  ledger, keys = cache.write_ledger(ledger, slot, queries)
-  state, k, v, keys, readable = kivi.update(state, cursor, queries, keys, k, v)
-  seen = attention.visible(queries, keys, mask="causal", window=window) & readable
+  ledger, buffer = ledger.enter(cursor, queries, None)
+  state, k, v, keys, readable = kivi.update(state, cursor, queries, buffer.keys, k, v)
+  seen = attention.visible(queries, keys, mask=Causal(), window=window) & readable[:, None]
   out, _ = attention.attend(q, k, v, seen, None, None, scale=0.5, softcap=None, dropout=0.0, key=None)
   return out, state, ledger, cursor + (queries.positions >= 0).sum(axis=1, dtype=jnp.int32)
 
@@ -221,7 +222,7 @@ WIDE = spaces.model(  # sizes of whole groups; both ways to sum over two dimensi
   spaces.block(
     spaces.attention(num_heads=16, num_kv_heads=1, head_dim=16, window=6),
     ffn=spaces.MLPConfig(d_ff=256, gated=False, bias=True),
-    residual="parallel",
+    residual=Parallel(),
   ),
   d_model=256,
   stack="2*(a b)",
@@ -289,7 +290,7 @@ def test_logits_from_a_quantised_state_are_near_with_a_prefix_that_sees_itself_b
 
   def logits(state):
     block = WIDE.blocks["a"]
-    block = dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, mask="prefix"))
+    block = dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, mask=Prefix()))
     config = with_state(state, stack="a", blocks={"a": block})
     graph, state = nnx.graphdef(abstract(config)), cache.allocate(abstract(config).state_spec(1, 64, length))
     forward = jax.jit(lambda p: nnx.merge(graph, p)(tokens, positions, state=state, prefix=positions >= 0)[0])

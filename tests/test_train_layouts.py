@@ -24,6 +24,7 @@ from llmarch.errors import UserError
 from llmarch.experiment import AdamW, Constant, ExperimentConfig, OptimizerConfig, TrainConfig
 from llmarch.layers.attention import QKNorm
 from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.mask import Bidirectional, Causal, Prefix
 from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm
 from llmarch.layers.param import flatten
@@ -58,7 +59,7 @@ MODELS = {
   ),
   "gqa_parallel": model(block(2, form="parallel_two_norms", qk_norm=QKNorm(norm=RMSNorm(), whole=True))),
   "alibi_sinks": model(block(8, position=ALiBi(), sinks=True, form="output")),
-  "t5_prefix": model(block(2, position=T5Bias(num_buckets=6, max_distance=7), mask="prefix")),
+  "t5_prefix": model(block(2, position=T5Bias(num_buckets=6, max_distance=7), mask=Prefix())),
   "latent": model(
     spaces.block(spaces.mla(num_heads=8, q_lora_rank=16, kv_lora_rank=16), ffn=MLPConfig(d_ff=40)),
   ),
@@ -224,7 +225,7 @@ def test_a_ring_is_attention_whatever_the_order_of_tokens(kind, cases):
   sinks = normal(N) if "sinks" in kind else None
   table = normal(30, N) if "bias" in kind else None
   bias = (lambda t, d: jnp.moveaxis(t[jnp.clip(-d, 0, 29)], -1, 1)) if "bias" in kind else None
-  mask = {"window_cap_sinks": "causal", "prefix_bias": "prefix"}.get(kind, kind)
+  mask = {"window_cap_sinks": Causal(), "prefix_bias": Prefix(), "causal": Causal()}.get(kind, Bidirectional())
   window, softcap = (7, 2.0) if "cap" in kind else (None, None)
 
   def plain(q, k, v, sinks, table):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from llmarch.lab.ablation import ZERO, Ablation, Arm, Budget, Comparison
 from llmarch.lab.measures import best_time, exponent
+from llmarch.layers.mask import Causal
 from llmarch.ops import attention, blockwise
 from llmarch.ops.attention import Keys
 
@@ -30,7 +31,7 @@ def _tokens(positions) -> Keys:
 
 @jax.jit
 def dense(q, k, v, positions):
-  seen = attention.visible(_tokens(positions), _tokens(positions), mask="causal", window=None)
+  seen = attention.visible(_tokens(positions), _tokens(positions), mask=Causal(), window=None)
   by_head = lambda x: x.swapaxes(1, 2)
   return attention.attend(
     q, by_head(k), by_head(v), seen, None, None, scale=DIM**-0.5, softcap=None, dropout=0.0, key=None
@@ -41,7 +42,7 @@ def dense(q, k, v, positions):
 def windowed(q, k, v, positions):
   by_head = lambda x: x.swapaxes(1, 2)
   here = _tokens(positions)
-  options = {"mask": "causal", "window": WINDOW, "scale": DIM**-0.5, "softcap": None}
+  options = {"mask": Causal(), "window": WINDOW, "scale": DIM**-0.5, "softcap": None}
   return blockwise.attend(q, by_head(k), by_head(v), here, here, None, block=WINDOW // 2, **options)[0]
 
 

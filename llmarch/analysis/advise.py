@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 from llmarch.analysis import cost, planner, roofline
 from llmarch.analysis.hardware import find_chip
-from llmarch.build import FrozenDict
+from llmarch.branches import MixerConfig
+from llmarch.build import FrozenDict, build
 from llmarch.config import ModelConfig
 from llmarch.errors import UserError, check, nearest
-from llmarch.layers.attention import AttentionConfig
-from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.mask import MaskConfig
 from llmarch.layers.mla import MLAConfig
-from llmarch.layers.moe import MoEConfig
 from llmarch.layers.position import Learned
 from llmarch.ops import quant
 from llmarch.presets import PRESETS
@@ -246,11 +245,10 @@ def with_mask(config: ModelConfig, mask: str) -> ModelConfig | None:
   """The same model with this mask in every mixer; None where one has no choice of masks and is causal."""
   blocks = {}
   for name, block in config.blocks.items():
-    choice = any(field.name == "mask" for field in dataclasses.fields(block.mixer))
-    if not choice and mask != "causal":
+    mixer = block.mixer.with_fields(mask=build(MaskConfig, mask, "mask"))
+    if mixer is None and mask != "causal":
       return None
-    mixer = dataclasses.replace(block.mixer, mask=mask) if choice else block.mixer
-    blocks[name] = dataclasses.replace(block, mixer=mixer)
+    blocks[name] = dataclasses.replace(block, mixer=mixer or block.mixer)
   return dataclasses.replace(config, blocks=FrozenDict(blocks))
 
 
@@ -260,22 +258,14 @@ def positions_reach(config: ModelConfig, context: int) -> bool:
   return not isinstance(table, Learned) or context <= table.length
 
 
-# The dimensions that products with a component's matrices sum over, each as a format's groups see it.
-SUMMED: dict[type, Callable] = {
-  AttentionConfig: lambda c, D: [(D,), (c.num_heads, c.dim(D))],
-  MLAConfig: lambda c, D: [(D,), (c.kv_lora_rank,), (c.q_lora_rank or D,), (c.num_heads, c.v_head_dim)],
-  MLPConfig: lambda c, D: [(D,), (c.d_ff,)],
-  MoEConfig: lambda c, D: [(D,), (c.expert.d_ff,), (c.shared.d_ff if c.shared else D,)],
-}
-
-
 def groups_fit(config: ModelConfig, weights: str) -> bool:
   """Whether the groups of a format divide every matrix, as `llmarch generate --weights` demands."""
   if weights not in quant.FORMATS:
     return True
   sizes = {(config.d_model,), (config.embed.dim or config.d_model,)}
-  for part in {part for block in config.blocks.values() for part in (block.mixer, block.ffn) if part}:
-    sizes |= set(SUMMED.get(type(part), lambda c, D: [])(part, config.d_model))
+  for block in config.blocks.values():
+    for branch in block.branches.values():
+      sizes |= set(branch.summed(config.d_model))
   try:
     return all(quant.scale_shape(size, range(len(size)), weights) for size in sizes)
   except UserError:
@@ -284,7 +274,7 @@ def groups_fit(config: ModelConfig, weights: str) -> bool:
 
 def windows(config: ModelConfig) -> list[int | None]:
   """What each layer's mixer sees of the tokens before, itself included; None: all (or a state of all)."""
-  return [getattr(config.blocks[name].mixer, "window", None) for name in config.layers]
+  return [config.blocks[name].mixer.window for name in config.layers]
 
 
 def reach(config: ModelConfig) -> int | None:
@@ -296,21 +286,13 @@ def reach(config: ModelConfig) -> int | None:
 def kind(config: ModelConfig) -> str:
   """An architecture in three words: how heads share keys, how far layers see, whether it has experts."""
   blocks, seen = config.blocks.values(), windows(config)
-  sharing = " and ".join(dict.fromkeys(_sharing(block.mixer) for block in blocks))
+  sharing = " and ".join(dict.fromkeys(block.mixer.sharing for block in blocks))
   far = "full" if not any(seen) else "local-global" if None in seen else "window"
   return f"{sharing}, {far}, {'experts' if _experts(config) else 'dense'}"
 
 
-def _sharing(mixer) -> str:
-  if not isinstance(mixer, AttentionConfig):
-    return "latent" if isinstance(mixer, MLAConfig) else mixer.kind
-  if mixer.kv_heads == mixer.num_heads:
-    return "multi-head"
-  return "multi-query" if mixer.kv_heads == 1 else "grouped-query"
-
-
 def _experts(config: ModelConfig) -> bool:
-  return any(block.ffn is not None and block.ffn.kind == "moe" for block in config.blocks.values())
+  return any(block.ffn is not None and bool(block.ffn.experts) for block in config.blocks.values())
 
 
 def losses(request: Request, config: ModelConfig) -> tuple[Loss, ...]:
@@ -327,10 +309,10 @@ def losses(request: Request, config: ModelConfig) -> tuple[Loss, ...]:
     widths = " or ".join(f"{w:,}" for w in sorted(set(narrow)))
     lose(f"{len(narrow)} of {len(config.layers)} layers see {widths} tokens", "local")
   for mixer in {block.mixer for block in config.blocks.values()}:
-    if _sharing(mixer) == "multi-query":
-      lose(f"{mixer.num_heads} query heads share one head of keys and values", "heads")
-    elif isinstance(mixer, MLAConfig):
-      lose(f"all keys and values of a token are made of {mixer.kv_lora_rank} numbers", "latent")
+    if mixer.rank is not None:
+      lose(f"all keys and values of a token are made of {mixer.rank} numbers", "latent")
+    elif mixer.kv_heads == 1 and mixer.heads != 1:
+      lose(f"{mixer.heads} query heads share one head of keys and values", "heads")
   if _experts(config):
     share = cost.active_params(config) / cost.params(config)["total"]
     lose(f"a token uses {share:.0%} of the parameters that memory holds")
@@ -349,21 +331,26 @@ def _rounding(weights: str, kv: str) -> list[Loss]:
 
 
 def _mixers(config: ModelConfig, change: Callable) -> ModelConfig:
-  """The same model with change(mixer) in place of each softmax attention."""
+  """The same model with change(mixer) in place of each softmax attention whose key-value heads can be chosen."""
   one = lambda block: dataclasses.replace(block, mixer=change(block.mixer))
-  pick = lambda block: one(block) if isinstance(block.mixer, AttentionConfig) else block
+  pick = lambda block: one(block) if _has_choice(block.mixer) else block
   return dataclasses.replace(config, blocks=FrozenDict({name: pick(b) for name, b in config.blocks.items()}))
+
+
+def _has_choice(mixer: MixerConfig) -> bool:
+  """Whether a mixer has key-value heads, and a window, to choose."""
+  return mixer.with_fields(num_kv_heads=mixer.kv_heads, window=mixer.window) is not None
 
 
 def share_heads(config: ModelConfig, num_kv_heads: int) -> ModelConfig:
   """At most so many key-value heads, wherever they divide the query heads (1911.02150, 2305.13245)."""
-  fewer = lambda c: c.kv_heads > num_kv_heads and c.num_heads % num_kv_heads == 0
+  fewer = lambda c: c.kv_heads > num_kv_heads and c.heads % num_kv_heads == 0
   return _mixers(config, lambda c: dataclasses.replace(c, num_kv_heads=num_kv_heads) if fewer(c) else c)
 
 
 def see_locally(config: ModelConfig, window: int = 1024, every: int = 6) -> ModelConfig:
   """A window in all but every sixth layer, as Gemma 3 has it (2503.19786); as it is where there are windows already."""
-  if any(windows(config)) or not all(isinstance(b.mixer, AttentionConfig) for b in config.blocks.values()):
+  if any(windows(config)) or not all(_has_choice(b.mixer) for b in config.blocks.values()):
     return config
   order = [name if i % every == 0 else f"{name}_local" for i, name in enumerate(config.layers, 1)]
   local = _mixers(config, lambda c: dataclasses.replace(c, window=window)).blocks
@@ -377,7 +364,7 @@ def latent(config: ModelConfig) -> ModelConfig:
   if any(windows(config)):
     return config
   sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-  return _mixers(config, lambda c: MLAConfig(num_heads=c.num_heads, **sizes))
+  return _mixers(config, lambda c: MLAConfig(num_heads=c.heads, **sizes))
 
 
 FORKS: tuple[tuple[str, Callable[[ModelConfig], ModelConfig], Loss], ...] = (

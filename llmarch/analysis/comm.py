@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from llmarch.config import BlockConfig
+from llmarch.layers.attention import AttentionConfig
+from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm
 
 AXES = ("x", "y", "z")
@@ -62,6 +64,15 @@ class Collective(NamedTuple):
 
 
 Mesh = Mapping[str, int]
+
+
+KNOWN = {AttentionConfig, MLPConfig}  # the branches of which these formulas are
+
+
+def knows(block: BlockConfig) -> bool:
+  """Whether the formulas of this module hold for a block."""
+  branches = block.branches.values()
+  return all(type(branch) in KNOWN and not branch.reads_kept for branch in branches)
 
 
 def chips(mesh: Mesh, axes: str = "xyz") -> int:
@@ -174,7 +185,7 @@ def block(
 
   # The residual stream, E over embed and hidden: in and out, for each branch or once for both. The weight-
   # stationary rows split it X, Z, Y; of the axes that it gains, the first is the major one.
-  branches = 1 if f is None or config.residual.startswith("parallel") else 2
+  branches = len(config.residual.groups(tuple(config.branches)))
   stream = "xzy" if row.embed + row.hidden == "zyx" else row.hidden
   whole = t * d_model / chips(mesh, row.embed)
   gather(stream, whole / chips(mesh, stream), "input", branches)
@@ -182,10 +193,9 @@ def block(
 
   # Norms: a mean over E is one f32 a token, over the axes that still split E. LayerNorm has two.
   means = 2 if isinstance(config.norm, LayerNorm) else 1
-  entering, leaving = NORMS[config.residual]
-  per_branch = 1 if config.residual.startswith("parallel") else branches
-  add("all-reduce", row.embed, t, "norm", means * entering * per_branch, 4)
-  add("all-reduce", row.embed + stream, t, "norm", means * leaving * per_branch, 4)
+  entering, leaving = NORMS[config.residual.kind]
+  add("all-reduce", row.embed, t, "norm", means * entering * branches, 4)
+  add("all-reduce", row.embed + stream, t, "norm", means * leaving * branches, 4)
 
   if f is not None:
     hidden = t * f.d_ff / chips(mesh, row.hidden)
@@ -210,7 +220,7 @@ def block(
   return found
 
 
-# Norms of a block by residual form, a branch each: (of what enters it, of the residual stream).
+# Norms by residual scheme, for each group of branches that reads one x: (of what enters it, of the residual stream).
 NORMS = {
   "pre": (1, 0),
   "post": (0, 1),

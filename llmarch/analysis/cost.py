@@ -9,14 +9,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+from llmarch.branches import BranchConfig
 from llmarch.config import BlockConfig, ModelConfig, NormConfig
+from llmarch.errors import check
 from llmarch.experiment import SGD, Adafactor, AdamW, ExperimentConfig, Lion, Muon
 from llmarch.layers.attention import AttentionConfig
+from llmarch.layers.cross import CrossAttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.mla import MLAConfig
-from llmarch.layers.moe import MoEConfig, TopK
+from llmarch.layers.moe import MoEConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
-from llmarch.layers.position import Learned, Sinusoidal, T5Bias
+from llmarch.layers.position import Learned, Sinusoidal
 
 # An element by its type or format; scales of formats are `kv_state`'s to count.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} | dict.fromkeys(("int8", "fp8", "int8_channel", "fp8_channel"), 1)
@@ -32,6 +35,8 @@ class Cost(NamedTuple):
   growth: int = 0  # elements by which one more token lengthens the state
   idle: int = 0  # of the matrices, those that a token does not use
   idle_vectors: int = 0
+  expert: int = 0  # parameters of one expert, of which a token uses some
+  decoding: float = 0.0  # multiply-adds that a decode step spends more (or less) a key than `mixing` counts
 
 
 # ------------------------------------------------------------------------------------- one row a component
@@ -39,19 +44,34 @@ class Cost(NamedTuple):
 
 def attention(c: AttentionConfig, d_model: int) -> Cost:
   """Parameters 2 D N H + 2 D K H and the biases; 2 N H multiply-adds for each key a query sees (scores, and
-  their mix); 2 K H elements of state a token (2211.05102, section 3.3), at most window + chunk - 1 tokens."""
-  D, N, K, H = d_model, c.num_heads, c.kv_heads, c.dim(d_model)
+  their mix); 2 K H elements of state a token (2211.05102, section 3.3), at most window + chunk - 1 tokens. Where keys
+  and values are another layer's (2405.12981), what depends on K is not there."""
+  D, N, H = d_model, c.num_heads, c.dim(d_model)
+  K = c.kv_heads if c.kv_from is None else 0
   vectors = c.qkv_bias * (N + 2 * K) * H + c.out_bias * D + c.sinks * N
   if c.qk_norm:
     dims = (N * H, K * H) if c.qk_norm.whole else (H, H)
-    times = (N, K) if c.qk_norm.per_head else (1, 1)
-    vectors += sum(n * norm(c.qk_norm.norm, dim) for n, dim in zip(times, dims))
+    times = (N, K) if c.qk_norm.per_head else (1, 1 if K else 0)
+    vectors += sum(n * norm(c.qk_norm.norm, dim) for n, dim in zip(times, dims) if dim)
   return Cost(
     matrices=2 * D * N * H + 2 * D * K * H,
     vectors=vectors,
-    mixing=lambda length, dense: 2 * N * H * (length if dense else mean_keys(length, c.mask, c.window)),
+    mixing=lambda length, dense: 2 * N * H * (length if dense else c.mask.mean_keys(length, c.window)),
     state=lambda *sizes: K * kv_state(H, c.window, *sizes),
     growth=2 * K * H,
+  )
+
+
+def cross_attention(c: CrossAttentionConfig, d_model: int) -> Cost:
+  """D N H of queries and as many of the output, 2 M K H of keys and values of a memory of width M, and biases; 2 K H
+  elements of state for each token of a source, of which there is room for max_source_len. How long sources are is not
+  known here: the multiply-adds between tokens, and those of a source's keys and values, are counted for none."""
+  D, M, N, K, H = d_model, c.memory_dim or d_model, c.num_heads, c.kv_heads, c.dim(d_model)
+  return Cost(
+    matrices=2 * D * N * H + 2 * M * K * H,
+    vectors=c.bias * (N + 2 * K) * H + c.out_bias * D + 2 * norm(c.qk_norm, H),
+    state=lambda max_len, chunk, dtype: 2 * K * H * c.max_source_len * BYTES[dtype],
+    idle=2 * M * K * H,
   )
 
 
@@ -69,9 +89,11 @@ def mla(c: MLAConfig, d_model: int) -> Cost:
   return Cost(
     matrices=queries + D * (C + R) + C * N * (P + V) + N * V * D,
     vectors=norm(c.latent_norm, C) + (0 if Q is None else norm(c.latent_norm, Q)),
-    mixing=lambda length, dense: N * (P + R + V) * (length if dense else mean_keys(length, c.mask, c.window)),
+    mixing=lambda length, dense: N * (P + R + V) * (length if dense else c.mask.mean_keys(length, c.window)),
     state=state,
     growth=C + R,
+    # A decode step has its keys and values absorbed: N (2 C + R) multiply-adds a key (section 2.1.2).
+    decoding=N * (2 * C + R) - N * (P + R + V),
   )
 
 
@@ -90,17 +112,6 @@ def kv_state(dim: int, window: int | None, max_len: int, chunk: int, dtype: str)
   return slots * (2 * dim + 4) + slots // 32 * dim * 4 + 2 * min(slots, 31 + chunk) * dim * 2
 
 
-def mean_keys(length: int, mask: str, window: int | None) -> float:
-  """Keys that a query sees, averaged over a sequence of `length` tokens.
-
-  Causal: (length + 1) / 2, or sum_t min(t, w) / length with a window of w (a prefix sees more; it is not
-  known here and counts as causal). Bidirectional: all, or those at a distance below w on both sides.
-  """
-  w = length if window is None else min(window, length)
-  causal = (w * (w + 1) / 2 + (length - w) * w) / length
-  return 2 * causal - 1 if mask == "bidirectional" else causal
-
-
 def mlp(c: MLPConfig, d_model: int) -> Cost:
   """2 D F, or 3 D F gated; biases of the hidden width for each matrix into it and D for the one out."""
   into = 2 if c.gated else 1
@@ -112,18 +123,24 @@ def moe(c: MoEConfig, d_model: int) -> Cost:
   with E for each of its biases, and D for the gate of the shared one."""
   D, E, router = d_model, c.num_experts, c.router
   expert, shared = mlp(c.expert, D), mlp(c.shared, D) if c.shared else Cost(0, 0)
-  tokens_choose = isinstance(router, TopK)
-  biases = router.bias + (router.balance_rate is not None) if tokens_choose else 0
-  idle = E - (router.k if tokens_choose else router.capacity_factor)
+  biases = router.bias + (router.balance_rate is not None)
+  idle = E - router.chosen(E)
   return Cost(
     matrices=E * expert.matrices + shared.matrices + D * E + c.shared_gate * D,
     vectors=E * expert.vectors + shared.vectors + biases * E,
     idle=int(idle * expert.matrices),
     idle_vectors=int(idle * expert.vectors),
+    expert=expert.matrices + expert.vectors,
   )
 
 
-COMPONENTS = {AttentionConfig: attention, MLAConfig: mla, MLPConfig: mlp, MoEConfig: moe}
+COMPONENTS = {
+  AttentionConfig: attention,
+  MLAConfig: mla,
+  CrossAttentionConfig: cross_attention,
+  MLPConfig: mlp,
+  MoEConfig: moe,
+}
 
 NORMS = {
   RMSNorm: lambda c, dim: dim,
@@ -139,20 +156,27 @@ def norm(config: NormConfig | None, dim: int) -> int:
   return NORMS[type(config)](config, dim) if config else 0
 
 
-def block_norms(block: BlockConfig) -> int:
-  """Norms of a block: one for each branch (one for both in "parallel"), twice that in a sandwich."""
-  branches = 1 if block.ffn is None or block.residual == "parallel" else 2
-  return branches * (2 if block.residual == "sandwich" else 1)
+def of(branch: BranchConfig, d_model: int) -> Cost:
+  """The cost of one layer's branch. Raises UserError where there is no row for it."""
+  row = COMPONENTS.get(type(branch))
+  known = row is not None
+  check(known, f"{branch.kind}: the cost of {type(branch).__name__} is not known; add a row to cost.COMPONENTS")
+  return row(branch, d_model)
 
 
 # ------------------------------------------------------------------------------------------- whole models
 
 
-def layers(config: ModelConfig) -> list[tuple[int, BlockConfig, Cost, Cost]]:
-  """(number of layers, block, cost of its mixer, cost of its feed-forward) for each named block."""
-  cost = lambda c: COMPONENTS[type(c)](c, config.d_model) if c else Cost(0, 0)
+def layers(config: ModelConfig) -> list[tuple[int, BlockConfig, dict[str, Cost]]]:
+  """(number of layers, block, costs of its branches by name) for each named block."""
   counts = Counter(config.layers)
-  return [(counts[name], b, cost(b.mixer), cost(b.ffn)) for name, b in config.blocks.items()]
+  costs = lambda block: {name: of(branch, config.d_model) for name, branch in block.branches.items()}
+  return [(counts[name], block, costs(block)) for name, block in config.blocks.items()]
+
+
+def total(config: ModelConfig, field: Callable[[Cost], float]) -> float:
+  """The sum of a figure over all branches of all layers."""
+  return sum(count * field(cost) for count, _, costs in layers(config) for cost in costs.values())
 
 
 def params(config: ModelConfig) -> dict[str, int]:
@@ -166,22 +190,21 @@ def params(config: ModelConfig) -> dict[str, int]:
     embed=V * D if width is None else V * width + 2 * width * D,
     position=AT_EMBEDDING[type(at_embedding)](at_embedding, D) if at_embedding else 0,
   )
-  for count, block, mixer, ffn in layers(config):
-    found[block.mixer.kind] += count * (mixer.matrices + mixer.vectors)
-    found["ffn"] += count * (ffn.matrices + ffn.vectors)
-    found["norms"] += count * block_norms(block) * norm(block.norm, D)
-    position = getattr(block.mixer, "position", None)
-    if isinstance(position, T5Bias):  # one table for all layers of the name
-      found["position"] += position.num_buckets * block.mixer.num_heads
+  for count, block, costs in layers(config):
+    for name, cost in costs.items():
+      found["ffn" if name == "ffn" else block.branches[name].kind] += count * (cost.matrices + cost.vectors)
+    found["norms"] += count * len(block.norms) * norm(block.norm, D)
+    found["position"] += block.mixer.shared_size()  # one for all layers of the name
   found["norms"] += norm(config.embed.norm, D) + norm(config.final_norm, D)
   found["head"] = (not config.head.tied) * V * (width or D) + config.head.bias * V
+  if config.encoder:
+    found["encoder"] = params(config.encoder)["total"]
   return {**found, "total": sum(found.values())}
 
 
 def active_params(config: ModelConfig) -> int:
   """Parameters that one token uses: all but the idle ones (of experts it is not sent to)."""
-  idle = lambda c: c.idle + c.idle_vectors
-  return params(config)["total"] - sum(count * (idle(mixer) + idle(ffn)) for count, _, mixer, ffn in layers(config))
+  return params(config)["total"] - int(total(config, lambda c: c.idle + c.idle_vectors))
 
 
 def head_macs(config: ModelConfig) -> int:
@@ -200,10 +223,7 @@ def flops_per_token(config: ModelConfig, length: int, *, dense: bool = False) ->
   appendix B: 12 L N H T of a training token).
   """
   macs = head_macs(config) + (config.embed.dim or 0) * config.d_model
-  for count, _, mixer, ffn in layers(config):
-    in_use = mixer.matrices - mixer.idle + ffn.matrices - ffn.idle
-    macs += count * (in_use + mixer.mixing(length, dense))
-  return 2 * macs
+  return 2 * (macs + total(config, lambda c: c.matrices - c.idle + c.mixing(length, dense)))
 
 
 def train_flops_per_token(config: ModelConfig, length: int, *, dense: bool = False, frozen: bool = False) -> float:
@@ -212,7 +232,7 @@ def train_flops_per_token(config: ModelConfig, length: int, *, dense: bool = Fal
   frozen: weights have no gradient, 4 N and the mixing. Their adapters, which have, are small and not counted.
   """
   forward = flops_per_token(config, length, dense=dense)
-  mixing = 2 * sum(count * mixer.mixing(length, dense) for count, _, mixer, _ in layers(config))
+  mixing = 2 * total(config, lambda c: c.mixing(length, dense))
   return 2 * forward + mixing if frozen else 3 * forward
 
 
@@ -221,7 +241,7 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_element: float) -> float:
 
   The published convention: layers with a window count too, though they stop growing there (`state_bytes`).
   """
-  return bytes_per_element * sum(count * mixer.growth for count, _, mixer, _ in layers(config))
+  return bytes_per_element * total(config, lambda c: c.growth)
 
 
 def state_bytes(config: ModelConfig, batch: int, max_len: int, chunk: int = 1) -> int:
@@ -231,7 +251,7 @@ def state_bytes(config: ModelConfig, batch: int, max_len: int, chunk: int = 1) -
   not counted.
   """
   dtype = config.precision.state
-  return batch * sum(count * mixer.state(max_len, chunk, dtype) for count, _, mixer, _ in layers(config))
+  return batch * int(total(config, lambda c: c.state(max_len, chunk, dtype)))
 
 
 MOMENTS = {  # elements of optimizer state: (config, parameters of the layers' matrices, all parameters)
@@ -252,20 +272,20 @@ def training_bytes(config: ExperimentConfig) -> dict[str, int]:
   is frozen, the rest is theirs. Activations are not here: they depend on batch, length and remat (`llmarch bench`
   measures the peak).
   """
-  total = params(config.model)["total"]
-  matrices = sum(n * (mixer.matrices + ffn.matrices) for n, _, mixer, ffn in layers(config.model))
-  stored = total * BYTES[config.model.precision.param]
+  trained = params(config.model)["total"]
+  matrices = int(total(config.model, lambda c: c.matrices))
+  stored = trained * BYTES[config.model.precision.param]
   if config.train.lora:
     from llmarch.models.lora import Adapters
 
     adapters = Adapters(config.train.lora, config.model)
-    matrices = total = adapters.size
-    stored = 4 * total + adapters.frozen_bytes
+    matrices = trained = adapters.size
+    stored = 4 * trained + adapters.frozen_bytes
   algorithm = config.optimizer.algorithm
   found = {
     "params": stored,
-    "gradients": 4 * total,
-    "optimizer": 4 * MOMENTS[type(algorithm)](algorithm, matrices, total),
-    "ema": 4 * total if config.train.ema else 0,
+    "gradients": 4 * trained,
+    "optimizer": 4 * MOMENTS[type(algorithm)](algorithm, matrices, trained),
+    "ema": 4 * trained if config.train.ema else 0,
   }
   return {**found, "total": sum(found.values())}

@@ -24,8 +24,6 @@ from llmarch.analysis.hardware import Chip, find_chip
 from llmarch.build import FrozenDict
 from llmarch.config import BlockConfig, ModelConfig
 from llmarch.errors import UserError, check, nearest
-from llmarch.layers.attention import AttentionConfig
-from llmarch.layers.ffn import MLPConfig
 from llmarch.models.padding import pad_heads
 from llmarch.ops.quant import FORMATS
 from llmarch.presets import PRESETS
@@ -59,8 +57,8 @@ class Request:
       value = getattr(self, name)
       check(value in known, f"--{name}: unknown {value!r}{nearest(value, known)}")
     for name, block in self.model.blocks.items():
-      known = isinstance(block.mixer, AttentionConfig) and isinstance(block.ffn, MLPConfig | None)
-      kinds = block.mixer.kind + (f" and {block.ffn.kind}" if block.ffn else "")
+      kinds = " and ".join(branch.kind for branch in block.branches.values())
+      known = comm.knows(block)
       check(known, f"--model: block {name!r} is made of {kinds}, the planner knows attention and mlp; give another")
     fits = chip_counts(self.model)
     near = sorted(sorted(fits, key=lambda n: abs(n - self.chips))[:2])
@@ -306,7 +304,7 @@ def evaluate(
     passes = 1
     while held + working(passes) > budget and 2 * passes <= r.prompt:
       passes *= 2
-    keys = lambda a: cost.mean_keys(r.prompt, a.mask, a.window)
+    keys = lambda a: a.mask.mean_keys(r.prompt, a.window)
     loads = kv(r.prompt) * (passes + 1) / 2  # each chunk reads what is there by then
   # Attention's products are split over all chips, whether by heads or by batch; a prompt's last token has logits.
   head = 2 * cost.head_macs(model) * r.batch * (r.generate if phase == "decode" else 1)

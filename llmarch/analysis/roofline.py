@@ -10,10 +10,9 @@ import dataclasses
 
 from llmarch.analysis import cost, planner
 from llmarch.analysis.hardware import CHIPS, Chip
+from llmarch.branches import FFNConfig
 from llmarch.config import BlockConfig, ModelConfig
 from llmarch.errors import UserError, check, nearest
-from llmarch.layers.mla import MLAConfig
-from llmarch.layers.moe import MoEConfig, TopK
 
 # Bytes of a weight at rest. A format's include the scales of its groups; those of channels are few and not counted.
 WEIGHTS = {"bfloat16": 2.0, "float32": 4.0, **planner.BYTES}
@@ -63,12 +62,10 @@ def decode_flops(config: ModelConfig, context: int) -> float:
   check(context >= 1, f"context must be at least 1 token, got {context}")
   upto = lambda length: length * cost.flops_per_token(config, length) if length else 0.0
   flops = upto(context) - upto(context - 1)
-  for count, block, _, _ in cost.layers(config):
-    c = block.mixer
-    if isinstance(c, MLAConfig):
-      expanded = c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-      absorbed = c.num_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
-      flops += 2 * count * (absorbed - expanded) * min(context, c.window or context)
+  for count, block, costs in cost.layers(config):
+    for name, row in costs.items():
+      if row.decoding:
+        flops += 2 * count * row.decoding * min(context, block.branches[name].window or context)
   return flops
 
 
@@ -83,27 +80,27 @@ def weight_bytes_read(config: ModelConfig, batch: int, weights: str | None = Non
   check(batch >= 1, f"batch must be at least 1, got {batch}")
   count = cost.params(config)
   rows = 0 if config.head.tied else config.vocab_size * (config.embed.dim or config.d_model)
-  unread = sum(n * _unread(block, config.d_model, batch) for n, block, _, _ in cost.layers(config))
+  unread = sum(n * _unread(block, costs, batch) for n, block, costs in cost.layers(config))
   return (count["total"] - count["position"] - rows - unread) * _width(weights)
 
 
-def _unread(block: BlockConfig, d_model: int, batch: int) -> float:
+def _unread(block: BlockConfig, costs: dict[str, cost.Cost], batch: int) -> float:
   """Parameters of a layer's experts to which none of `batch` rows goes."""
-  if not isinstance(block.ffn, MoEConfig):
+  if block.ffn is None or not block.ffn.experts:
     return 0.0
-  expert = cost.mlp(block.ffn.expert, d_model)
-  return (block.ffn.num_experts - distinct_experts(block.ffn, batch)) * (expert.matrices + expert.vectors)
+  experts, _ = block.ffn.experts
+  return (experts - distinct_experts(block.ffn, batch)) * costs["ffn"].expert
 
 
-def distinct_experts(config: MoEConfig, tokens: int) -> float:
+def distinct_experts(config: FFNConfig, tokens: int) -> float:
   """Experts that `tokens` tokens reach together, in expectation: E (1 - (1 - k / E)^tokens).
 
   Tokens choose independently, and each expert is as likely as the next; of all ways to choose that one reaches the
   most experts, and training balances towards it. Where experts choose, all of them do (such a model cannot decode;
   the number is of one that does the same work).
   """
-  E = config.num_experts
-  return E * (1 - (1 - config.router.k / E) ** tokens) if isinstance(config.router, TopK) else float(E)
+  E, k = config.experts
+  return E * (1 - (1 - k / E) ** tokens) if config.causal else float(E)
 
 
 def hold(config: ModelConfig, kv: str) -> ModelConfig:

@@ -26,7 +26,8 @@ def row(name: str, config) -> dict:
 
   blocks = list(config.blocks.values())
   mixer = blocks[0].mixer
-  mlps = [getattr(b.ffn, "expert", b.ffn) for b in blocks]
+  mlps = [b.ffn.mlp for b in blocks if b.ffn is not None and b.ffn.mlp is not None]
+  experts = [b.ffn.experts for b in blocks if b.ffn is not None and b.ffn.experts]
   at_embedding = [config.embed.position] if config.embed.position else []
   return {
     "name": name,
@@ -34,14 +35,14 @@ def row(name: str, config) -> dict:
     "active_params": cost.active_params(config),
     "layers": len(config.layers),
     "d_model": config.d_model,
-    "d_ff": mlps[0].d_ff,
-    "experts": _distinct(f"{b.ffn.router.k}/{b.ffn.num_experts}" for b in blocks if b.ffn.kind == "moe") or None,
-    "heads": mixer.num_heads,
+    "d_ff": mlps[0].d_ff if mlps else None,
+    "experts": _distinct(f"{chosen:g}/{count}" for count, chosen in experts) or None,
+    "heads": mixer.heads,
     "kv_heads": mixer.kv_heads,
     "head_dim": mixer.dim(config.d_model),
     "vocab": config.vocab_size,
     "norm": _distinct(b.norm.kind for b in blocks),
-    "residual": _distinct(b.residual for b in blocks),
+    "residual": _distinct(b.residual.kind for b in blocks),
     "activation": _distinct(("gated " if m.gated else "") + m.activation for m in mlps),
     "position": _distinct(map(position, at_embedding or [b.mixer.position for b in blocks])),
     "context": config.max_seq_len,
@@ -56,7 +57,7 @@ def _narrow(r: dict) -> dict:
   kept = {k: v for k, v in r.items() if k not in ("active_params", "kv_heads", "residual", "kv_bytes_per_token")}
   return kept | {
     "params": params,
-    "heads": f"{r['heads']}/{r['kv_heads']}",
+    "heads": None if r["heads"] is None else f"{r['heads']}/{r['kv_heads'] or r['heads']}",
     "norm": f"{r['norm']} {r['residual']}",
     "kv/token": short_bytes(r["kv_bytes_per_token"]),
   }

@@ -42,13 +42,13 @@ def main(argv: list[str]) -> int:
 
   import llmarch
   from llmarch.infer.lm import LM
-  from llmarch.models.regroup import regroup_config, regroup_params
+  from llmarch.models.regroup import has_groups, regroup_config, regroup_params
 
   lm = llmarch.load(source)
   config = regroup_config(lm.config, args.num_kv_heads, args.blocks)
   params = regroup_params(lm.params, lm.config, config, args.how, jax.random.key(args.seed))
   LM(config, params, lm.tokenizer).save(target)
-  heads = lambda config: {n: b.mixer.kv_heads for n, b in config.blocks.items() if hasattr(b.mixer, "kv_heads")}
+  heads = lambda config: {n: b.mixer.kv_heads for n, b in config.blocks.items() if has_groups(b.mixer)}
   report = {"path": target, "how": args.how, "kv_heads_before": heads(lm.config), "kv_heads": heads(config)}
   print(json.dumps(report) if args.json else "\n".join(f"{k:16} {v}" for k, v in report.items()))
   return 0

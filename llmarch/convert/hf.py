@@ -214,7 +214,7 @@ def _places(row: Row, config: ModelConfig):
         known = {"n": mixer.num_heads, "e": getattr(block.ffn, "num_experts", 0)}
         if isinstance(mixer, AttentionConfig):
           known |= {"k": mixer.kv_heads, "h": mixer.dim(config.d_model)}
-        if row.residual in (None, block.residual):
+        if row.residual in (None, block.residual.kind):
           yield f"stack/segments/{s}/blocks/{b}/", known, (turn, layer)
         layer += 1
 

@@ -193,10 +193,10 @@ def _check_sizes(config: ModelConfig, layout: sharding.Layout, mesh: Mesh) -> No
   """Raises UserError, before anything is compiled, for activations that the mesh does not divide."""
   sizes = {("act_embed", config.d_model)}
   for block in config.blocks.values():
-    sizes |= {("act_heads", getattr(block.mixer, "num_heads", None)), ("act_mlp", getattr(block.ffn, "d_ff", None))}
+    for branch in block.branches.values():
+      sizes |= {(f"act_{axis}", size) for _, axis, size in branch.extents() if axis in ("heads", "mlp")}
   for name, size in sizes:
-    if size is not None:
-      sharding.spec((name,), (size,), layout, mesh)
+    sharding.spec((name,), (size,), layout, mesh)
 
 
 def _carry_specs(model, batch: int, max_len: int, chunk: int, sampling: Sampling) -> dict:

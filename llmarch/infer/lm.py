@@ -324,11 +324,12 @@ def _as_kept(param: nnx.Param, kept: nnx.Param) -> nnx.Param:
 
 def check_generates(config: ModelConfig, prefix: bool = False) -> None:
   """Raises UserError for a model that cannot decode, or not from a prefix."""
-  masks = {getattr(block.mixer, "mask", "causal") for block in config.blocks.values()}
-  check("bidirectional" not in masks, "a mixer has mask='bidirectional': it sees the future and cannot generate")
-  causal = all(getattr(block.ffn, "causal", True) for block in config.blocks.values())
-  check(causal, "a router has kind='expert_choice': it sees the future and cannot generate; use top_k")
-  check(not prefix or "prefix" in masks, "prefix=True needs a mixer with mask='prefix'; leave it out")
+  check(config.encoder is None, "this model reads a source, and generation has none to give; use the Python API")
+  for name, block in config.blocks.items():
+    for part, branch in block.branches.items():
+      check(branch.causal, f"blocks.{name}.{part}.{branch.sees_ahead}: it sees the future and cannot generate")
+  reads = any(block.mixer.reads_prefix for block in config.blocks.values())
+  check(not prefix or reads, "prefix=True needs a mixer with mask='prefix'; leave it out")
 
 
 def _state(kv: str) -> str:

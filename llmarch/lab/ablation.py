@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from llmarch.build import FrozenDict, Variant, assign, build, differences, execute, to_dict
+from llmarch.build import FrozenDict, assign, build, differences, execute, to_dict, with_kind
 from llmarch.errors import UserError, check, check_above, check_at_least, nearest
 from llmarch.experiment import ExperimentConfig
 from llmarch.lab.match import Match, matched
@@ -394,9 +394,8 @@ def trial_key(config: ExperimentConfig, functions: Sequence[Callable]) -> str:
 def _chosen(value: Any) -> Any:
   """A config as plain data, without the fields that have their default."""
   if dataclasses.is_dataclass(value):
-    kind = {"kind": value.kind} if isinstance(value, Variant) else {}
     fields = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value)}
-    return kind | {name: _chosen(v) for name, (v, default) in fields.items() if v != default}
+    return with_kind(value, {name: _chosen(v) for name, (v, default) in fields.items() if v != default})
   if isinstance(value, Mapping):
     return {name: _chosen(v) for name, v in value.items()}
   return [_chosen(v) for v in value] if isinstance(value, (list, tuple)) else value

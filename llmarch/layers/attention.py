@@ -3,17 +3,23 @@
 B batch, T length, D model, N query heads, K key-value heads, H head dim, S cache length.
 """
 
+import dataclasses
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmarch.branches import BranchConfig, MixerConfig
 from llmarch.build import config_dataclass
-from llmarch.config import MixerConfig, NormConfig, PositionConfig
+from llmarch.config import NormConfig, PositionConfig
 from llmarch.errors import check, check_above, check_at_least, check_rate
 from llmarch.layers.context import Context
+from llmarch.layers.mask import Causal, Heads, MaskConfig
 from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
-from llmarch.layers.position import LogitBias, Mask, Rotary
+from llmarch.layers.position import LogitBias, Rotary
+from llmarch.layers.site import Out, Site
 from llmarch.ops import attention as ops
 from llmarch.ops import blockwise, cache, kivi
 from llmarch.ops.attention import Keys
@@ -45,7 +51,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
   num_kv_heads: int | None = None  # None: num_heads (MHA); 1: MQA
   head_dim: int | None = None  # None: d_model / num_heads
   position: PositionConfig | None = None
-  mask: Mask = "causal"
+  mask: MaskConfig = Causal()
   window: int | None = None  # sees keys at a distance below it
   qkv_bias: bool = False
   out_bias: bool = False
@@ -55,6 +61,13 @@ class AttentionConfig(MixerConfig, kind="attention"):
   softcap: float | None = None  # cap on the logits: c tanh(logits / c)
   sinks: bool = False  # a trained logit a head that joins the softmax and attends to nothing
   dropout: float = 0.0  # on the attention weights
+  # Layers may share keys and values (2405.12981): `keep_kv` leaves this layer's to later ones, under a name; a layer
+  # with `kv_from` has no projections and no cache for them, and attends to those that were left under that name.
+  keep_kv: str | None = None
+  kv_from: str | None = None
+
+  attends = True
+  grows = True
 
   def __post_init__(self):
     check_at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "window")
@@ -68,6 +81,10 @@ class AttentionConfig(MixerConfig, kind="attention"):
       self.position is None or isinstance(self.position, Rotary | LogitBias),
       f"position={self.position and self.position.kind!r} belongs to the embedding: set model.embed.position",
     )
+    check(
+      self.kv_from is None or self.keep_kv is None,
+      f"kv_from={self.kv_from!r} has no keys and values of its own to keep; leave keep_kv out",
+    )
 
   def check_against(self, d_model: int, max_seq_len: int):
     check(
@@ -75,7 +92,23 @@ class AttentionConfig(MixerConfig, kind="attention"):
       f"num_heads={self.num_heads} does not divide d_model={d_model}; give head_dim",
     )
     if isinstance(self.position, Rotary):
-      self.position.check_against(self.dim(d_model))
+      self.position.check_against(self.dim(d_model), max_seq_len)
+
+  def check_kept(self, name: str, owner: BranchConfig) -> None:
+    """Turned keys serve queries that turn alike, and a ring holds no more than its owner's window."""
+    for field in ("kv_heads", "head_dim", "position"):
+      mine, theirs = getattr(self, field), getattr(owner, field)
+      check(mine == theirs, f"kv_from={name!r}: {field} is {mine} here and {theirs} there; make them equal")
+    sees_more = owner.window is not None and (self.window is None or self.window > owner.window)
+    check(
+      not sees_more,
+      f"kv_from={name!r}: the window there, {owner.window}, must not be below the one here, {self.window};"
+      " change either",
+    )
+
+  @property
+  def heads(self) -> int:
+    return self.num_heads
 
   @property
   def kv_heads(self) -> int:
@@ -84,85 +117,162 @@ class AttentionConfig(MixerConfig, kind="attention"):
   def dim(self, d_model: int) -> int:
     return d_model // self.num_heads if self.head_dim is None else self.head_dim
 
-  def capacity(self, max_len: int, chunk: int, dtype: str) -> int:
-    """Slots of the cache. A chunk is written before it is read, so a window needs chunk - 1 more."""
-    slots = max_len if self.window is None else min(max_len, self.window + chunk - 1)
-    return kivi.capacity(slots) if dtype.endswith(BY_CHANNEL) else slots
+  @property
+  def sharing(self) -> str:
+    if self.kv_heads == self.num_heads:
+      return "multi-head"
+    return "multi-query" if self.kv_heads == 1 else "grouped-query"
 
-  def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> dict[str, cache.Spec]:
+  @property
+  def sees_ahead(self) -> str | None:
+    return f"mask={self.mask.kind!r}" if self.mask.ahead else None
+
+  @property
+  def reads_prefix(self) -> bool:
+    return "marks" in self.mask.reads
+
+  @property
+  def in_order(self) -> bool:
+    return self.dropout > 0
+
+  @property
+  def keeps(self) -> tuple[str, ...]:
+    return () if self.keep_kv is None else (self.keep_kv,)
+
+  @property
+  def reads_kept(self) -> tuple[str, ...]:
+    return () if self.kv_from is None else (self.kv_from,)
+
+  def make_shared(self, make: Maker):
+    return self.position.make_shared(self.num_heads, make) if self.position else None
+
+  def shared_size(self) -> int:
+    return self.position.shared_size(self.num_heads) if self.position else 0
+
+  def extents(self) -> tuple[tuple[str, str, int], ...]:
+    return (("num_heads", "heads", self.num_heads),)
+
+  def summed(self, d_model: int) -> list[tuple[int, ...]]:
+    return [(d_model,), (self.num_heads, self.dim(d_model))]
+
+  def toy(self, *, window: int, hidden: Any) -> dict:
+    """Heads keep being MHA, GQA or MQA, and their ratio to key-value heads up to 4."""
+    group = self.num_heads // self.kv_heads
+    if group == 1 and self.kv_heads > 1:  # MHA; ALiBi has a rule for powers of two and one for the rest
+      kv_heads = 6 if self.num_heads & (self.num_heads - 1) else 4
+    else:
+      group, kv_heads = group if group <= 4 else 4 - group % 2, min(self.kv_heads, 2)
+    return {
+      "num_heads": group * kv_heads,
+      "num_kv_heads": None if self.num_kv_heads is None else kv_heads,
+      "head_dim": None if self.head_dim is None else 10,
+      "window": None if self.window is None else window,
+    }
+
+  def buffer(self, max_len: int, chunk: int, dtype: str) -> cache.Ring | None:
+    """A ring. A chunk is written before it is read, so a window needs chunk - 1 slots more."""
+    if self.kv_from is not None:
+      return None
+    slots = max_len if self.window is None else min(max_len, self.window + chunk - 1)
+    return cache.Ring(kivi.capacity(slots) if dtype.endswith(BY_CHANNEL) else slots)
+
+  def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> cache.Held | dict:
     """Keys and values, quantised where dtype is a format; see config.Precision."""
-    shape = (batch, self.kv_heads, self.capacity(max_len, chunk, dtype), self.dim(d_model))
+    ring = self.buffer(max_len, chunk, dtype)
+    if ring is None:
+      return {}
+    shape = (batch, self.kv_heads, ring.capacity, self.dim(d_model))
     kv = cache.Spec(shape, ("cache_batch", "cache_heads", "cache_length", "head_dim"), dtype)
     if dtype.endswith(BY_CHANNEL):
-      return kivi.specs(kv._replace(dtype="bfloat16"), dtype.removesuffix(BY_CHANNEL), chunk)
+      return cache.Held(ring.name, kivi.specs(kv._replace(dtype="bfloat16"), dtype.removesuffix(BY_CHANNEL), chunk))
     kv = cache.quantised_spec(kv, dtype) if dtype in FORMATS else kv
-    return {"k": kv, "v": kv}
+    return cache.Held(ring.name, {"k": kv, "v": kv})
+
+
+class KeysAndValues(NamedTuple):
+  """What a layer attends to: of this call, or of a cache."""
+
+  k: jax.Array  # [B, K, S, H]
+  v: jax.Array  # [B, K, S, H]
+  keys: Keys  # [B, S]
+  readable: jax.Array | None  # bool [B, T, S], where some slots hold what others hold too (ops/kivi.py)
 
 
 class Attention(nnx.Module):
-  """y, state, aux = attention(x, context, state, shared, key)."""
+  """out = attention(h, site)."""
 
   def __init__(self, config: AttentionConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
     D, N, K, H = d_model, config.num_heads, config.kv_heads, config.dim(d_model)
     self.q = make.weight("q", "embed heads head_dim", (D, N, H), fan_in="embed")
-    self.k = make.weight("k", "embed kv_heads head_dim", (D, K, H), fan_in="embed")
-    self.v = make.weight("v", "embed kv_heads head_dim", (D, K, H), fan_in="embed", scale=init_scale)
+    own = config.kv_from is None
+    if own:
+      self.k = make.weight("k", "embed kv_heads head_dim", (D, K, H), fan_in="embed")
+      self.v = make.weight("v", "embed kv_heads head_dim", (D, K, H), fan_in="embed", scale=init_scale)
     self.o = make.weight("o", "heads head_dim embed", (N, H, D), "heads head_dim", init_scale * output_scale)
     if config.qkv_bias:
       self.q_bias = make.constant("heads head_dim", (N, H), 0.0)
-      self.k_bias = make.constant("kv_heads head_dim", (K, H), 0.0)
-      self.v_bias = make.constant("kv_heads head_dim", (K, H), 0.0)
+      if own:
+        self.k_bias = make.constant("kv_heads head_dim", (K, H), 0.0)
+        self.v_bias = make.constant("kv_heads head_dim", (K, H), 0.0)
     if config.out_bias:
       self.o_bias = make.constant("embed", (D,), 0.0)
     if config.qk_norm:
       c = config.qk_norm
       self.q_norm = Norm(c.norm, N * H if c.whole else H, make, N if c.per_head else None)
-      self.k_norm = Norm(c.norm, K * H if c.whole else H, make, K if c.per_head else None)
+      if own:
+        self.k_norm = Norm(c.norm, K * H if c.whole else H, make, K if c.per_head else None)
     if config.sinks:
       self.sinks = make.constant("heads", (N,), 0.0)
 
-  def __call__(self, x: jax.Array, context: Context, state: dict | None, shared, key: jax.Array | None):
-    """x [B, T, D]; state {"k", "v"} [B, K, S, H]; shared: the block's T5 table or None.
-
-    -> y [B, T, D], which the block finishes, the new state, aux.
-    """
+  def __call__(self, x: jax.Array, site: Site) -> Out:
+    """x [B, T, D] -> y [B, T, D], which the block sums over the mesh."""
     project = lambda name, to: Product("btd,dnh->btnh", getattr(self, name), getattr(self, f"{name}_bias", None), to)
-    q, k, v = einsums(x, project("q", PROJECTED), project("k", self.kv_place), project("v", self.kv_place))
-    out, state, aux = self.mix(q, k, v, context, state, shared, key)
-    return einsum("btnh,nhd->btd", out, self.o, bias=getattr(self, "o_bias", None), partial=True), state, aux
+    q = project("q", PROJECTED)
+    if self.config.kv_from is None:
+      q, k, v = einsums(x, q, project("k", self.kv_place), project("v", self.kv_place))
+    else:
+      (q,), k, v = einsums(x, q), None, None
+    out, rest = self.mix(q, k, v, site)
+    y = einsum("btnh,nhd->btd", out, self.o, bias=getattr(self, "o_bias", None), partial=True)
+    return dataclasses.replace(rest, y=y)
 
   @property
   def kv_place(self) -> tuple[Axis, ...]:
     return (*ATTENDING[:2], ("attn_kv_heads", self.config.kv_heads), "head_dim")
 
-  def mix(self, q, k, v, context: Context, state: dict | None, shared, key: jax.Array | None):
-    """What lies between the projections: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], state, aux."""
-    c = self.config
+  def mix(self, q, k, v, site: Site) -> tuple[jax.Array, Out]:
+    """What lies between the projections: q [B, T, N, H], k and v [B, T, K, H], None where they are of another layer
+    -> [B, T, N, H], and the rest of an Out."""
+    c, context = self.config, site.context
     q = move(q, PROJECTED, ATTENDING)
     if c.qk_norm:
-      q, k = self._normalise(self.q_norm, q, ATTENDING[2]), self._normalise(self.k_norm, k, self.kv_place[2])
+      q = self._normalise(self.q_norm, q, ATTENDING[2])
+      k = k if k is None else self._normalise(self.k_norm, k, self.kv_place[2])
     if c.qkv_clip is not None:
-      q, k, v = (jnp.clip(a, -c.qkv_clip, c.qkv_clip) for a in (q, k, v))
+      q, k, v = (a if a is None else jnp.clip(a, -c.qkv_clip, c.qkv_clip) for a in (q, k, v))
     if isinstance(c.position, Rotary):
       q, k = c.position.turn(q, k, context.queries.positions, context.length)
 
-    readable = None
-    if state is None:
-      keys = context.queries
-      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
-    else:
-      buffer = context.buffers[state["k"].shape[2]]
-      keys = buffer.keys
-      if "recent_k" in state:
-        state, k, v, keys, readable = kivi.update(state, context.cursor, context.queries, keys, k, v)
-      else:
-        state = {name: cache.write(state[name], buffer.slots, kv) for name, kv in (("k", k), ("v", v))}
-        k, v = (state[name].astype(q.dtype) for name in ("k", "v"))  # [B, K, S, H]
+    kv, state = (site.kept[c.kv_from], None) if k is None else self.remember(k, v, q.dtype, site)
     sinks = move(self.sinks[...], self.sinks.axes, ATTENDING[2:3]) if c.sinks else None
     scale = q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale
-    out, aux = attend(c, q, k, v, context, keys, readable, shared, sinks, key, scale=scale, softcap=c.softcap)
-    return move(out, ATTENDING, PROJECTED), state, aux
+    out, stats = attend(c, q, kv, site, sinks, scale=scale, softcap=c.softcap)
+    keep = {} if c.keep_kv is None else {c.keep_kv: kv}
+    return move(out, ATTENDING, PROJECTED), Out(None, state, keep, stats)
+
+  def remember(self, k, v, dtype, site: Site) -> tuple[KeysAndValues, cache.Held | None]:
+    """k and v [B, T, K, H] of this call, with those that the state holds, and the new state."""
+    if site.state is None:
+      return KeysAndValues(k.swapaxes(1, 2), v.swapaxes(1, 2), site.context.queries, None), None
+    context, leaves = site.context, site.state.leaves
+    buffer = context.buffers[site.state.buffer]
+    if "recent_k" in leaves:
+      leaves, k, v, keys, readable = kivi.update(leaves, context.cursor, context.queries, buffer.keys, k, v)
+      return KeysAndValues(k, v, keys, readable), dataclasses.replace(site.state, leaves=leaves)
+    leaves = {name: buffer.write(leaves[name], new) for name, new in (("k", k), ("v", v))}
+    k, v = (buffer.read(leaves[name], dtype) for name in ("k", "v"))
+    return KeysAndValues(k, v, buffer.keys, None), dataclasses.replace(site.state, leaves=leaves)
 
   def _normalise(self, norm: Norm, x: jax.Array, heads: Axis) -> jax.Array:
     if self.config.qk_norm.whole:
@@ -171,43 +281,48 @@ class Attention(nnx.Module):
 
 
 def attend(
-  c, q, k, v, context: Context, keys: Keys, readable, table, sinks, key, *, scale: float, softcap: float | None
+  c, q: jax.Array, kv: KeysAndValues, site: Site, sinks: jax.Array | None, *, scale: float, softcap: float | None
 ) -> tuple[jax.Array, dict]:
-  """q [B, T, N, H], k [B, K, S, H], v [B, K, S, H'] in the place of attention -> [B, T, N, H'], aux.
+  """q [B, T, N, H] and kv in the place of attention -> [B, T, N, H'], statistics.
 
   c: a config with num_heads, kv_heads, position, mask, window and dropout. Over a mesh every device attends by
   itself: to the keys of its own part of the length, and to others' as they come round (ops/blockwise.py).
   """
-  key = key if c.dropout else None
+  context, key = site.context, site.key if c.dropout else None
   entropy = context.telemetry
 
-  def here(q, k, v, queries, keys, readable, table, sinks):
+  def here(q, k, v, queries, keys, readable, table, sinks, layer):
     k, v = (_of_these_queries(a, c.num_heads, c.kv_heads) for a in (k, v))
     ring, bias = mesh_axes(ATTENDING[1]), None
+    which = None
+    if c.mask.reads & {"head", "layer"}:
+      which = Heads(index(mesh_axes(ATTENDING[2])) * q.shape[2] + jnp.arange(q.shape[2]), layer)
     if isinstance(c.position, LogitBias):
 
       def bias(table, distance):
-        logits = c.position.bias(table, distance, c.num_heads, c.mask == "bidirectional")
+        logits = c.position.bias(table, distance, c.num_heads, c.mask.ahead)
         return move(logits, (ATTENDING[0], None, ATTENDING[1], None), (*ATTENDING[0:3:2], ATTENDING[1], None))
 
     options = dict(scale=scale, softcap=softcap, entropy=entropy)
     if ring or (q.shape[1] >= BY_BLOCKS and readable is None and key is None):
-      options |= dict(mask=c.mask, window=c.window, bias=bias, ring=ring[0] if ring else None)
+      options |= dict(mask=c.mask, window=c.window, which=which, bias=bias, ring=ring[0] if ring else None)
       return blockwise.attend(
         q, k, v, queries, keys, sinks, table, block=blockwise.block_length(q.shape[1]), **options
       )
-    seen = ops.visible(queries, keys, mask=c.mask, window=c.window)
-    seen = seen if readable is None else seen & readable
+    seen = ops.visible(queries, keys, mask=c.mask, window=c.window, which=which)
+    seen = seen if readable is None else seen & readable[:, None]
     if bias:
       bias = bias(table, keys.positions[:, None, :] - queries.positions[:, :, None])
     return ops.attend(q, k, v, seen, bias, sinks, dropout=c.dropout, key=key, **options)
 
   # (Dropout draws for the whole batch at once, and a state is where it is.)
   if key is None and context.cursor is None:
-    kv = ATTENDING[0], ("attn_kv_heads", c.kv_heads), ATTENDING[1], None
+    kv_place = ATTENDING[0], ("attn_kv_heads", c.kv_heads), ATTENDING[1], None
     tokens = ATTENDING[:2]
-    here = local(here, (ATTENDING, kv, kv, tokens, tokens, (), (), ATTENDING[2:3]), (ATTENDING, ATTENDING[:3]))
-  out, h = here(q, k, v, context.queries, keys, readable, table, sinks)
+    places = ATTENDING, kv_place, kv_place, tokens, tokens, (), (), ATTENDING[2:3], ()
+    here = local(here, places, (ATTENDING, ATTENDING[:3]))
+  layer = jnp.asarray(site.layer, jnp.int32)
+  out, h = here(q, kv.k, kv.v, context.queries, kv.keys, kv.readable, site.shared, sinks, layer)
   return out, {"attention_entropy": mean_over(h, context)} if entropy else {}
 
 

@@ -1,13 +1,19 @@
-"""A block: norms and residuals around a mixer and a feed-forward, whatever they are."""
+"""A block: norms and residuals around its branches, whatever they are.
+
+B batch, T length, D model.
+"""
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from llmarch.config import BlockConfig
-from llmarch.layers.context import Context
 from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
-from llmarch.layers.registry import FFNS, MIXERS
+from llmarch.layers.registry import module_of
+from llmarch.layers.site import Out, Site
 from llmarch.ops.einsum import RESIDUAL, finish
 from llmarch.ops.norm import rms
 from llmarch.sharding import move, shard
@@ -16,76 +22,93 @@ NORMED = "post_norm_embed"
 
 
 class Block(nnx.Module):
-  """x, state, aux = block(x, context, state, shared, key). The formulas are in BlockConfig."""
+  """out = block(x, site): the residual stream after the block's branches, which residual.py gives formulas for."""
 
   def __init__(self, config: BlockConfig, d_model: int, make: Maker):
     self.config = config
     scales = config.init_scale, config.output_init_scale
-    self.mixer = MIXERS[type(config.mixer)](config.mixer, d_model, make.child("mixer"), *scales)
-    if config.ffn:
-      self.ffn = FFNS[type(config.ffn)](config.ffn, d_model, make.child("ffn"), *scales)
-    branches = ("mixer", "ffn") if config.ffn and config.residual != "parallel" else ("mixer",)
-    for branch in branches:
-      setattr(self, f"{branch}_norm", Norm(config.norm, d_model, make))
-      if config.residual == "sandwich":
-        setattr(self, f"{branch}_out_norm", Norm(config.norm, d_model, make))
+    for name, branch in config.branches.items():
+      setattr(self, name, module_of(branch)(branch, d_model, make.child(name), *scales))
+    for name in config.norms:
+      setattr(self, name, Norm(config.norm, d_model, make))
 
-  def __call__(self, x: jax.Array, context: Context, state, shared, key: jax.Array | None):
-    """x [B, T, D] -> x, the mixer's new state, aux."""
-    keys = [None] * 3 if key is None else jax.random.split(key, 3)
-    aux = {}
-
-    def mixer(h):
-      nonlocal state
-      y, state, more = self.mixer(h, context, state, shared, keys[0])
-      aux.update(more)
-      return y
-
-    def ffn(h):
-      y, more = self.ffn(h, context, keys[1])
-      aux.update(more)
-      return y
-
-    if self.config.residual.startswith("parallel"):
-      entered = _enter(x)
-      h = self.mixer_norm(entered, NORMED)
-      if hasattr(self, "fused"):  # layers/fused.py
-        y, state, aux = self.fused(h, context, state, shared, keys[0])
-      else:
-        y = mixer(h) + ffn(h if self.config.residual == "parallel" else self.ffn_norm(entered, NORMED))
-      x = self._join(x, finish(y, "mlp"), keys[2])
-    else:
-      keys_out = [None] * 2 if key is None else jax.random.split(keys[2])
-      x = self._branch("mixer", mixer, x, keys_out[0])
-      if self.config.ffn:
-        x = self._branch("ffn", ffn, x, keys_out[1])
-    if context.telemetry:
-      aux["residual_rms"] = rms(x)
-    return x, state, aux
-
-  def _branch(self, name: str, f, x: jax.Array, key) -> jax.Array:
-    """One serial branch, its norms where the residual form wants them."""
-    norm, form = getattr(self, f"{name}_norm"), self.config.residual
-    h = _enter(x)
-    h = norm(h, NORMED) if form in ("pre", "sandwich") else h
-    y = finish(f(h), "heads" if name == "mixer" else "mlp")
-    if form == "sandwich":
-      y = getattr(self, f"{name}_out_norm")(y, RESIDUAL[-1])
-    if form == "output":
-      y = norm(y, RESIDUAL[-1])
-    x = self._join(x, y, key)
-    return norm(x, RESIDUAL[-1]) if form == "post" else x
-
-  def _join(self, x: jax.Array, y: jax.Array, key) -> jax.Array:
-    """a x + m dropout(y)."""
+  def __call__(self, x: jax.Array, site: Site) -> Out:
+    """x [B, T, D] -> the stream as Out.y; states, in and out, are {branch: its state} of the branches that have one."""
     c = self.config
-    if key is not None and c.dropout:
-      y = y * (jax.random.bernoulli(key, 1 - c.dropout, y.shape) / (1 - c.dropout)).astype(y.dtype)
+    names = tuple(c.branches)
+    key_of = _keys(names, site.key)
+    out = Out(x, {})
+    for group in c.residual.groups(names):
+      stream = _Stream(self, key_of[group[0] if len(group) == 1 else "all"].out)
+      inputs = c.residual.read(stream, group, out.y)
+      y = None
+      for name, branch in self._branches(group):
+        state = None if site.state is None else site.state.get(name)
+        kept = {**site.kept, **out.keep}
+        one = branch(inputs[name], dataclasses.replace(site, state=state, kept=kept, key=key_of[name].inside))
+        y = one.y if y is None else y + one.y
+        out = _joined(out, name, one)
+      y = finish(y, "mlp" if "ffn" in group else "heads")
+      out = dataclasses.replace(out, y=c.residual.write(stream, group, out.y, y))
+    if site.context.telemetry:
+      out = dataclasses.replace(out, stats={**out.stats, "residual_rms": rms(out.y)})
+    return out
+
+  def _branches(self, group: tuple[str, ...]):
+    """(name, module) of a group's branches; fused ones (layers/fused.py) are one, under the first's name."""
+    return [(group[0], self.fused)] if hasattr(self, "fused") else [(name, getattr(self, name)) for name in group]
+
+
+class _Keys(NamedTuple):
+  """Keys of one branch: for what it draws inside, and for the dropout of its output."""
+
+  inside: jax.Array | None
+  out: jax.Array | None
+
+
+def _keys(names: tuple[str, ...], key: jax.Array | None) -> dict[str, _Keys]:
+  """The keys of each branch; under "all", that of the output of branches which run side by side.
+
+  A mixer and a feed-forward have the same keys whether or not there is the other.
+  """
+  order = ("mixer", "ffn", "cross") if "cross" in names else ("mixer", "ffn")
+  if key is None:
+    return dict.fromkeys((*order, "all"), _Keys(None, None))
+  *inside, last = jax.random.split(key, len(order) + 1)
+  found = {name: _Keys(*pair) for name, *pair in zip(order, inside, jax.random.split(last, len(order)), strict=True)}
+  return found | {"all": _Keys(None, last)}
+
+
+class _Stream(NamedTuple):
+  """What a residual scheme sees of a block (residual.py)."""
+
+  block: Block
+  key: jax.Array | None  # of the output's dropout
+
+  def enter(self, x: jax.Array) -> jax.Array:
+    """The residual stream, where the norms and the first matrices of a branch want it."""
+    return move(x, RESIDUAL, (*RESIDUAL[:2], NORMED))
+
+  def norm_in(self, name: str, h: jax.Array) -> jax.Array:
+    """A norm of what has entered."""
+    return getattr(self.block, name)(h, NORMED)
+
+  def norm_out(self, name: str, y: jax.Array) -> jax.Array:
+    """A norm of what lies as the residual stream does."""
+    return getattr(self.block, name)(y, RESIDUAL[-1])
+
+  def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    """a x + m dropout(y)."""
+    c = self.block.config
+    if self.key is not None and c.dropout:
+      y = y * (jax.random.bernoulli(self.key, 1 - c.dropout, y.shape) / (1 - c.dropout)).astype(y.dtype)
     x = x if c.skip_scale == 1 else x * c.skip_scale
     y = y if c.branch_scale == 1 else y * c.branch_scale
     return shard(x + y, *RESIDUAL)
 
 
-def _enter(x: jax.Array) -> jax.Array:
-  """The residual stream, where the norms and the first matrices of a branch want it."""
-  return move(x, RESIDUAL, (*RESIDUAL[:2], NORMED))
+def _joined(out: Out, name: str, one: Out) -> Out:
+  """The block's Out with what one branch adds to its state, kept values, statistics and loss."""
+  state = out.state if one.state is None else {**out.state, name: one.state}
+  loss = out.loss if one.loss is None else one.loss if out.loss is None else out.loss + one.loss
+  return Out(out.y, state, {**out.keep, **one.keep}, {**out.stats, **one.stats}, loss)

@@ -1,15 +1,16 @@
 """Feed-forwards: two matrices, or three when gated.  B batch, T length, D model, F hidden."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 from flax import nnx
 
+from llmarch.branches import FFNConfig
 from llmarch.build import config_dataclass
-from llmarch.config import FFNConfig
 from llmarch.errors import check, check_at_least
-from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
+from llmarch.layers.site import Out, Site
 from llmarch.ops.activation import activate
 from llmarch.ops.einsum import Product, einsum, einsums
 
@@ -34,9 +35,22 @@ class MLPConfig(FFNConfig, kind="mlp"):
     joint = self.activation == "swiglu_oss"
     check(self.gated or not joint, "activation='swiglu_oss' is of a gate; use gated=True, or another activation")
 
+  @property
+  def mlp(self) -> "MLPConfig":
+    return self
+
+  def extents(self) -> tuple[tuple[str, str, int], ...]:
+    return (("d_ff", "mlp", self.d_ff),)
+
+  def summed(self, d_model: int) -> list[tuple[int, ...]]:
+    return [(d_model,), (self.d_ff,)]
+
+  def toy(self, *, window: int, hidden: Callable[[int], int]) -> dict:
+    return {"d_ff": hidden(self.d_ff)}
+
 
 class MLP(nnx.Module):
-  """y, aux = mlp(x, context, key)."""
+  """out = mlp(h, site)."""
 
   def __init__(self, config: MLPConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
@@ -49,11 +63,11 @@ class MLP(nnx.Module):
     if config.bias:
       self.down_bias = make.constant("embed", (D,), 0.0)
 
-  def __call__(self, x: jax.Array, context: Context, key: jax.Array | None):
-    """x [B, T, D] -> y [B, T, D], which the block finishes, and aux."""
+  def __call__(self, x: jax.Array, site: Site) -> Out:
+    """x [B, T, D] -> y [B, T, D], which the block sums over the mesh."""
     names = ("gate", "up") if self.config.gated else ("up",)
     inner = einsums(
       x, *(Product("btd,df->btf", getattr(self, name), getattr(self, f"{name}_bias", None)) for name in names)
     )
     h = activate(self.config.activation, *inner)
-    return einsum("btf,fd->btd", h, self.down, bias=getattr(self, "down_bias", None), partial=True), {}
+    return Out(einsum("btf,fd->btd", h, self.down, bias=getattr(self, "down_bias", None), partial=True))

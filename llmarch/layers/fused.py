@@ -5,6 +5,8 @@ third. The hidden units of the feed-forward are dealt out to the query heads, so
 holds their share of it.  B batch, T length, D model, N query heads, K key-value heads, H head dim, F hidden.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,10 +15,11 @@ from llmarch.config import BlockConfig
 from llmarch.errors import check
 from llmarch.layers.attention import PROJECTED, Attention, AttentionConfig
 from llmarch.layers.block import Block
-from llmarch.layers.context import Context
 from llmarch.layers.ffn import MLP, MLPConfig
+from llmarch.layers.site import Out, Site
 from llmarch.ops.activation import activate
 from llmarch.ops.einsum import Product, einsum, einsums
+from llmarch.residual import Parallel
 
 REPLACED = {Attention: ("q", "k", "v", "o"), MLP: ("gate", "up", "down")}
 
@@ -37,17 +40,17 @@ class Fused(nnx.Module):
     self.out = _param(out, "heads fused embed", "heads fused")
     self.mixer, self.ffn = _without_matrices(mixer), _without_matrices(ffn)
 
-  def __call__(self, x: jax.Array, context: Context, state, shared, key: jax.Array | None):
-    """x [B, T, D] -> y [B, T, D], which the block finishes, the mixer's new state, aux."""
+  def __call__(self, x: jax.Array, site: Site) -> Out:
+    """x [B, T, D] -> y [B, T, D] of both branches, which the block sums over the mesh, and the mixer's new state."""
     into, kv = einsums(
       x,
       Product("btd,dnc->btnc", self.into, to=(*PROJECTED[:3], None)),
       Product("btd,dnc->btnc", self.kv, to=self.mixer.kv_place),
     )
     q, *inner = self._parts(into)
-    out, state, aux = self.mixer.mix(q, *jnp.split(kv, 2, axis=-1), context, state, shared, key)
+    out, rest = self.mixer.mix(q, *jnp.split(kv, 2, axis=-1), site)
     h = jnp.concatenate([out, activate(self.ffn.config.activation, *inner)], axis=-1)
-    return einsum("btnc,ncd->btd", h, self.out, partial=True), state, aux
+    return dataclasses.replace(rest, y=einsum("btnc,ncd->btd", h, self.out, partial=True))
 
   def _parts(self, into: jax.Array) -> list[jax.Array]:
     """Of each head: its query, then its share of the gate (if there is one) and of up."""
@@ -71,7 +74,7 @@ class Fused(nnx.Module):
 
 def fuse(block: Block) -> Block:
   """A parallel block with fused projections; any other block as it is. Raises UserError where it cannot be."""
-  if block.config.residual != "parallel" or hasattr(block, "fused"):
+  if block.config.residual != Parallel() or hasattr(block, "fused"):
     return block
   _check_fusible(block.config)
   block = nnx.merge(*nnx.split(block))  # a new object around the same arrays
@@ -96,6 +99,8 @@ def _check_fusible(block: BlockConfig) -> None:
     isinstance(mixer, AttentionConfig) and isinstance(ffn, MLPConfig),
     f"fused projections are for attention beside an mlp, not for {mixer.kind} beside {ffn and ffn.kind}",
   )
+  check(mixer.kv_from is None, "fused projections have keys and values of their own; do not fuse layers with kv_from")
+  check(block.cross is None, "fused projections are for two branches, and cross is a third; do not fuse")
   check(not (mixer.qkv_bias or mixer.out_bias or ffn.bias), "fused projections have no biases; do not fuse")
   check(ffn.d_ff % mixer.num_heads == 0, f"d_ff={ffn.d_ff} must be a multiple of num_heads={mixer.num_heads} to fuse")
 

@@ -7,20 +7,24 @@ B batch, T length, D model, N heads, S cache length, C rank of the latents of ke
 a query and key without and with positions, V dims of a value.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmarch.branches import MixerConfig
 from llmarch.build import config_dataclass
-from llmarch.config import MixerConfig, NormConfig, PositionConfig
+from llmarch.config import NormConfig, PositionConfig
 from llmarch.errors import check, check_above, check_at_least, check_rate
-from llmarch.layers.attention import ATTENDING, BY_CHANNEL, PROJECTED, attend, mean_over
-from llmarch.layers.context import Context
+from llmarch.layers.attention import ATTENDING, BY_CHANNEL, PROJECTED, KeysAndValues, attend, mean_over
+from llmarch.layers.mask import Causal
 from llmarch.layers.norm import Norm, RMSNorm
 from llmarch.layers.param import Maker
 from llmarch.layers.position import RoPE, Rotary, YaRN
+from llmarch.layers.site import Out, Site
 from llmarch.ops import attention as ops
 from llmarch.ops import cache
 from llmarch.ops.einsum import Product, einsum, einsums
@@ -46,7 +50,10 @@ class MLAConfig(MixerConfig, kind="mla"):
   mscale_all_dim: float | None = None
   dropout: float = 0.0  # on the attention weights
 
-  mask, window = "causal", None
+  mask, window = Causal(), None
+  attends = True
+  grows = True
+  sharing = "latent"
 
   def __post_init__(self):
     check_at_least(self, 1, "num_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
@@ -64,7 +71,44 @@ class MLAConfig(MixerConfig, kind="mla"):
     )
 
   def check_against(self, d_model: int, max_seq_len: int):
-    self.position.check_against(self.qk_rope_head_dim)
+    self.position.check_against(self.qk_rope_head_dim, max_seq_len)
+
+  def check_state(self, dtype: str) -> None:
+    check(
+      not dtype.endswith(BY_CHANNEL),
+      f"precision.state={dtype}: latents are keys and values at once and have no scales by channel; use"
+      f" {dtype.removesuffix(BY_CHANNEL)}",
+    )
+
+  @property
+  def in_order(self) -> bool:
+    return self.dropout > 0
+
+  @property
+  def heads(self) -> int:
+    return self.num_heads
+
+  @property
+  def rank(self) -> int:
+    return self.kv_lora_rank
+
+  def extents(self) -> tuple[tuple[str, str, int], ...]:
+    ranks = {"q_lora_rank": self.q_lora_rank, "kv_lora_rank": self.kv_lora_rank}
+    return (("num_heads", "heads", self.num_heads), *((f, "latent", n) for f, n in ranks.items() if n is not None))
+
+  def summed(self, d_model: int) -> list[tuple[int, ...]]:
+    queries = [] if self.q_lora_rank is None else [(self.q_lora_rank,)]
+    return [(d_model,), (self.kv_lora_rank,), *queries, (self.num_heads, self.v_head_dim)]
+
+  def toy(self, *, window: int, hidden: Any) -> dict:
+    return {
+      "num_heads": 4,
+      "q_lora_rank": None if self.q_lora_rank is None else 14,
+      "kv_lora_rank": 18,
+      "qk_nope_head_dim": 6,
+      "qk_rope_head_dim": 4,
+      "v_head_dim": 9,
+    }
 
   @property
   def kv_heads(self) -> int:
@@ -81,24 +125,19 @@ class MLAConfig(MixerConfig, kind="mla"):
       scale *= (0.1 * self.mscale_all_dim * math.log(self.position.scaling.factor) + 1) ** 2
     return scale
 
-  def capacity(self, max_len: int, chunk: int, dtype: str) -> int:
-    """Slots of the cache."""
-    check(
-      not dtype.endswith(BY_CHANNEL),
-      f"precision.state={dtype}: latents are keys and values at once and have no scales by channel; use"
-      f" {dtype.removesuffix(BY_CHANNEL)}",
-    )
-    return max_len
+  def buffer(self, max_len: int, chunk: int, dtype: str) -> cache.Ring:
+    return cache.Ring(max_len)
 
-  def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> dict[str, cache.Spec]:
+  def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> cache.Held:
     """The latents and the turned keys, each as of one head; quantised where dtype is a format."""
+    ring = self.buffer(max_len, chunk, dtype)
 
     def of(dim):
-      shape = batch, 1, self.capacity(max_len, chunk, dtype), dim
+      shape = batch, 1, ring.capacity, dim
       spec = cache.Spec(shape, ("cache_batch", "cache_heads", "cache_length", "head_dim"), dtype)
       return cache.quantised_spec(spec, dtype) if dtype in FORMATS else spec
 
-    return {"latent": of(self.kv_lora_rank), "rope": of(self.qk_rope_head_dim)}
+    return cache.Held(ring.name, {"latent": of(self.kv_lora_rank), "rope": of(self.qk_rope_head_dim)})
 
 
 def absorbing_is_cheaper(T: int, S: int, C: int, inner: int) -> bool:
@@ -115,7 +154,7 @@ def absorbing_is_cheaper(T: int, S: int, C: int, inner: int) -> bool:
 
 
 class MLA(nnx.Module):
-  """y, state, aux = mla(x, context, state, shared, key)."""
+  """out = mla(h, site)."""
 
   def __init__(self, config: MLAConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
@@ -134,10 +173,10 @@ class MLA(nnx.Module):
     self.v = make.weight("v", "latent heads head_dim", (C, N, V), fan_in="latent", scale=init_scale)
     self.o = make.weight("o", "heads head_dim embed", (N, V, D), "heads head_dim", init_scale * output_scale)
 
-  def __call__(self, x: jax.Array, context: Context, state: dict | None, shared, key: jax.Array | None):
-    """x [B, T, D]; state {"latent" [B, 1, S, C], "rope" [B, 1, S, R]} -> y [B, T, D], which the block finishes,
-    the new state, aux."""
-    c = self.config
+  def __call__(self, x: jax.Array, site: Site) -> Out:
+    """x [B, T, D]; the state's leaves are "latent" [B, 1, S, C] and "rope" [B, 1, S, R] -> y [B, T, D], which the block
+    sums over the mesh."""
+    c, context, state = self.config, site.context, site.state
     if c.q_lora_rank is None:
       queries = Product("btd,dnh->btnh", self.q, to=PROJECTED)
     else:
@@ -149,7 +188,7 @@ class MLA(nnx.Module):
     latent = self.kv_norm(latent, None)
 
     inner = c.qk_nope_head_dim + c.v_head_dim
-    slots = None if state is None else state["latent"].shape[2]
+    slots = None if state is None else state.leaves["latent"].shape[2]
     # Without a state each latent is new, and every head needs its keys and values but once.
     absorb = slots is not None and absorbing_is_cheaper(x.shape[1], slots, c.kv_lora_rank, inner)
     R = c.qk_rope_head_dim
@@ -164,19 +203,19 @@ class MLA(nnx.Module):
     if state is None:
       latent, k_rope = latent[:, None], k_rope.swapaxes(1, 2)  # [B, 1, T, C], [B, 1, T, R]
     else:
-      buffer = context.buffers[slots]
+      buffer = context.buffers[state.buffer]
       keys = buffer.keys
       new = {"latent": latent[:, :, None], "rope": k_rope}
-      state = {name: cache.write(state[name], buffer.slots, values) for name, values in new.items()}
-      latent, k_rope = (state[name].astype(x.dtype) for name in ("latent", "rope"))
+      state = dataclasses.replace(state, leaves={n: buffer.write(state.leaves[n], values) for n, values in new.items()})
+      latent, k_rope = (buffer.read(state.leaves[name], x.dtype) for name in ("latent", "rope"))
 
     options = dict(scale=c.scale(), softcap=None)
     if absorb:
       seen = ops.visible(context.queries, keys, mask=c.mask, window=c.window)
       turned = ops.shared_scores(rope, k_rope[:, 0], scale=c.scale())
-      options |= dict(dropout=c.dropout, key=key, entropy=context.telemetry)
+      options |= dict(dropout=c.dropout, key=site.key, entropy=context.telemetry)
       out, entropy = ops.attend(nope, latent, latent, seen, turned, None, **options)
-      aux = {"attention_entropy": mean_over(entropy, context)} if context.telemetry else {}
+      stats = {"attention_entropy": mean_over(entropy, context)} if context.telemetry else {}
       out = einsum("btnc,cnh->btnh", move(out, ATTENDING, PROJECTED), self.v, to=PROJECTED)
     else:
       place = dict(tokens=LATENT[:2], to=ATTENDING)
@@ -184,6 +223,6 @@ class MLA(nnx.Module):
       k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, N, S, P], [B, N, S, V]
       k = jnp.concatenate([k, jnp.broadcast_to(k_rope, (*k.shape[:3], R))], axis=-1)
       q = jnp.concatenate([nope, rope], axis=-1)
-      out, aux = attend(c, q, k, v, context, keys, None, None, None, key, **options)
+      out, stats = attend(c, q, KeysAndValues(k, v, keys, None), site, None, **options)
       out = move(out, ATTENDING, PROJECTED)
-    return einsum("btnh,nhd->btd", out, self.o, partial=True), state, aux
+    return Out(einsum("btnh,nhd->btd", out, self.o, partial=True), state, stats=stats)

@@ -4,24 +4,30 @@ B batch, T length, D model, E experts, F hidden units of an expert, K experts a 
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmarch.branches import FFNConfig
 from llmarch.build import Variant, config_dataclass
-from llmarch.config import FFNConfig
 from llmarch.errors import UserError, check, check_above, check_at_least, check_rate
 from llmarch.layers.context import Context
 from llmarch.layers.ffn import MLP, MLPConfig
 from llmarch.layers.param import Maker
+from llmarch.layers.site import Out, Site
 from llmarch.ops import moe as ops
 from llmarch.ops.einsum import einsum
 
 
 class RouterConfig(Variant):
   """Which experts a token goes to, and with which weight (its gate)."""
+
+  causal = True  # no later token has a say in it
+  in_order = False  # it depends on which token of a row comes first, or draws
+  bias = False  # on the router's logits
+  balance_rate: float | None = None  # of a bias on the choice
 
 
 @config_dataclass
@@ -73,6 +79,14 @@ class TopK(RouterConfig, kind="top_k"):
     check_above(self, 0, "capacity_factor", "scale")
     check_rate(self, "jitter")
 
+  @property
+  def in_order(self) -> bool:
+    return self.capacity_factor is not None or self.jitter > 0
+
+  def chosen(self, num_experts: int) -> float:
+    """Experts that a token goes to."""
+    return self.k
+
   def check_experts(self, num_experts: int) -> None:
     """Raises UserError unless `num_experts` experts can be chosen from so."""
     g, among = self.groups, num_experts
@@ -90,8 +104,15 @@ class ExpertChoice(RouterConfig, kind="expert_choice"):
 
   capacity_factor: float = 2.0  # c, experts a token on average
 
+  causal = False
+  in_order = True
+
   def __post_init__(self):
     check_above(self, 0, "capacity_factor")
+
+  def chosen(self, num_experts: int) -> float:
+    """Experts that a token goes to, on average."""
+    return self.capacity_factor
 
   def check_experts(self, num_experts: int) -> None:
     c = self.capacity_factor
@@ -117,23 +138,45 @@ class MoEConfig(FFNConfig, kind="moe"):
       raise UserError(f"router.{e}") from None
 
   @property
-  def causal(self) -> bool:
-    return not isinstance(self.router, ExpertChoice)
+  def sees_ahead(self) -> str | None:
+    return None if self.router.causal else f"router={self.router.kind!r}"
+
+  @property
+  def in_order(self) -> bool:
+    return self.router.in_order
+
+  @property
+  def mlp(self) -> MLPConfig:
+    return self.expert
+
+  @property
+  def experts(self) -> tuple[int, float]:
+    return self.num_experts, self.router.chosen(self.num_experts)
+
+  def extents(self) -> tuple[tuple[str, str, int], ...]:
+    shared = (("shared.d_ff", "mlp", self.shared.d_ff),) if self.shared else ()
+    return (("num_experts", "experts", self.num_experts), ("expert.d_ff", "expert_mlp", self.expert.d_ff), *shared)
+
+  def summed(self, d_model: int) -> list[tuple[int, ...]]:
+    return [(d_model,), (self.expert.d_ff,)] + ([(self.shared.d_ff,)] if self.shared else [])
+
+  def toy(self, *, window: int, hidden: Any) -> dict:
+    return {"num_experts": 6}
 
 
 class MoE(nnx.Module):
-  """y, aux = moe(x, context, key)."""
+  """out = moe(h, site)."""
 
   def __init__(self, config: MoEConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
     c, D, E, F = config.expert, d_model, config.num_experts, config.expert.d_ff
     self.router = make.weight("router", "embed router", (D, E), fan_in="embed")
-    if getattr(config.router, "bias", False):
+    if config.router.bias:
       self.router_bias = make.constant("router", (E,), 0.0)
-    if (rate := getattr(config.router, "balance_rate", None)) is not None:
+    if config.router.balance_rate is not None:
       # In f32 whatever the rest is in: a step of it is small. The train step reads the rate.
       bias = dataclasses.replace(make, dtype="float32").constant("router", (E,), 0.0)
-      self.selection_bias = bias.replace(balance_rate=rate)
+      self.selection_bias = bias.replace(balance_rate=config.router.balance_rate)
     for name in ("gate", "up") if c.gated else ("up",):
       setattr(self, name, make.weight(name, "experts embed expert_mlp", (E, D, F), fan_in="embed", scale=init_scale))
       if c.bias:
@@ -147,20 +190,20 @@ class MoE(nnx.Module):
     if config.shared_gate:
       self.shared_gate = make.weight("shared_gate", "embed one", (D, 1), fan_in="embed")
 
-  def __call__(self, x: jax.Array, context: Context, key: jax.Array | None):
-    """x [B, T, D] -> y [B, T, D], which the block finishes, and aux."""
-    keys = (None, None) if key is None else jax.random.split(key)
+  def __call__(self, x: jax.Array, site: Site) -> Out:
+    """x [B, T, D] -> y [B, T, D], which the block sums over the mesh."""
+    keys = (None, None) if site.key is None else jax.random.split(site.key)
     route = self._tokens_choose if isinstance(self.config.router, TopK) else self._experts_choose
-    routes, aux = route(x, context, keys[0])
+    routes, stats, loss = route(x, site.context, keys[0])
     weights = ops.Experts(*(getattr(self, name, None) for name in ops.Experts._fields))
     y = ops.experts(x, routes, weights, self.config.expert.activation)
     if self.config.shared:
-      shared, _ = self.shared(x, context, keys[1])
+      shared = self.shared(x, dataclasses.replace(site, key=keys[1])).y
       if self.config.shared_gate:
         gate = einsum("btd,dg->btg", x.astype(jnp.float32), self.shared_gate)
         shared = shared * jax.nn.sigmoid(gate).astype(shared.dtype)
       y = y + shared
-    return y, aux
+    return Out(y, stats=stats, loss=loss)
 
   def _logits(self, x: jax.Array) -> jax.Array:
     """f32 [B, T, E]."""
@@ -182,18 +225,16 @@ class MoE(nnx.Module):
     load, buffers = jnp.sum(choices, axis=(0, 1)), None
     if c.capacity_factor is not None and context.cursor is None:
       routes, buffers = ops.limit_capacity(routes, E, c.capacity_factor)
-    aux, p = {}, scores / jnp.sum(scores, -1, keepdims=True)
+    p = scores / jnp.sum(scores, -1, keepdims=True)
     loss = c.aux_loss and c.aux_loss * ops.balance_loss(p, choices, real, by_row=False)
     loss += c.sequence_loss and c.sequence_loss * ops.balance_loss(p, choices, real, by_row=True)
     loss += c.z_loss and c.z_loss * ops.z_loss(logits, real)
     if c.balance_rate is not None:
       loss += ops.pull_to_balance(self.selection_bias[...], load)
-    if isinstance(loss, jax.Array):
-      aux["router_loss"] = loss
-    if context.telemetry:
-      aux |= ops.statistics(load, jnp.sum(routes.taken), jnp.sum(load))
-    return routes if buffers is None else buffers, aux
+    stats = ops.statistics(load, jnp.sum(routes.taken), jnp.sum(load)) if context.telemetry else {}
+    return routes if buffers is None else buffers, stats, loss if isinstance(loss, jax.Array) else None
 
   def _experts_choose(self, x: jax.Array, context: Context, key: jax.Array | None):
     scores = ops.scores(self._logits(x), "softmax")
-    return ops.expert_choice(scores, context.real, context.segments, self.config.router.capacity_factor), {}
+    buffers = ops.expert_choice(scores, context.real, context.segments, self.config.router.capacity_factor)
+    return buffers, {}, None

@@ -5,7 +5,6 @@ bias to the attention logits (`bias`). A block without positions (NoPE) has `pos
 """
 
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +188,7 @@ class LongRoPE(ScalingConfig, kind="longrope"):
 class Rotary:
   """What RoPE and xPos share: which dimensions turn, and by how much."""
 
-  def check_against(self, head_dim: int):
+  def check_against(self, head_dim: int, max_seq_len: int):
     dims = self.rotated(head_dim)
     check(
       dims % 2 == 0 and 0 < dims <= head_dim,
@@ -220,14 +219,14 @@ class RoPE(Rotary, PositionConfig, kind="rope"):
     check_above(self, 1, "theta")
 
   def turn(self, q, k, positions: jax.Array, length: jax.Array):
-    """q [B, T, N, H], k [B, T, K, H], positions [B, T], length of the context [B, T or 1] -> q, k."""
+    """q [B, T, N, H], k [B, T, K, H] or None, positions [B, T], length of the context [B, T or 1] -> q, k."""
     dims = self.rotated(q.shape[-1])
     if self.scaling is None:
       freqs, gain = rope.frequencies(dims, self.theta), 1.0
     else:
       freqs, gain = self.scaling.frequencies(dims, self.theta, length), self.scaling.gain()
     phase = rope.phases(positions, freqs)
-    return tuple(rope.rotate(x, phase, interleaved=self.interleaved, gain=gain) for x in (q, k))
+    return tuple(x if x is None else rope.rotate(x, phase, interleaved=self.interleaved, gain=gain) for x in (q, k))
 
 
 @config_dataclass
@@ -247,7 +246,8 @@ class XPos(Rotary, PositionConfig, kind="xpos"):
     dims = self.rotated(q.shape[-1])
     phase = rope.phases(positions, rope.frequencies(dims, self.theta))
     gains = rope.xpos_gains(positions, length, dims, self.scale_base)
-    return tuple(rope.rotate(x, phase, interleaved=self.interleaved, gain=gain) for x, gain in zip((q, k), gains))
+    turned = lambda x, gain: x if x is None else rope.rotate(x, phase, interleaved=self.interleaved, gain=gain)
+    return tuple(turned(x, gain) for x, gain in zip((q, k), gains))
 
 
 # -------------------------------------------------------------------------------- biases on attention logits
@@ -287,6 +287,9 @@ class T5Bias(PositionConfig, kind="t5_bias"):
     """The table [num_buckets, N] that the stack owns."""
     return make.weight("bias", "buckets heads", (self.num_buckets, num_heads), fan_in="buckets")
 
+  def shared_size(self, num_heads: int) -> int:
+    return self.num_buckets * num_heads
+
   def bias(self, table, distance: jax.Array, num_heads: int, bidirectional: bool) -> jax.Array:
     bucket = ops.t5_bucket(
       distance, num_buckets=self.num_buckets, max_distance=self.max_distance, bidirectional=bidirectional
@@ -294,6 +297,4 @@ class T5Bias(PositionConfig, kind="t5_bias"):
     return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
 
 
-AtEmbedding = Sinusoidal | Learned
 LogitBias = ALiBi | T5Bias
-Mask = Literal["causal", "bidirectional", "prefix"]

@@ -1,9 +1,24 @@
-"""Which module builds which config. Adding a mixer or a feed-forward is one line here."""
+"""Which module builds which config. Adding a mixer, a cross-attention or a feed-forward is one line here."""
 
+from llmarch.branches import BranchConfig
+from llmarch.errors import check
 from llmarch.layers.attention import Attention, AttentionConfig
+from llmarch.layers.cross import CrossAttention, CrossAttentionConfig
 from llmarch.layers.ffn import MLP, MLPConfig
 from llmarch.layers.mla import MLA, MLAConfig
 from llmarch.layers.moe import MoE, MoEConfig
 
-MIXERS = {AttentionConfig: Attention, MLAConfig: MLA}
-FFNS = {MLPConfig: MLP, MoEConfig: MoE}
+MODULES = {
+  AttentionConfig: Attention,
+  MLAConfig: MLA,
+  CrossAttentionConfig: CrossAttention,
+  MLPConfig: MLP,
+  MoEConfig: MoE,
+}
+
+
+def module_of(config: BranchConfig) -> type:
+  """The module that a branch's config describes. Raises UserError where this table lacks it."""
+  kind = type(config)
+  check(kind in MODULES, f"{config.kind}: no module is registered for {kind.__name__}; add it to registry.MODULES")
+  return MODULES[kind]

@@ -5,6 +5,9 @@ is one `lax.scan`: compile time does not grow with depth. Unstacked, every layer
 decode step then updates each cache in place, where a scan would copy all of them every step.
 """
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +17,7 @@ from llmarch.config import ModelConfig
 from llmarch.layers.block import Block
 from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
+from llmarch.layers.site import Out, Site
 from llmarch.ops import cache
 from llmarch.sharding import whole
 
@@ -39,37 +43,64 @@ class Segment(nnx.Module):
     self.names = names
     self.repeat = repeat
 
-  def __call__(self, x, context: Context, states, shared: dict, key, remat: str):
-    """x [B, T, D]; states: a list over blocks, or None -> x, states, a list over blocks of aux."""
-    if self.repeat is None:
-      return self._turn(self.blocks, x, context, states, shared, key)
-    keys = None if key is None else jax.random.split(key, self.repeat)
-    return self.turns(x, context, states, shared, keys, remat)
+  def __call__(self, x, site: Site, shared: dict, hand_on: frozenset, remat: str) -> Out:
+    """x [B, T, D] -> an Out whose state, stats and loss are lists over blocks.
 
-  def turns(self, x, context: Context, states, shared: dict, keys, remat: str):
-    """The turns that the blocks hold arrays of, a key for each: all, or those of a pipeline's stage."""
+    site: that of the segment, whose layer is its first, whose state is a list over blocks, or None, and whose kept
+    values are of earlier segments. shared: {block: its shared parameter}. hand_on: names of the kept values that
+    later segments read; they alone are in the Out's `keep`.
+    """
+    if self.repeat is None:
+      out = self._turn(self.blocks, x, site, shared)
+      return dataclasses.replace(out, keep={name: out.keep[name] for name in hand_on})
+    keys = None if site.key is None else jax.random.split(site.key, self.repeat)
+    layers = site.layer + len(self.names) * jnp.arange(self.repeat)
+    return self.turns(x, dataclasses.replace(site, layer=layers, key=keys), shared, hand_on, remat)
+
+  def turns(self, x, site: Site, shared: dict, hand_on: frozenset, remat: str) -> Out:
+    """The turns that the blocks hold arrays of: all, or those of a pipeline's stage.
+
+    site.layer int32 [R], of the first layer of each turn; site.key [R] or None.
+    """
     graph, params = nnx.split(self.blocks)
 
-    def body(x, layer):
-      params, states, key = layer
+    def body(carry, turn):
+      x, _ = carry
+      params, layer, states, key = turn
       x = checkpoint_name(x, "start of a turn")
-      x, states, auxes = self._turn(nnx.merge(graph, params), x, context, states, shared, key)
-      return x, (states, auxes)
+      here = dataclasses.replace(site, layer=layer, state=states, key=key)
+      out = self._turn(nnx.merge(graph, params), x, here, shared)
+      return (out.y, {name: out.keep[name] for name in hand_on}), (out.state, out.stats, out.loss)
 
+    each = params, site.layer, site.state, site.key
+    first = {}
+    if hand_on:  # nobody reads these: every turn writes them anew
+      one = jax.eval_shape(lambda x, each: body((x, {}), jax.tree.map(lambda a: a[0], each))[0][1], x, each)
+      first = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), one)
     if remat != "none":
       body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    named = lambda x, layer: body(checkpoint_name(x, BETWEEN), layer)
-    x, (states, auxes) = jax.lax.scan(named, x, (params, states, keys))
-    return x, states, auxes
+    named = lambda carry, turn: body((checkpoint_name(carry[0], BETWEEN), carry[1]), turn)
+    (x, keep), (states, stats, loss) = jax.lax.scan(named, (x, first), each)
+    return Out(x, states, keep, stats, loss)
 
-  def _turn(self, blocks, x, context: Context, states, shared: dict, key):
-    keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
-    states = [None] * len(blocks) if states is None else list(states)
-    auxes = []
+  def _turn(self, blocks, x, site: Site, shared: dict) -> Out:
+    """One layer after another; in the Out, all values that these keep."""
+    n = len(blocks)
+    keys = [None] * n if site.key is None else jax.random.split(site.key, n)
+    states = [None] * n if site.state is None else site.state
+    outs, keep = [], {}
     for i, (block, name) in enumerate(zip(blocks, self.names, strict=True)):
-      x, states[i], aux = block(x, context, states[i], shared.get(name), keys[i])
-      auxes.append(aux)
-    return x, states, auxes
+      here = Site(site.context, site.layer + i, states[i], shared.get(name), {**site.kept, **keep}, keys[i])
+      outs.append(block(x, here))
+      x, keep = outs[-1].y, {**keep, **outs[-1].keep}
+    return Out(x, [out.state for out in outs], keep, [out.stats for out in outs], [out.loss for out in outs])
+
+
+class Aux(NamedTuple):
+  """What the layers say beside the stream."""
+
+  stats: dict[str, jax.Array]  # f32 [L'] of the layers that have a statistic of this name, from the bottom to the top
+  loss: jax.Array | None  # f32 [L'] of the layers that have a loss
 
 
 class Stack(nnx.Module):
@@ -92,50 +123,54 @@ class Stack(nnx.Module):
       Segment(layers(pattern, repeat, make.child(f"segment{i}")), pattern, repeat)
       for i, (pattern, repeat) in enumerate(config.segments)
     )
-    self.shared = nnx.Dict(
-      {
-        name: block.mixer.position.make_shared(block.mixer.num_heads, make.child(f"shared_{name}"))
-        for name, block in config.blocks.items()
-        if hasattr(getattr(block.mixer, "position", None), "make_shared")
-      }
-    )
+    shared = {name: block.mixer.make_shared(make.child(f"shared_{name}")) for name, block in config.blocks.items()}
+    self.shared = nnx.Dict({name: param for name, param in shared.items() if param is not None})
+    self.handed_on = config.handed_on
 
-  def __call__(self, x, context: Context, states, key, remat: str):
-    """-> x [B, T, D], states (a list over segments), aux: {name: f32 [L]} from the bottom to the top."""
+  def __call__(self, x, context: Context, states, key, remat: str) -> tuple[jax.Array, list, Aux]:
+    """x [B, T, D], states (a list over segments, or None) -> x, the new states, Aux."""
     shared = {name: whole(param) for name, param in self.shared.items()}
     keys = [None] * len(self.segments) if key is None else jax.random.split(key, len(self.segments))
     states = [None] * len(self.segments) if states is None else list(states)
-    auxes = []
+    layer, kept, outs = 0, {}, []
     for i, segment in enumerate(self.segments):
-      x, states[i], aux = segment(x, context, states[i], shared, keys[i], remat)
-      auxes += by_layer(aux, segment.repeat)
-    return x, states, by_name(auxes)
+      site = Site(context, layer, states[i], None, kept, keys[i])
+      out = segment(x, site, shared, self.handed_on[i], remat)
+      x, states[i], kept = out.y, out.state, {**kept, **out.keep}
+      layer += len(segment.names) * (segment.repeat or 1)
+      outs.append((out, segment.repeat))
+    return x, states, joined(outs)
 
 
-def by_name(layers: list[dict]) -> dict:
-  """The aux of all layers in order -> {name: f32 [L]}, of the layers that have it."""
-  names = {name for layer in layers for name in layer}
-  return {name: jnp.stack([layer[name] for layer in layers if name in layer]) for name in sorted(names)}
+def joined(outs: list[tuple[Out, int | None]]) -> Aux:
+  """The Outs of all segments, each with its repeats, as the Aux of a model."""
+  stats = [layer for out, repeat in outs for layer in by_layer(out.stats, repeat)]
+  losses = [loss for out, repeat in outs for loss in by_layer(out.loss, repeat) if loss is not None]
+  names = sorted({name for layer in stats for name in layer})
+  found = {name: jnp.stack([layer[name] for layer in stats if name in layer]) for name in names}
+  return Aux(found, jnp.stack(losses) if losses else None)
 
 
-def by_layer(auxes: list[dict], repeat: int | None) -> list[dict]:
+def by_layer(blocks: list, repeat: int | None) -> list:
   """A list over layers in order, from a list over blocks (each with a leading axis of repeats if stacked)."""
   if repeat is None:
-    return auxes
-  return [jax.tree.map(lambda a, r=r: a[r], aux) for r in range(repeat) for aux in auxes]
+    return blocks
+  return [jax.tree.map(lambda a, r=r: a[r], block) for r in range(repeat) for block in blocks]
 
 
 def state_specs(stack: Stack, config: ModelConfig, batch: int, max_len: int, chunk: int) -> list:
-  """Specs of the mixers' states in the stack's own form."""
+  """Specs of the branches' states, {branch: ...} for each block, in the stack's own form."""
 
-  def of(segment, name):
-    specs = config.blocks[name].mixer.state_spec(config.d_model, batch, max_len, chunk, config.precision.state)
+  def of_block(segment, name):
+    size = config.d_model, batch, max_len, chunk, config.precision.state
+    specs = {part: branch.state_spec(*size) for part, branch in config.blocks[name].branches.items()}
+    specs = {part: spec for part, spec in specs.items() if spec}
     if segment.repeat is None:
       return specs
     stacked = lambda s: s._replace(shape=(segment.repeat, *s.shape), axes=("layers", *s.axes))
     return jax.tree.map(stacked, specs, is_leaf=cache.is_spec)
 
-  return [[of(segment, name) for name in segment.names] for segment in stack.segments]
+  return [[of_block(segment, name) for name in segment.names] for segment in stack.segments]
 
 
 def with_blocks(segment: Segment, blocks) -> Segment:

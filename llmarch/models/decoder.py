@@ -11,16 +11,17 @@ from flax import nnx
 from llmarch.config import ModelConfig
 from llmarch.layers import fused
 from llmarch.layers import stack as stacks
-from llmarch.layers.context import make_context
+from llmarch.layers.context import Memory, make_context
 from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.ops import cache
+from llmarch.ops.attention import Keys
 from llmarch.ops.einsum import RESIDUAL, einsum, lookup
 from llmarch.sharding import move
 
 
 class Decoder(nnx.Module):
-  """logits, state, aux = model(tokens, positions)."""
+  """logits, state, aux = model(tokens, positions); with an encoder, ..., memory=model.encode(source, positions))."""
 
   def __init__(self, config: ModelConfig, key: jax.Array):
     self.config = config
@@ -43,9 +44,11 @@ class Decoder(nnx.Module):
       self.head = make.weight("head", f"vocab {width}", (c.vocab_size, dim), fan_in=width)
     if c.head.bias:
       self.head_bias = make.constant("vocab", (c.vocab_size,), 0.0)
+    if c.encoder:
+      self.encoder = Decoder(c.encoder, make.child("encoder").key)
 
   def __call__(self, tokens, positions, segment_ids=None, state=None, **options):
-    """tokens, positions int32 [B, T] -> logits f32 [B, T, V], the new state (None without one), aux.
+    """tokens, positions int32 [B, T] -> logits f32 [B, T, V], the new state (None without one), Aux.
 
     A negative position is padding. `segment_ids` int32 [B, T] keeps packed documents apart. `options` are
     those of `trunk`. Tokens and positions must be in range: this function cannot check them (JAX clamps).
@@ -54,21 +57,36 @@ class Decoder(nnx.Module):
     return self.unembed(hidden), state, aux
 
   def trunk(
-    self, tokens, positions, segment_ids=None, state=None, *, prefix=None, key=None, remat="none", telemetry=False
-  ):
-    """Everything below the final norm: -> hidden [B, T, D], state, aux {name: f32 [L]}.
+    self, tokens, positions, segment_ids=None, state=None, *,
+    prefix=None, memory=None, key=None, remat="none", telemetry=False,
+  ):  # fmt: skip
+    """Everything below the final norm: -> hidden [B, T, D], state, Aux (layers/stack.py).
 
     prefix: bool [B, T], tokens that their whole segment sees where a mixer's mask is "prefix"; a prefix must
-    lie in one call. key: dropout happens if it is given. remat: a name of REMAT_POLICIES or "none".
+    lie in one call. memory: what `encode` made of a source; over a state, in the call that brings it alone. key:
+    dropout happens if it is given. remat: a name of REMAT_POLICIES or "none".
     """
     # JAX would broadcast a [T] or [B, 1] here and go on.
     chex.assert_rank(tokens, 2)
     chex.assert_equal_shape([a for a in (tokens, positions, segment_ids, prefix) if a is not None])
-    context, shared_state = make_context(positions, segment_ids, prefix, state, telemetry)
+    context, shared_state = make_context(positions, segment_ids, prefix, state, memory, telemetry)
     keys = [None, None] if key is None else jax.random.split(key)
     x = self.drop(self.enter(tokens, positions), keys[0])
     x, layers, aux = self.stack(x, context, None if state is None else state["layers"], keys[1], remat)
     return x, None if state is None else {**shared_state, "layers": layers}, aux
+
+  def encode(self, tokens, positions, segment_ids=None, **options) -> Memory:
+    """What the encoder makes of a source, for `memory=`: int32 [B, S] each; options are those of `trunk`."""
+    hidden, _, _ = self.encoder.trunk(tokens, positions, segment_ids, **options)
+    segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
+    place = ("attn_batch", "attn_length")
+    keys = Keys(move(positions, RESIDUAL[:2], place), move(segments, RESIDUAL[:2], place), None)
+    return Memory(self.encoder.finish(hidden), keys)
+
+  def finish(self, hidden: jax.Array) -> jax.Array:
+    """The final norm: [B, T, D] -> the same, where the head's matrix meets it."""
+    hidden = move(hidden, RESIDUAL, (*RESIDUAL[:2], "post_norm_embed"))
+    return self.final_norm(hidden, "post_norm_embed") if self.config.final_norm else hidden
 
   def enter(self, tokens, positions) -> jax.Array:
     """The embedding: int32 [B, T] each -> [B, T, D], before its dropout."""
@@ -98,9 +116,7 @@ class Decoder(nnx.Module):
   def unembed(self, hidden: jax.Array, table: nnx.Param | None = None) -> jax.Array:
     """The final norm and the head: hidden [B, T, D] -> logits f32 [B, T, V]. table: `self.table`, gathered or not."""
     c = self.config.head
-    hidden = move(hidden, RESIDUAL, (*RESIDUAL[:2], "post_norm_embed"))
-    if self.config.final_norm:
-      hidden = self.final_norm(hidden, "post_norm_embed")
+    hidden = self.finish(hidden)
     if self.config.embed.dim is not None:
       hidden = einsum("btd,de->bte", hidden, self.embed_out)
     table = self.table if table is None else table
@@ -115,13 +131,14 @@ class Decoder(nnx.Module):
   def state_spec(self, batch: int, max_len: int, chunk: int):
     """Specs of a decoding state for `max_len` tokens a row, written at most `chunk` at a time."""
     c = self.config
-    mixers = [block.mixer for block in c.blocks.values() if hasattr(block.mixer, "capacity")]
-    capacities = sorted({mixer.capacity(max_len, chunk, c.precision.state) for mixer in mixers})
+    size = max_len, chunk, c.precision.state
+    branches = [branch for block in c.blocks.values() for branch in block.branches.values()]
+    buffers = {b.name: b for branch in branches if (b := branch.buffer(*size)) is not None}
     row = cache.Spec((batch,), ("cache_batch",), "int32", 0)
     return {
       "cursor": row,
       "length": row._replace(fill=max_len),
-      "ledger": {str(n): cache.ledger_spec(batch, n) for n in capacities},
+      "ledger": {name: buffer.ledger(batch) for name, buffer in sorted(buffers.items())},
       "layers": stacks.state_specs(self.stack, c, batch, max_len, chunk),
     }
 

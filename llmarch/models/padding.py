@@ -14,7 +14,6 @@ from flax import nnx
 from llmarch.build import FrozenDict
 from llmarch.config import ModelConfig
 from llmarch.errors import check
-from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.layers.position import ALiBi
 from llmarch.models.decoder import Decoder, abstract, unstack
@@ -25,7 +24,8 @@ def pad_heads(config: ModelConfig, multiple: int) -> ModelConfig:
   their number (ALiBi's slopes) or are normalised all at once."""
 
   def padded(name, mixer):
-    if not isinstance(mixer, AttentionConfig) or mixer.num_heads % multiple == 0:
+    wanted = mixer.with_fields(num_heads=mixer.heads, num_kv_heads=mixer.kv_heads) is not None
+    if not wanted or mixer.num_heads % multiple == 0:
       return mixer
     where = f"blocks.{name}.mixer: heads cannot be padded from {mixer.num_heads} to a multiple of {multiple}"
     check(not isinstance(mixer.position, ALiBi), f"{where}, for ALiBi's slopes depend on their number")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmarch.branches import MixerConfig
 from llmarch.build import FrozenDict
 from llmarch.config import ModelConfig
 from llmarch.errors import check, nearest
@@ -30,9 +31,9 @@ def regroup_config(config: ModelConfig, num_kv_heads: int, blocks: Collection[st
   """
   for name in blocks:
     check(name in config.blocks, f"blocks: there is no block {name!r}{nearest(name, config.blocks)}")
-    kind = config.blocks[name].mixer.kind
-    check(_grouped(config.blocks[name]), f"blocks.{name}.mixer is {kind}, which has no key-value heads; leave it out")
-  chosen = blocks or [name for name, block in config.blocks.items() if _grouped(block)]
+    mixer = config.blocks[name].mixer
+    check(has_groups(mixer), f"blocks.{name}.mixer is {mixer.kind}, which has no key-value heads; leave it out")
+  chosen = blocks or [name for name, block in config.blocks.items() if has_groups(block.mixer)]
   kinds = ", ".join(sorted({block.mixer.kind for block in config.blocks.values()}))
   check(bool(chosen), f"no block has key-value heads (its mixers are {kinds}); there is nothing to regroup")
 
@@ -51,8 +52,9 @@ def regroup_config(config: ModelConfig, num_kv_heads: int, blocks: Collection[st
   return dataclasses.replace(config, blocks=FrozenDict({**config.blocks, **{name: fewer(name) for name in chosen}}))
 
 
-def _grouped(block) -> bool:
-  return hasattr(block.mixer, "kv_heads")
+def has_groups(mixer: MixerConfig) -> bool:
+  """Whether a mixer has key-value heads of its own whose number can be chosen."""
+  return mixer.with_fields(num_kv_heads=mixer.kv_heads) is not None and not mixer.reads_kept
 
 
 def regroup_params(

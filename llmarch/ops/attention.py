@@ -21,20 +21,25 @@ class Keys(NamedTuple):
   prefix: jax.Array | None
 
 
-def visible(queries: Keys, keys: Keys, *, mask: str, window: int | None) -> jax.Array:
-  """bool [B, T, S]: query t sees key s.
+class Extent(NamedTuple):
+  """What is known of a block of tokens of each row as a whole: int32 [B] positions, and bool [B]."""
 
-  mask: "causal", "bidirectional", or "prefix" (causal, and every key marked as prefix is seen by its whole
-  segment). window w: only keys at a distance below w.
+  low: jax.Array  # the smallest position; the largest integer where all is padding
+  high: jax.Array  # the largest position; -1 where all is padding
+  marked: jax.Array  # some token is marked as prefix
+
+
+def visible(queries: Keys, keys: Keys, *, mask, window: int | None, which=None) -> jax.Array:
+  """bool [B, 1 or N, T, S]: query t (of head n) sees key s.
+
+  mask: a MaskConfig (layers/mask.py). window w: only keys at a distance below w. which: the heads and the layer that
+  ask (mask.Heads), needed by masks that read them. Padding sees nothing and is not seen, and neither are other
+  segments.
   """
-  q = Keys(*(None if a is None else a[:, :, None] for a in queries))
-  k = Keys(*(None if a is None else a[:, None, :] for a in keys))
+  q = Keys(*(None if a is None else a[:, None, :, None] for a in queries))
+  k = Keys(*(None if a is None else a[:, None, None, :] for a in keys))
   seen = (k.positions >= 0) & (q.positions >= 0) & (q.segment_ids == k.segment_ids)
-  past = k.positions <= q.positions
-  if mask == "causal":
-    seen &= past
-  elif mask == "prefix":
-    seen &= past if k.prefix is None else past | k.prefix
+  seen &= mask.sees(q, k, which)
   if window is not None:
     seen &= jnp.abs(q.positions - k.positions) < window
   return seen
@@ -75,7 +80,7 @@ def attend(
   q: jax.Array,  # [B, T, N, H]
   k: jax.Array,  # [B, K, S, H]: the layout of the cache, so that a decode step reads it in place
   v: jax.Array,  # [B, K, S, H]
-  seen: jax.Array,  # bool [B, T, S]
+  seen: jax.Array,  # bool [B, 1 or N, T, S]
   bias: jax.Array | None,  # f32 [B or 1, N, T, S], added to the scaled scores
   sinks: jax.Array | None,  # f32 [N]: a logit that joins the softmax and attends to nothing (gpt-oss)
   *,
@@ -102,7 +107,8 @@ def attend(
     logits = softcap * jnp.tanh(logits / softcap)
   if bias is not None:
     logits += rows(bias.reshape(-1, K, N // K, T, S))
-  logits = jnp.where(rows(seen[:, None, None]), logits, -jnp.inf)
+  seen = seen.reshape(seen.shape[0], -1, 1 if seen.shape[1] == 1 else N // K, T, S)  # [B, 1 or K, 1 or G, T, S]
+  logits = jnp.where(rows(seen), logits, -jnp.inf)
   top = jnp.max(logits, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
   if sinks is not None:
     sinks = rows(sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1))

@@ -10,14 +10,14 @@ A block has C tokens: [B, K, R = G C, H] of queries (a group's queries are rows 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmarch.ops.attention import Keys, visible
+from llmarch.ops.attention import Extent, Keys, visible
 from llmarch.sharding import automatic, bound
 
 
@@ -27,7 +27,7 @@ def block_length(length: int) -> int:
 
 
 class _Options(NamedTuple):
-  mask: str
+  mask: Hashable  # a MaskConfig (layers/mask.py)
   window: int | None
   scale: float
   softcap: float | None
@@ -64,13 +64,40 @@ def attend(
   table: jax.Array | None = None,  # the first argument of `bias`
   *,
   block: int,
+  which=None,  # the heads and the layer that ask (mask.Heads), for masks that read them
   **options,
 ) -> tuple[jax.Array, jax.Array | None]:
   """softmax(scale q k^T + bias) v over the keys that a query sees; options are those of `_Options`.
 
   -> [B, T, N, H'], the entropy of the weights f32 [B, T, N] or None. As `attention.attend`: a query that sees no key
-  gets zeros, and the softmax is in f32. The entropy has no gradient.
+  gets zeros, and the softmax is in f32. The entropy has no gradient. Where a mask has an order of its own, tokens are
+  sorted by it first, so that what a query sees lies in few blocks.
   """
+  order = options["mask"].order
+  if order(queries.positions) is not None:
+    q, queries, back = _sorted(order(queries.positions), q, queries, axis=1)
+    (k, v), keys, _ = _sorted(order(keys.positions), (k, v), keys, axis=2)
+    out, entropy = _in_blocks(q, k, v, queries, keys, sinks, table, block, which, options)
+    return jax.tree.map(lambda x: _take(x, back, 1), (out, entropy))
+  return _in_blocks(q, k, v, queries, keys, sinks, table, block, which, options)
+
+
+def _sorted(order: jax.Array, tree, tokens: Keys, axis: int):
+  """Arrays with tokens along `axis`, and these tokens, by an order int32 [B, T]; and the order that undoes it."""
+  by = jnp.argsort(order, axis=1, stable=True)
+  at = lambda axis: lambda x: _take(x, by, axis)
+  return jax.tree.map(at(axis), tree), jax.tree.map(at(1), tokens), jnp.argsort(by, axis=1)
+
+
+def _take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+  """Of x [B, ...], the entries along an axis that index int32 [B, n] names for each row."""
+  shape = [1] * x.ndim
+  shape[0], shape[axis] = index.shape
+  return jnp.take_along_axis(x, index.reshape(shape), axis)
+
+
+def _in_blocks(q, k, v, queries: Keys, keys: Keys, sinks, table, block: int, which, options: dict):
+  """`attend` of tokens in the order in which they stand."""
   B, T, N, H = q.shape
   K = k.shape[1]
   group = N // K
@@ -84,7 +111,7 @@ def attend(
   options = _Options(**options)
   # Over a mesh, in automatic mode, the devices would have to agree on what to skip, in a collective for each block.
   options = options._replace(bias=options.bias and bound(options.bias), skip=not automatic())
-  out, _, entropy = _attend(options, q, held, _tokens(queries, block), sinks, table)
+  out, _, entropy = _attend(options, q, held, _tokens(queries, block), sinks, table, which)
 
   def from_rows(x):
     x = x.reshape(-1, B, K, group, block, x.shape[-1]).transpose(1, 0, 4, 2, 3, 5)
@@ -105,38 +132,43 @@ def _tokens(of: Keys, block: int) -> Keys:
   return Keys(cut(of.positions, -1), cut(of.segment_ids), None if of.prefix is None else cut(of.prefix))
 
 
-def _where_seen(options: _Options, queries: Keys, keys: Keys, work, carry):
-  """work(carry, bool [B, 1, 1, C, C]), or the carry itself where no query of the block can see a key of the other."""
+def _where_seen(options: _Options, queries: Keys, keys: Keys, which, kv_heads: int, work, carry):
+  """work(carry, seen), or the carry itself where no query of the block can see a key of the other.
+
+  seen: bool [B, 1 or K, 1 or G, C, C].
+  """
 
   def run(carry):
-    return work(carry, visible(queries, keys, mask=options.mask, window=options.window)[:, None, None])
+    seen = visible(queries, keys, mask=options.mask, window=options.window, which=which)  # [B, 1 or N, C, C]
+    grouped = (1, 1) if seen.shape[1] == 1 else (kv_heads, seen.shape[1] // kv_heads)
+    return work(carry, seen.reshape(seen.shape[0], *grouped, *seen.shape[2:]))
 
   if not options.skip:
     return run(carry)
   return jax.lax.cond(may_see(queries, keys, mask=options.mask, window=options.window), run, lambda carry: carry, carry)
 
 
-def may_see(queries: Keys, keys: Keys, *, mask: str, window: int | None) -> jax.Array:
+def may_see(queries: Keys, keys: Keys, *, mask, window: int | None) -> jax.Array:
   """A bool that is true wherever some query of a block sees some key of another (`attention.visible`), [B, C] each.
 
   From the blocks' extreme positions and segments alone: C tokens a pair of blocks, and not C^2, so that a row of T
   tokens is surveyed in T^2 / C steps. Where it is true in vain, the work adds nothing.
   """
-  far = jnp.iinfo(jnp.int32).max
-
-  def extremes(x, of: Keys):
-    valid = of.positions >= 0
-    return jnp.min(x, axis=1, where=valid, initial=far), jnp.max(x, axis=1, where=valid, initial=-1)
-
-  (q, k), (q_segment, k_segment) = (
-    [extremes(getattr(block, name), block) for block in (queries, keys)] for name in ("positions", "segment_ids")
-  )
-  may = (q[1] >= 0) & (k[1] >= 0) & (q_segment[0] <= k_segment[1]) & (k_segment[0] <= q_segment[1])
-  if mask == "causal":
-    may &= k[0] <= q[1]
+  (q, q_segment), (k, k_segment) = map(_extents, (queries, keys))
+  may = (q.high >= 0) & (k.high >= 0) & (q_segment.low <= k_segment.high) & (k_segment.low <= q_segment.high)
+  may &= mask.may_see(q, k)
   if window is not None:
-    may &= (q[0] - k[1] < window) & (k[0] - q[1] < window)
+    may &= (q.low - k.high < window) & (k.low - q.high < window)
   return jnp.any(may)
+
+
+def _extents(block: Keys) -> tuple[Extent, Extent]:
+  """The extents of a block's positions, and of its segments."""
+  far, valid = jnp.iinfo(jnp.int32).max, block.positions >= 0
+  low = lambda x: jnp.min(x, axis=1, where=valid, initial=far)
+  high = lambda x: jnp.max(x, axis=1, where=valid, initial=-1)
+  marked = jnp.zeros(block.positions.shape[:1], bool) if block.prefix is None else jnp.any(block.prefix & valid, axis=1)
+  return tuple(Extent(low(x), high(x), marked) for x in (block.positions, block.segment_ids))
 
 
 def _products(options: _Options, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -170,7 +202,7 @@ def _pass_on(options: _Options, tree):
   return jax.lax.ppermute(tree, options.ring, [(i, (i + 1) % n) for i in range(n)])
 
 
-def _fold(options: _Options, state: _Softmax, q: jax.Array, held: _Held, queries: Keys, table) -> _Softmax:
+def _fold(options: _Options, state: _Softmax, q: jax.Array, held: _Held, queries: Keys, table, which) -> _Softmax:
   """All blocks of keys held here, into the softmax of every block of queries."""
 
   def one(_, turn):
@@ -196,7 +228,7 @@ def _fold(options: _Options, state: _Softmax, q: jax.Array, held: _Held, queries
           mean = mean * shrink + jnp.sum(products, axis=-1, keepdims=True)
         return _Softmax(state.out * shrink + more, top, total, mean)
 
-      return _where_seen(options, queries, keys, work, state), None
+      return _where_seen(options, queries, keys, which, held.k.shape[2], work, state), None
 
     return None, jax.lax.scan(step, state, (np.arange(len(held.k)), held.keys))[0]
 
@@ -204,7 +236,7 @@ def _fold(options: _Options, state: _Softmax, q: jax.Array, held: _Held, queries
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: _Options, q, held: _Held, queries: Keys, sinks, table):
+def _attend(options: _Options, q, held: _Held, queries: Keys, sinks, table, which):
   """-> out [blocks, B, K, R, H'], log-sum-exp f32 [blocks, B, K, R, 1] (0 where nothing is seen), entropy like it."""
   rows = q.shape[:-1]
   # The sink is a key that has been seen before all others, and whose value is zero.
@@ -216,26 +248,26 @@ def _attend(options: _Options, q, held: _Held, queries: Keys, sinks, table):
   def turn(carry, _):
     state, held = carry
     following = _pass_on(options, held)  # on its way while these are worked on
-    return (_fold(options, state, q, held, queries, table), following), None
+    return (_fold(options, state, q, held, queries, table, which), following), None
 
   if options.ring is not None:
     (state, held), _ = jax.lax.scan(turn, (state, held), None, length=jax.lax.axis_size(options.ring) - 1)
-  state = _fold(options, state, q, held, queries, table)
+  state = _fold(options, state, q, held, queries, table, which)
   total = jnp.where(state.total > 0, state.total, 1.0)
   lse = jnp.where(state.top == -jnp.inf, 0.0, state.top) + jnp.log(total)
   return (state.out / total).astype(held.v.dtype), lse, lse - state.mean / total if options.entropy else None
 
 
-def _forward(options, q, held, queries, sinks, table):
-  out, lse, entropy = _attend(options, q, held, queries, sinks, table)
-  return (out, lse, entropy), (q, held, queries, sinks, table, out, lse)
+def _forward(options, q, held, queries, sinks, table, which):
+  out, lse, entropy = _attend(options, q, held, queries, sinks, table, which)
+  return (out, lse, entropy), (q, held, queries, sinks, table, which, out, lse)
 
 
 def _backward(options, kept, gradient):
   """With P the weights, O the output, L the log-sum-exp: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K,
   dK = dS^T Q (2307.08691, algorithm 2). A sink's weight is exp(sink - L), and its value is zero. In a ring, the
   gradients of keys and values travel with these."""
-  q, held, queries, sinks, table, out, lse = kept
+  q, held, queries, sinks, table, which, out, lse = kept
   grad, *_ = gradient  # nobody differentiates the others
   own = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
@@ -266,7 +298,7 @@ def _backward(options, kept, gradient):
           dk += jnp.einsum("bkrc,bkrh->bkch", ds, q, preferred_element_type=jnp.float32)
           return dk, dv, dtable, dq
 
-        *carry, dq = _where_seen(options, queries, keys, work, (*carry, dq))
+        *carry, dq = _where_seen(options, queries, keys, which, k.shape[1], work, (*carry, dq))
         return tuple(carry), dq
 
       (dk, dv, dtable), dq = jax.lax.scan(step, (dk, dv, dtable), (q, queries, grad, lse, own, dq))
@@ -292,7 +324,8 @@ def _backward(options, kept, gradient):
     dq, dtable, dk, dv = fold(carry, held)
   dsinks = -jnp.sum(jnp.exp(sinks - lse) * own, axis=(0, 1))
   like = lambda g, x: g.astype(x.dtype)
-  return like(dq, q), _Held(like(dk, held.k), like(dv, held.v), None), None, dsinks, jax.tree.map(like, dtable, table)
+  dheld = _Held(like(dk, held.k), like(dv, held.v), None)
+  return like(dq, q), dheld, None, dsinks, jax.tree.map(like, dtable, table), None
 
 
 _attend.defvjp(_forward, _backward)

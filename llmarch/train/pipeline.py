@@ -24,6 +24,7 @@ from llmarch import sharding
 from llmarch.experiment import ExperimentConfig
 from llmarch.layers import stack as stacks
 from llmarch.layers.context import make_context
+from llmarch.layers.site import Out, Site
 from llmarch.mesh import plan_pipeline
 from llmarch.models.decoder import Decoder
 from llmarch.ops.einsum import RESIDUAL
@@ -87,7 +88,7 @@ class Pipeline(NamedTuple):
     return x.reshape(self.parts, self.schedule.microbatches, -1, *x.shape[1:])  # [D, M, b/D, ...]
 
   def trunk(self, model: Decoder, batch: dict, *, key, remat: str, telemetry: bool) -> tuple[jax.Array, dict]:
-    """`Decoder.trunk` of an arranged batch -> hidden [B, T, E], aux {name: f32 [M, L]}.
+    """`Decoder.trunk` of an arranged batch -> hidden [B, T, E], Aux of f32 [M, L].
 
     With a key, microbatch i draws what the i-th of M micro-batches of an unpipelined step does (train.grad_accum).
     """
@@ -138,7 +139,7 @@ class _Run(NamedTuple):
   telemetry: bool
 
   def stack(self, stack: stacks.Stack, drop: Callable, x: jax.Array, keys):
-    """x [M/S, b, T, E] of this stage's microbatches, keys [M] of all -> x behind the stack, aux {name: f32 [M, L]}.
+    """x [M/S, b, T, E] of this stage's microbatches, keys [M] of all -> x behind the stack, Aux of f32 [M, L].
 
     drop(x, key): what becomes of an embedded microbatch.
     """
@@ -150,14 +151,16 @@ class _Run(NamedTuple):
       x = jax.vmap(drop)(x, mine)
       each = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, len(segments)))(keys), 1, 0)
     shared = {name: sharding.whole(param) for name, param in stack.shared.items()}
-    auxes = []
+    layer, outs = 0, []
     for segment, keys in zip(segments, each, strict=True):
-      x, aux = self.segment(segment, x, shared, keys)
-      auxes += stacks.by_layer(aux, segment.repeat)
-    return x, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), stacks.by_name(auxes))
+      out = self.segment(segment, layer, x, shared, keys)
+      x, layer = out.y, layer + len(segment.names) * segment.repeat
+      outs.append((out, segment.repeat))
+    return x, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), stacks.joined(outs))
 
-  def segment(self, segment: stacks.Segment, x: jax.Array, shared: dict, keys):
-    """x [M/S, b, T, E], keys [M] -> the same behind the segment, and a list over its blocks of aux [R, M]."""
+  def segment(self, segment: stacks.Segment, first: int, x: jax.Array, shared: dict, keys) -> Out:
+    """x [M/S, b, T, E], keys [M] -> the same behind the segment, whose first layer is number `first`; in the Out, stats
+    and loss are lists over its blocks of [R, M]."""
     (S, _, V), stage = self.schedule, jax.lax.axis_index(STAGE)
     graph, params = nnx.split(segment.blocks)
     params = jax.tree.map(lambda param: deal(param, S, V), params)
@@ -165,12 +168,15 @@ class _Run(NamedTuple):
 
     def work(x, m, v):
       of = lambda a: None if a is None else jax.lax.dynamic_index_in_dim(a, m, keepdims=False)
-      here, _ = make_context(*(of(self.context.get(name)) for name in CONTEXT), None, self.telemetry)
+      here, _ = make_context(*(of(self.context.get(name)) for name in CONTEXT), None, None, self.telemetry)
       run = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, v, keepdims=False), params)
       draws = None if keys is None else jax.random.split(of(keys), segment.repeat)
-      draws = None if keys is None else jax.lax.dynamic_slice_in_dim(draws, (v * S + stage) * layers, layers)
-      x, _, aux = stacks.with_blocks(segment, nnx.merge(graph, run)).turns(x, here, None, shared, draws, self.remat)
-      return x, aux
+      start = (v * S + stage) * layers
+      draws = None if keys is None else jax.lax.dynamic_slice_in_dim(draws, start, layers)
+      numbers = first + len(segment.names) * (start + jnp.arange(layers))
+      site = Site(here, numbers, None, None, {}, draws)
+      out = stacks.with_blocks(segment, nnx.merge(graph, run)).turns(x, site, shared, frozenset(), self.remat)
+      return out.y, (out.stats, out.loss)
 
     work = jax.checkpoint(work, policy=_policy(self.remat), prevent_cse=False)
 
@@ -191,7 +197,8 @@ class _Run(NamedTuple):
     *others, x = jnp.split(done, S)  # of the last stage
     for s, piece in enumerate(others):
       x = jnp.where(stage == s, _place(jax.lax.ppermute(piece, STAGE, [(S - 1, s)])), x)
-    return x, jax.tree.map(lambda a: self.of_all(stage, a), aux)
+    stats, loss = jax.tree.map(lambda a: self.of_all(stage, a), aux)
+    return Out(x, stats=stats, loss=loss)
 
   def of_all(self, stage, aux: jax.Array) -> jax.Array:
     """[ticks, layers of a run] of this stage -> of all layers in order and all microbatches, [R, M], everywhere."""

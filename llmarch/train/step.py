@@ -58,7 +58,7 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
   # Each chunk of the loss has tokens of every device, and as many logits on each as without a mesh.
   parts = 1 if mesh is None else sharding.ways("length", LAYOUT, mesh)
   loss_chunk = min(c.loss_chunk, math.ceil(c.seq_len / parts)) * parts
-  ring = 1 if mesh is None or _by_index(config.model) else sharding.ways("attn_length", LAYOUT, mesh)
+  ring = 1 if mesh is None or _in_order(config.model) else sharding.ways("attn_length", LAYOUT, mesh)
   deal = functools.partial(jax.tree.map, functools.partial(_dealt, ring=ring))
   schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, c.steps)
 
@@ -85,14 +85,14 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
       hidden, _, aux = model.trunk(
         batch["tokens"], batch["positions"], batch["segment_ids"], prefix=batch.get("prefix"), **how
       )
-      aux = {name: x[None] for name, x in aux.items()}
+      aux = jax.tree.map(lambda x: x[None], aux)
     total, sums = chunked_loss(
       functools.partial(model.unembed, table=gathered(model.table)), hidden, batch["targets"], batch["loss_weights"],
       chunk=loss_chunk, label_smoothing=c.label_smoothing, z_loss=c.z_loss,
     )  # fmt: skip
-    if "router_loss" in aux:  # of a mean over a microbatch's tokens, as the loss is once it is divided by their weight
+    if aux.loss is not None:  # of a mean over a microbatch's tokens, as the loss is once it is divided by their weight
       weights = stages.by_microbatch(batch["loss_weights"]) if stages else batch["loss_weights"][None]
-      total += jnp.sum(aux["router_loss"].T * jnp.sum(weights, axis=(1, 2)))
+      total += jnp.sum(aux.loss.T * jnp.sum(weights, axis=(1, 2)))
     return total, (sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), aux))
 
   def accumulate(params, base, batch, key, telemetry):
@@ -138,11 +138,12 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
       }
       if c.z_loss:
         metrics["z"] = sums["z"] / weight
-      if "router_loss" in aux:
-        metrics["router_loss"] = jnp.sum(aux["router_loss"])
+      if aux.loss is not None:
+        metrics["branch_loss"] = jnp.sum(aux.loss)
       if telemetry:
         ratio = lambda u, p: jnp.linalg.norm(u) / jnp.maximum(jnp.linalg.norm(p.astype(jnp.float32)), 1e-12)
-        metrics["telemetry"] = aux | {
+        losses = {} if aux.loss is None else {"branch_loss": aux.loss}
+        metrics["telemetry"] = aux.stats | losses | {
           "logit_rms": sums["logit_rms"] / weight,
           "update_ratio": jax.tree.map(ratio, updates, params),
         }
@@ -199,12 +200,11 @@ def _dealt(x: jax.Array, ring: int) -> jax.Array:
   return sharding.shard(x.reshape(x.shape[0], 2 * ring, -1)[:, order].reshape(x.shape), *TOKENS)
 
 
-def _by_index(model: ModelConfig) -> bool:
-  """Whether a token's place in its row matters, not its position alone: to what draws, takes the first, or recurs."""
+def _in_order(model: ModelConfig) -> bool:
+  """Whether a token's place in its row matters beside its position: some part draws, recurs, or takes the first."""
   blocks = model.blocks.values()
-  parts = [model.embed, *blocks, *(part for b in blocks for part in (b.mixer, b.ffn, getattr(b.ffn, "router", None)))]
-  named = ("dropout", "jitter", "capacity_factor")
-  return any(getattr(p, n, None) for p in parts for n in named) or not all(hasattr(b.mixer, "mask") for b in blocks)
+  branches = [branch for block in blocks for branch in block.branches.values()]
+  return any(part.dropout for part in (model.embed, *blocks)) or any(branch.in_order for branch in branches)
 
 
 def eval_params(state: dict) -> dict:
