@@ -24,17 +24,6 @@ from llmarch.convert import hf, peft
 from llmarch.convert.tables import FAMILIES
 from llmarch.data.tokenizers import ByteTokenizer, train_bpe
 from llmarch.errors import UserError
-from llmarch.experiment import (
-  CheckpointConfig,
-  Constant,
-  DataConfig,
-  EvalConfig,
-  ExperimentConfig,
-  LoRAConfig,
-  OptimizerConfig,
-  Text,
-  TrainConfig,
-)
 from llmarch.infer.evaluate import perplexity, score
 from llmarch.infer.lm import LM
 from llmarch.lab.training import train_run as train_command
@@ -47,6 +36,17 @@ from llmarch.models.decoder import Decoder, abstract
 from llmarch.models.lora import Adapters, product
 from llmarch.models.regroup import regroup_config, regroup_params
 from llmarch.ops import quant
+from llmarch.run_config import (
+  CheckpointConfig,
+  Constant,
+  DataConfig,
+  EvalConfig,
+  LoRAConfig,
+  OptimizerConfig,
+  RunConfig,
+  Text,
+  TrainConfig,
+)
 from llmarch.sharding import make_mesh, parse_mesh
 from llmarch.train.step import make_train_step
 
@@ -193,8 +193,8 @@ def corpus(tmp_path_factory):
   return folder
 
 
-def experiment(config: ModelConfig, corpus, *, steps=6, lora=None, **train) -> ExperimentConfig:
-  return ExperimentConfig(
+def experiment(config: ModelConfig, corpus, *, steps=6, lora=None, **train) -> RunConfig:
+  return RunConfig(
     model=config,
     data=DataConfig(source=Text(paths=(f"{corpus}/*.txt",)), cache_dir=f"{corpus}/cache", validation_fraction=0.2),
     optimizer=OptimizerConfig(learning_rate=1e-2, schedule=Constant()),
@@ -232,9 +232,9 @@ def test_init_from_refuses_another_tokenizer_and_no_folder(saved, corpus, tmp_pa
 # ------------------------------------------------------------------------------------------------------ LoRA
 
 
-def lora_config(**more) -> ExperimentConfig:
+def lora_config(**more) -> RunConfig:
   train = TrainConfig(steps=4, batch_size=3, seq_len=T, loss_chunk=8, init_from="-", lora=LoRAConfig(**more))
-  return ExperimentConfig(model=MODEL, train=train, optimizer=OptimizerConfig(learning_rate=1e-2, schedule=Constant()))
+  return RunConfig(model=MODEL, train=train, optimizer=OptimizerConfig(learning_rate=1e-2, schedule=Constant()))
 
 
 def batch() -> dict:

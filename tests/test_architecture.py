@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted((ROOT / "llmarch").rglob("*.py"))
 
-# A room may import itself and these rooms. experiment.py, mesh.py and process.py are parts of config.
+# A room may import itself and these rooms. run_config.py, mesh.py and process.py are parts of config.
 GROUND = {"errors", "build", "config"}  # the standard library alone
 BELOW_MODELS = GROUND | {"sharding", "ops", "layers", "models"}
 ARROWS = {
@@ -49,10 +49,10 @@ LIBRARIES = {  # outside the standard library
 
 
 def room(module: str) -> str:
-  """llmarch.layers.attention -> layers; llmarch.experiment -> config."""
+  """llmarch.layers.attention -> layers; llmarch.run_config -> config."""
   parts = module.split(".")
   name = parts[1] if len(parts) > 1 else "__init__"
-  return {"experiment": "config", "mesh": "config", "process": "config"}.get(name, name)
+  return {"run_config": "config", "mesh": "config", "process": "config"}.get(name, name)
 
 
 def imports(path: pathlib.Path) -> set[str]:
@@ -97,7 +97,7 @@ def loaded_by(code: str) -> set[str]:
 
 @pytest.mark.parametrize(
   "code",
-  ["from llmarch.__main__ import main\nassert main(['--help']) == 0", "import llmarch", "import llmarch.experiment"],
+  ["from llmarch.__main__ import main\nassert main(['--help']) == 0", "import llmarch", "import llmarch.run_config"],
 )
 def test_help_loads_no_heavy_library(code):
   heavy = {"jax", "jaxlib", "flax", "numpy", "optax", "orbax", "grain", "tokenizers", "datasets", "torch", "rich"}

@@ -21,7 +21,7 @@ from llmarch.build import build
 from llmarch.commands import tokenizer as command
 from llmarch.data import packing, pipeline, sources, synthetic, tokenfile, tokenizers
 from llmarch.errors import UserError
-from llmarch.experiment import (
+from llmarch.run_config import (
   JSONL,
   Copy,
   DataConfig,

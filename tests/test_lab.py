@@ -23,7 +23,6 @@ from llmarch.__main__ import main as llmarch_main
 from llmarch.analysis import cost
 from llmarch.build import assign, build, to_dict
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig
 from llmarch.lab import ablation as ab
 from llmarch.lab import records, results, runner
 from llmarch.lab.ablation import Match
@@ -39,6 +38,7 @@ from llmarch.lab.statistics import (
   verdict,
 )
 from llmarch.report import page
+from llmarch.run_config import RunConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
@@ -56,10 +56,10 @@ def test_grid_zip_and_chain_are_products_rows_and_sums():
     ab.zipped({"a": [1, 2], "b": [3]})
 
 
-def base(**changes) -> ExperimentConfig:
+def base(**changes) -> RunConfig:
   from llmarch.commands.common import load_config
 
-  return build(ExperimentConfig, assign(to_dict(load_config(str(TINY))), changes.items()))
+  return build(RunConfig, assign(to_dict(load_config(str(TINY))), changes.items()))
 
 
 FFN = "model.blocks.layer.ffn"
@@ -573,7 +573,7 @@ def test_a_trial_trains_and_its_numbers_are_those_of_the_same_run(tmp_path):
   (record,) = records.read(folder)
   assert record["status"] == "ok", record
   (trial,) = ab.trials(ab.load(folder), folder, "tiny")
-  last = train_run(build(ExperimentConfig, trial.config), str(tmp_path / "run"))
+  last = train_run(build(RunConfig, trial.config), str(tmp_path / "run"))
   found = record["metrics"]
   # The process of the trial compiles with all optimisations, this one with none.
   assert found["loss"] == pytest.approx(last["eval/loss"], rel=1e-4)

@@ -22,7 +22,7 @@ from llmarch.build import build
 from llmarch.commands import launch
 from llmarch.data.pipeline import make_pipeline
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 from llmarch.sharding import make_mesh
 from llmarch.train import distributed
 from llmarch.train.checkpoint import Checkpoints, fingerprints, flatten_state
@@ -120,7 +120,7 @@ with distributed.ends_together():
 
 def observe(config: dict) -> dict:
   """Checksums of the global batches of 20 steps, and of the initial state, on a mesh of all devices."""
-  config = build(ExperimentConfig, config)
+  config = build(RunConfig, config)
   functions = make_train_step(config, make_mesh(MESH))
   shape = config.train.batch_size, config.train.seq_len
   rows = distributed.local_rows(functions.batch_sharding, shape)
@@ -261,7 +261,7 @@ def test_two_processes_see_the_batches_and_the_initial_state_of_one(environ, cas
   assert first["state"] == second["state"] == alone["state"]
   assert [f["rows"] for f in (first, second, alone)] == [[0, 1, 2, 3], [4, 5, 6, 7], [*range(8)]]
   # The initial parameters on one device are these too.
-  single = make_train_step(build(ExperimentConfig, CONFIG | {"mesh": ""})).init()
+  single = make_train_step(build(RunConfig, CONFIG | {"mesh": ""})).init()
   assert {k: np.asarray(v).tolist() for k, v in sorted(fingerprints(flatten_state(single)).items())} == first["state"]
   cases("batches and states the same in 1 and 2 processes", 20 + len(first["state"]))
   assert (first["gathered"], second["gathered"]) == ([*range(8)], None)
@@ -318,14 +318,14 @@ def test_every_row_of_an_epoch_is_read_exactly_once_by_any_number_of_processes(t
   for packing in ("chunks", "documents"):
     data = {"source": source, "packing": packing, "cache_dir": str(tmp_path), "prefetch": 0}
     model = CONFIG["model"] | {"vocab_size": 264}
-    made = pipeline(build(ExperimentConfig, CONFIG | {"data": data, "model": model}))
+    made = pipeline(build(RunConfig, CONFIG | {"data": data, "model": model}))
     size, count = made.batch_size, made.rows._plan.num_rows
     assert count > 200
     key = lambda batch, i: b"".join(batch[name][i].tobytes() for name in ("tokens", "positions", "segment_ids"))
     steps = count // size + 1
     whole = [key(batch, i) for batch in map(made.batch, range(steps)) for i in range(size)][:count]
     # Rows of equal text are equal; each comes as often as in the unshuffled epoch.
-    plain = pipeline(build(ExperimentConfig, CONFIG | {"data": data | {"shuffle": False}, "model": model}))
+    plain = pipeline(build(RunConfig, CONFIG | {"data": data | {"shuffle": False}, "model": model}))
     ordered = [key(batch, i) for batch in map(plain.batch, range(steps)) for i in range(size)][:count]
     assert sorted(whole) == sorted(ordered) and whole != ordered
     for processes in (1, 2, 4):
@@ -376,7 +376,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_any_number_goes_on(
 
 
 def test_a_checkpoint_of_two_processes_is_the_same_bits_on_every_mesh(pair, cases):
-  config = build(ExperimentConfig, CONFIG)
+  config = build(RunConfig, CONFIG)
   for sizes in ({"data": 8}, {"tensor": 4, "data": 2}, {"fsdp": 4, "tensor": 2}, None):
     mesh = make_mesh({**dict.fromkeys(MESH, 1), **sizes}) if sizes else None
     abstract = make_train_step(config, mesh).abstract_state
@@ -408,7 +408,7 @@ def test_a_kill_of_one_ends_the_other_and_the_next_run_goes_on_bit_for_bit(start
       shutil.rmtree(workdir)
   assert codes(start(workdir), within=240) == [0, 0]
   assert rows(workdir) == rows(pair)
-  assert Checkpoints(str(workdir), build(ExperimentConfig, CONFIG).checkpoint).steps() == [2, 4, 6, 8, 10]
+  assert Checkpoints(str(workdir), build(RunConfig, CONFIG).checkpoint).steps() == [2, 4, 6, 8, 10]
 
 
 def test_damage_that_one_process_finds_takes_all_back(start, pair, tmp_path, cases):

@@ -31,8 +31,8 @@ from trainee import Data, experiment, run
 
 from llmarch.build import to_dict
 from llmarch.errors import UserError
-from llmarch.experiment import Copy, DataConfig, SpikeConfig
 from llmarch.mesh import parse_mesh
+from llmarch.run_config import Copy, DataConfig, SpikeConfig
 from llmarch.sharding import make_mesh
 from llmarch.train import checkpoint, journal, loop, supervise, watch
 from llmarch.train.checkpoint import Checkpoints, Damaged, fingerprints, flatten_state, load_step

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from llmarch.config import ModelConfig
 from llmarch.errors import UserError, check, nearest
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig as ExperimentConfig
 
 GiB = 2**30
 

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from llmarch.config import BlockConfig, ModelConfig, NormConfig
-from llmarch.experiment import SGD, Adafactor, AdamW, ExperimentConfig, Lion, Muon
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.mla import MLAConfig
 from llmarch.layers.moe import MoEConfig, TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
 from llmarch.layers.position import Learned, Sinusoidal, T5Bias
+from llmarch.run_config import SGD, Adafactor, AdamW, Lion, Muon
+from llmarch.run_config import RunConfig as ExperimentConfig
 
 # An element by its type or format; scales of formats are `kv_state`'s to count.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} | dict.fromkeys(("int8", "fp8", "int8_channel", "fp8_channel"), 1)

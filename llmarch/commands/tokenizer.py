@@ -14,7 +14,7 @@ from absl import flags
 from llmarch.build import build, parse_value
 from llmarch.commands.common import parse_flags
 from llmarch.errors import UserError
-from llmarch.experiment import SourceConfig
+from llmarch.run_config import SourceConfig
 
 
 def main(argv: list[str]) -> int:

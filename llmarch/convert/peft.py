@@ -14,10 +14,10 @@ from flax import nnx
 from llmarch.config import ModelConfig
 from llmarch.convert import hf
 from llmarch.errors import check
-from llmarch.experiment import LoRAConfig
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract
 from llmarch.models.lora import A, Adapters, B
+from llmarch.run_config import LoRAConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

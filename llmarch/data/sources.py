@@ -1,4 +1,4 @@
-"""Sources: a config of llmarch/experiment.py -> documents, in a stable order."""
+"""Sources: a config of llmarch/run_config.py -> documents, in a stable order."""
 
 import dataclasses
 import glob
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmarch.errors import UserError, nearest
-from llmarch.experiment import JSONL, HFDataset, SourceConfig, Stdlib, Text
+from llmarch.run_config import JSONL, HFDataset, SourceConfig, Stdlib, Text
 
 # Third-party packages, tests (odd encodings, odd code), and what differs between builds of one version.
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from llmarch.errors import UserError
-from llmarch.experiment import Copy, Induction, Needle, Recall, SourceConfig
+from llmarch.run_config import Copy, Induction, Needle, Recall, SourceConfig
 
 
 class Draws:

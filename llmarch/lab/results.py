@@ -10,7 +10,6 @@ from pathlib import Path
 from llmarch.analysis import cost, roofline
 from llmarch.build import build
 from llmarch.errors import UserError, check
-from llmarch.experiment import ExperimentConfig
 from llmarch.lab import records
 from llmarch.lab.ablation import (
   ZERO,
@@ -26,6 +25,7 @@ from llmarch.lab.ablation import (
   tuning,
 )
 from llmarch.lab.statistics import INCONCLUSIVE, noise_floor, paired, verdict
+from llmarch.run_config import RunConfig
 
 
 def summarize(
@@ -147,7 +147,7 @@ def _arm(ablation: Ablation, folder, budget: str, arm, rows: list[dict]) -> dict
     }
     if times
     else None,
-    "cost": costs(build(ExperimentConfig, config, "config")),
+    "cost": costs(build(RunConfig, config, "config")),
     "match": match,
     "overrides": overrides,
     "samples": {row["seed"]: row["sample"] for row in rows if row.get("sample")},
@@ -160,7 +160,7 @@ def _spread(found: Mapping[int, float]) -> dict:
   return {"mean": stats.fmean(numbers), "sd": sd, "n": len(numbers), "values": dict(found)}
 
 
-def costs(config: ExperimentConfig) -> dict:
+def costs(config: RunConfig) -> dict:
   """What an arm costs by formula: params, active_params, train_flops_per_token, state_bytes_per_token (by which one
   more token lengthens the decoding state), state_bytes (of a row of train.seq_len), decode_ms {chip: milliseconds of a
   token, batch 1, a lower bound}."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmarch import sharding
 from llmarch.errors import UserError, check
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 from llmarch.train import distributed
 
 
@@ -27,7 +27,7 @@ def keep_programs(cache_dir: str) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def train_run(config: ExperimentConfig, workdir: str, num_processes: int = 1) -> dict:
+def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
   """Trains `config` in `workdir`; everything that can be refused is refused before anything is compiled.
 
   Returns the last evaluation row (train/loop.py). Raises UserError, and what else that loop raises.

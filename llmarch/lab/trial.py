@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmarch.build import build
 from llmarch.errors import check
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 from llmarch.train.faults import Fault
 
 TRIAL, RESULT, LOG, RUN = "trial.json", "result.json", "log.txt", "run"
@@ -26,7 +26,7 @@ CURVE = 60  # points of a recorded curve, at most
 class Trained:
   """A finished run, for measures: its config, its folder, and what they lead to."""
 
-  config: ExperimentConfig
+  config: RunConfig
   workdir: str
 
   @cached_property
@@ -57,7 +57,7 @@ def read_rows(path: Path) -> list[dict]:
   return found
 
 
-def train_trial(config: ExperimentConfig, workdir: str, measures=()) -> dict:
+def train_trial(config: RunConfig, workdir: str, measures=()) -> dict:
   """Trains, evaluates and measures: {"metrics", "curve", "eval_curve", "step_ms", "sample"}."""
   from llmarch.lab.training import keep_programs, train_run
 
@@ -121,7 +121,7 @@ def run(folder: str | Path) -> dict:
 
   trial = Trial(**json.loads((Path(folder) / TRIAL).read_text()))
   ablation = load(trial.folder)
-  config = build(ExperimentConfig, trial.config, "config")
+  config = build(RunConfig, trial.config, "config")
   if ablation.trial:
     found = {"metrics": ablation.trial(config, str(Path(folder) / RUN))}
   else:

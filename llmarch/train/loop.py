@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from llmarch.build import to_dict
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 from llmarch.train import distributed
 from llmarch.train.checkpoint import (
   Checkpoints,
@@ -37,7 +37,7 @@ IN_A_ROW = 3  # steps whose update is left out, and rollbacks that the run did n
 
 
 def train(
-  config: ExperimentConfig,
+  config: RunConfig,
   workdir: str,
   train_data,
   eval_data,
@@ -102,7 +102,7 @@ class _Run:
   must not happen with bad ones. A bad update never enters the state: the step itself leaves it out.
   """
 
-  config: ExperimentConfig
+  config: RunConfig
   workdir: str
   functions: TrainStep
   train_data: object

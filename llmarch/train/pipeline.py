@@ -21,12 +21,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from llmarch import sharding
-from llmarch.experiment import ExperimentConfig
 from llmarch.layers import stack as stacks
 from llmarch.layers.context import make_context
 from llmarch.mesh import plan_pipeline
 from llmarch.models.decoder import Decoder
 from llmarch.ops.einsum import RESIDUAL
+from llmarch.run_config import RunConfig as ExperimentConfig
 from llmarch.sharding import Layout
 
 STAGE = "stage"

@@ -20,12 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from llmarch import sharding
 from llmarch.config import ModelConfig
-from llmarch.experiment import ExperimentConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import Decoder, abstract
 from llmarch.models.lora import Adapters
 from llmarch.ops.einsum import TOKENS, gathered
 from llmarch.ops.loss import chunked_loss
+from llmarch.run_config import RunConfig as ExperimentConfig
 from llmarch.train import pipeline
 from llmarch.train.optim import make_optimizer, make_schedule
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmarch.build import build, differences, to_dict
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 from llmarch.train.distributed import is_main
 
 # Where a run computes and caches, and what watches it, is not what it computes.
@@ -24,7 +24,7 @@ TEMPORARY = ".config.json."  # what a process leaves that was killed while it cl
 LOGS = "logs"  # where `llmarch launch` and Slurm put what the processes say
 
 
-def check_workdir(workdir: str, config: ExperimentConfig) -> bool:
+def check_workdir(workdir: str, config: RunConfig) -> bool:
   """Whether `workdir` holds a run of this config; False if it is new or empty. Nothing is written.
 
   Raises UserError if the folder holds another config (the keys that differ are named) or files that are no run.
@@ -45,12 +45,12 @@ def check_workdir(workdir: str, config: ExperimentConfig) -> bool:
 def _complete(data: dict) -> dict:
   """A stored config with the defaults of keys that are newer than it."""
   try:
-    return to_dict(build(ExperimentConfig, data))
+    return to_dict(build(RunConfig, data))
   except UserError:  # a key that is gone: `differences` will name it
     return data
 
 
-def claim_workdir(workdir: str, config: ExperimentConfig, tokenizer=None) -> None:
+def claim_workdir(workdir: str, config: RunConfig, tokenizer=None) -> None:
   """Makes `workdir` this config's: writes config.json, and the tokenizer, into a new or empty folder.
 
   The run keeps its tokenizer, for the file that data.tokenizer names may change or stay behind. Raises UserError
@@ -99,11 +99,11 @@ def only_process(workdir: str):
     yield
 
 
-def read_config(workdir: str) -> ExperimentConfig:
+def read_config(workdir: str) -> RunConfig:
   """The config of the run in a workdir."""
   import llmarch.layers.registry  # noqa: F401  fills the families of kinds
 
-  return build(ExperimentConfig, _read_json(Path(workdir) / "config.json"), "config")
+  return build(RunConfig, _read_json(Path(workdir) / "config.json"), "config")
 
 
 def write_atomically(path: Path, text: str) -> None:

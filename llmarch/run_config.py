@@ -1,4 +1,7 @@
-"""An experiment as data: the model, its text, its optimizer and its schedule of work (standard library only)."""
+"""The config of a run: the model, its text, its optimizer and its schedule of work.
+
+This module and what it imports need the standard library alone.
+"""
 
 from typing import Literal
 
@@ -355,8 +358,8 @@ class CheckpointConfig:
 
 
 @config_dataclass
-class ExperimentConfig:
-  """All that decides a run; written to its workdir as config.json."""
+class RunConfig:
+  """Everything that decides a run; it is written to the run's workdir as config.json."""
 
   model: ModelConfig
   seed: int = 0
