@@ -11,10 +11,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 MODULES = sorted((ROOT / "llmarch").rglob("*.py"))
 
 # A room may import itself and these rooms. run_config.py, mesh.py and process.py are parts of config.
-GROUND = {"errors", "build", "config"}  # the standard library alone
+GROUND = {"errors", "files", "locks", "build", "config"}  # the standard library alone
 BELOW_MODELS = GROUND | {"sharding", "ops", "layers", "models"}
 ARROWS = {
   "errors": set(),
+  "files": {"errors"},
+  "locks": set(),
   "build": {"errors"},
   "config": {"build", "errors"},
   "sharding": {"errors", "config"},  # the text of a mesh, mesh.py
@@ -37,6 +39,8 @@ ARROWS = {
 LIBRARIES = {  # outside the standard library
   "errors": set(),
   "build": set(),
+  "files": set(),
+  "locks": set(),
   "config": set(),
   "sharding": {"jax", "numpy"},
   "ops": {"jax", "numpy"},

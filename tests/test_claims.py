@@ -5,11 +5,11 @@ import pathlib
 
 import pytest
 
+from llmarch import files
 from llmarch.__main__ import main as llmarch
 from llmarch.errors import UserError
 from llmarch.lab import ablation, claims
 from llmarch.lab.claims import Cited, Fact, Measured, Test
-from llmarch.train import journal
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "experiments"
@@ -99,7 +99,7 @@ def test_a_run_is_recorded_and_a_changed_rule_makes_it_not_run(tmp_path):
   facts = path.parent / claims.FACTS
   facts.write_text(facts.read_text().replace("1 < 2", "1 < 3"))
   assert state() == {"a": "not run", "b": "not run"}
-  assert len(journal.read(path.parent / claims.RECORDS)) == 2
+  assert len(files.read_lines(path.parent / claims.RECORDS)) == 2
 
 
 def test_a_damaged_line_is_said_and_a_full_disk_is_a_sentence(tmp_path, capsys, monkeypatch):
@@ -116,7 +116,7 @@ def test_a_damaged_line_is_said_and_a_full_disk_is_a_sentence(tmp_path, capsys, 
   def full(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(journal, "append", full)
+  monkeypatch.setattr(files, "append_line", full)
   with pytest.raises(UserError, match="cannot write .*claims.jsonl .No space left"):
     claims.run(claims.load(path)[0], path.parent)
 

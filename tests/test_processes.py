@@ -22,11 +22,11 @@ from llmarch.build import build
 from llmarch.commands import launch
 from llmarch.data.pipeline import make_pipeline
 from llmarch.errors import UserError
+from llmarch.files import read_lines
 from llmarch.run_config import RunConfig
 from llmarch.sharding import make_mesh
 from llmarch.train import distributed
 from llmarch.train.checkpoint import Checkpoints, fingerprints, flatten_state
-from llmarch.train.journal import read
 from llmarch.train.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -281,7 +281,7 @@ def test_two_processes_train_as_one_and_one_of_them_speaks(pair, environ, config
   cases("steps the same in 1 and 2 processes", len(two))
   assert [row["step"] for row in two] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
   assert len(list(pair.glob("events.out.tfevents*"))) == 1
-  assert [e["event"] for e in read(pair / "journal.jsonl")].count("start") == 1
+  assert [e["event"] for e in read_lines(pair / "journal.jsonl")].count("start") == 1
   logs = [(pair / "logs" / f"{i}.log").read_text() for i in range(2)]
   assert "step 10/10" in logs[0] and "step" not in logs[1] and "fake devices" not in logs[1]
   assert "step 10/10" in (pair / "stderr").read_text()  # the launcher shows the main process's
@@ -357,7 +357,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_any_number_goes_on(
     wait_for(reached(workdir, rng.randrange(1, 8)), both)
     both[rng.randrange(2)].send_signal(signal.SIGTERM)
     assert codes(both, within=30) == [143, 143]
-    events = read(workdir / "journal.jsonl")
+    events = read_lines(workdir / "journal.jsonl")
     last = max(e["step"] for e in events if e["event"] == "saved")
     assert events[-1]["event"] == "preempted" and last == events[-1]["step"] == rows(workdir)[-1]["step"]
     shutil.copytree(workdir, tmp_path / "other")
@@ -403,7 +403,7 @@ def test_a_kill_of_one_ends_the_other_and_the_next_run_goes_on_bit_for_bit(start
       both[who].kill()
       assert codes(both, within=GONE)[who] == -signal.SIGKILL
       cases("R4: SIGKILL of one of two, the other gone in 15 s")
-    if any(e["event"] == "done" for e in read(workdir / "journal.jsonl")):
+    if any(e["event"] == "done" for e in read_lines(workdir / "journal.jsonl")):
       assert rows(workdir) == rows(pair)
       shutil.rmtree(workdir)
   assert codes(start(workdir), within=240) == [0, 0]
@@ -417,7 +417,7 @@ def test_damage_that_one_process_finds_takes_all_back(start, pair, tmp_path, cas
   shutil.copytree(pair, workdir)
   assert codes(start(workdir, second=TORN), within=240) == [0, 0]
   assert rows(workdir) == rows(pair)
-  events = [(e["event"], e["step"]) for e in read(workdir / "journal.jsonl")]
+  events = [(e["event"], e["step"]) for e in read_lines(workdir / "journal.jsonl")]
   assert events[events.index(("done", 10)) + 1 :] == [
     ("quarantined", 10), ("start", 8), ("stepping", 9), ("saved", 10), ("done", 10),
   ]  # fmt: skip
@@ -713,7 +713,7 @@ def test_a_slurm_job_whose_time_is_over_saves_and_goes_on_when_it_is_queued_agai
   flags = ["--minutes=1", "--save_seconds=20"]
   look = slurm(tmp_path / "run", flags, [*endless, "--config.checkpoint.every=0"])
   events = lambda *kinds: [
-    (e["event"], e["step"]) for e in read(tmp_path / "run" / "journal.jsonl") if e["event"] in kinds
+    (e["event"], e["step"]) for e in read_lines(tmp_path / "run" / "journal.jsonl") if e["event"] in kinds
   ]
   wait_for(lambda: len(events("stepping")) == 2, [], within=240)
   state, restarts, job = look()

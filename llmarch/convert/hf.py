@@ -4,14 +4,14 @@ Nothing is trusted: names, shapes, dtypes and sizes are compared with the config
 before a device sees them. Pickled weights are never opened. No more than one parameter (of all layers) is held.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmarch import sharding
+from llmarch import files, sharding
 from llmarch.build import build, differences, to_dict
 from llmarch.config import ModelConfig
 from llmarch.convert.fields import METADATA, Family, Layout, Row
@@ -517,32 +517,12 @@ def write_checkpoint(
   return family
 
 
-def new_folder(directory: str | os.PathLike):
-  """A context: a temporary folder that takes the name `directory` when all went well. Nothing is replaced."""
-  return _NewFolder(Path(directory).expanduser().absolute())
-
-
-class _NewFolder:
-  def __init__(self, target: Path):
-    taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    check(not taken, f"{target} exists already; name a new folder")
-    self._target = target
-
-  def __enter__(self) -> Path:
-    try:
-      self._target.parent.mkdir(parents=True, exist_ok=True)
-      self._scratch = tempfile.TemporaryDirectory(dir=self._target.parent, prefix=f".{self._target.name}.")
-    except OSError as e:
-      raise UserError(f"cannot write {self._target} ({e.strerror}); name a folder that can be written") from None
-    new = Path(self._scratch.name) / "new"
-    new.mkdir()
-    return new
-
-  def __exit__(self, kind, error, trace):
-    with self._scratch:
-      if kind is None:
-        if self._target.exists():
-          self._target.rmdir()
-        (Path(self._scratch.name) / "new").rename(self._target)
-    if isinstance(error, OSError) and not isinstance(error, UserError):
-      raise UserError(f"cannot write {self._target} ({error.strerror}); name a folder with room") from None
+@contextlib.contextmanager
+def new_folder(directory: str | os.PathLike) -> Iterator[Path]:
+  """Yields a folder as `files.new_folder` does. Raises UserError where the name is taken, or cannot be written."""
+  target = Path(directory).expanduser().absolute()
+  taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+  check(not taken, f"{target} exists already; name a new folder")
+  refusal = files.or_refuse(f"cannot write {target}", "name a folder that can be written and has room")
+  with refusal, files.new_folder(target) as new:
+    yield new

@@ -6,7 +6,6 @@ on. A trial whose key is in the records of a sibling folder is not computed agai
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llmarch import locks
 from llmarch.errors import UserError, check
+from llmarch.files import or_refuse
 from llmarch.lab import records
 from llmarch.lab.ablation import FILE, ZERO, Ablation, Trial, chosen_rates, load, recorded, trials, tuning
 from llmarch.lab.trial import LOG, RESULT, RUN, TRIAL, read_rows, summary
@@ -70,12 +71,8 @@ class Sweep:
     before = self.rows.get(trial.key)
     attempt = before.get("attempt", 1) + 1 if before and trial.key in self.failed_before else 1
     row = header(trial, self.name) | row | {"attempt": attempt}
-    try:
+    with or_refuse(f"cannot write {self.out / records.NAME}", "make room, and start again: what it holds is kept"):
       records.add(self.out, row)
-    except OSError as e:
-      raise UserError(
-        f"cannot write {self.out / records.NAME} ({e.strerror}); make room, and start again: what it holds is kept"
-      ) from None
     self.rows[trial.key] = row
     self.failed_before.discard(trial.key)
     return row
@@ -196,18 +193,15 @@ class Running:
 def only_sweep(out: Path):
   """Holds a folder of records: a second sweep would run the same trials in the same folders, over the first one's.
 
-  Raises UserError if another process has it. The lock goes with the process, however that ends.
+  Raises UserError if another process has it.
   """
   try:
-    out.mkdir(parents=True, exist_ok=True)
-    lock = (out / ".sweep.lock").open("w")
-  except OSError as e:
-    raise UserError(f"--out: cannot write {out} ({e.strerror}); give a folder that can be written") from None
+    with or_refuse(f"--out: cannot write {out}", "give a folder that can be written"):
+      out.mkdir(parents=True, exist_ok=True)
+      lock = locks.take(out / ".sweep.lock")
+  except locks.Taken:
+    raise UserError(f"another sweep runs in {out}; wait for it to end, or give another --out") from None
   with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(f"another sweep runs in {out}; wait for it to end, or give another --out") from None
     yield
 
 
@@ -300,12 +294,10 @@ def prepare(folder: Path, trial: Trial) -> None:
   """An empty folder for the trial. What a killed sweep left of one without checkpoints is of no use."""
   if not trial.config["checkpoint"]["every"]:
     shutil.rmtree(folder, ignore_errors=True)
-  try:
+  with or_refuse(f"--out: cannot write {folder}", "give a folder that can be written"):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
     (folder / TRIAL).write_text(json.dumps(dataclasses.asdict(trial)))
-  except OSError as e:
-    raise UserError(f"--out: cannot write {folder} ({e.strerror}); give a folder that can be written") from None
 
 
 def command(folder: Path, cores: Sequence[int] = ()) -> list[str]:

@@ -114,8 +114,8 @@ def _text(trained: Trained) -> dict:
 
 def run(folder: str | Path) -> dict:
   """Runs the trial whose TRIAL lies in `folder`; writes RESULT."""
+  from llmarch.files import write_text
   from llmarch.lab.ablation import Trial, load
-  from llmarch.train.workdir import write_atomically
 
   import llmarch.layers.registry  # noqa: F401  isort: skip
 
@@ -127,7 +127,7 @@ def run(folder: str | Path) -> dict:
   else:
     found = train_trial(config, str(Path(folder) / RUN), ablation.measures)
   found |= {"metrics": checked(found["metrics"]), "hardware": hardware(), "versions": versions()}
-  write_atomically(Path(folder) / RESULT, json.dumps(found))
+  write_text(Path(folder) / RESULT, json.dumps(found))
   return found
 
 

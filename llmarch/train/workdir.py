@@ -3,15 +3,13 @@ journal.jsonl, checkpoints/STEP, quarantine/ for what was damaged or taken back,
 """
 
 import contextlib
-import fcntl
 import json
-import os
-import socket
-import tempfile
 from pathlib import Path
 
+from llmarch import locks
 from llmarch.build import build, differences, to_dict
 from llmarch.errors import UserError
+from llmarch.files import or_refuse, write_text
 from llmarch.run_config import RunConfig
 from llmarch.train.distributed import is_main
 
@@ -57,45 +55,32 @@ def claim_workdir(workdir: str, config: RunConfig, tokenizer=None) -> None:
   as `check_workdir` does, and where the folder cannot be written.
   """
   path = Path(workdir) / "config.json"
-  try:
+  with or_refuse(f"--workdir: cannot write {path}", "give a folder that can be written"):
     if not check_workdir(workdir, config):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      write_atomically(path, json.dumps(to_dict(config), indent=1))
+      write_text(path, json.dumps(to_dict(config), indent=1))
     if tokenizer is not None and not (path.parent / "checkpoints").exists():
       tokenizer.save(workdir)
-  except OSError as e:
-    raise UserError(f"--workdir: cannot write {path} ({e.strerror}); give a folder that can be written") from None
 
 
 @contextlib.contextmanager
 def only_process(workdir: str):
   """Holds a claimed workdir: a second process that trains in it would mix its rows and checkpoints with ours.
 
-  Raises UserError if another holds it, naming that process and its host. The lock goes with the process, however
-  that ends, so that what a dead one wrote in the file holds nobody up.
+  Raises UserError if another holds it, naming that process and its host.
   """
   if not is_main():  # one for all hosts of a run
     yield
     return
   path = Path(workdir) / "lock"
   try:
-    f = path.open("a+")
-  except OSError as e:
-    raise UserError(f"--workdir: cannot write {path} ({e.strerror}); give a folder that can be written") from None
-  with f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      f.seek(0)
-      raise UserError(
-        f"another process is training in {workdir} ({f.read().strip() or 'just started'}); wait for it to end, or give"
-        " another --workdir"
-      ) from None
-    except OSError:
-      pass  # a file system without locks
-    f.truncate(0)
-    f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    f.flush()
+    with or_refuse(f"--workdir: cannot write {path}", "give a folder that can be written"):
+      lock = locks.take(path)
+  except locks.Taken as holder:
+    raise UserError(
+      f"another process is training in {workdir} ({str(holder) or 'just started'}); wait for it to end, or give"
+      " another --workdir"
+    ) from None
+  with lock:
     yield
 
 
@@ -104,15 +89,6 @@ def read_config(workdir: str) -> RunConfig:
   import llmarch.layers.registry  # noqa: F401  fills the families of kinds
 
   return build(RunConfig, _read_json(Path(workdir) / "config.json"), "config")
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """Writes a file so that a reader, or a crash, sees the old text or the new."""
-  with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(f.name, path)
 
 
 def _read_json(path: Path) -> dict:
