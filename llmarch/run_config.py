@@ -277,7 +277,7 @@ class SpikeConfig:
 
 @config_dataclass
 class LoRAConfig:
-  """Low-rank adapters on frozen weights (2106.09685); see models/lora.py."""
+  """Low-rank adapters on frozen weights (2106.09685); see adapt/lora.py."""
 
   rank: int = 8
   alpha: float = 16.0  # the adapter is times alpha / rank

@@ -16,6 +16,8 @@ from flax import nnx
 
 import llmarch
 from llmarch.__main__ import main
+from llmarch.adapt.lora import Adapters, product
+from llmarch.adapt.regroup import regroup_config, regroup_params
 from llmarch.analysis import cost
 from llmarch.build import build
 from llmarch.commands.common import load_config
@@ -26,16 +28,14 @@ from llmarch.data.tokenizers import ByteTokenizer, train_bpe
 from llmarch.errors import UserError
 from llmarch.infer.evaluate import perplexity, score
 from llmarch.infer.lm import LM
-from llmarch.lab.training import train_run as train_command
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm
 from llmarch.layers.param import flatten, unflatten
 from llmarch.layers.position import ALiBi, RoPE
 from llmarch.models.decoder import Decoder, abstract
-from llmarch.models.lora import Adapters, product
-from llmarch.models.regroup import regroup_config, regroup_params
 from llmarch.ops import quant
+from llmarch.run import train_run as train_command
 from llmarch.run_config import (
   CheckpointConfig,
   Constant,

@@ -23,16 +23,19 @@ ARROWS = {
   "ops": {"sharding", "errors", "build"},  # ops/sampling.py has a config
   "layers": GROUND | {"ops", "sharding"},
   "models": GROUND | {"layers", "ops", "sharding"},
+  "adapt": BELOW_MODELS,
   "presets": GROUND | {"layers"},
   "data": GROUND,
-  "train": BELOW_MODELS | {"data", "analysis"},
+  "train": BELOW_MODELS | {"adapt", "data", "analysis"},
   "infer": BELOW_MODELS | {"data"},
-  "convert": BELOW_MODELS | {"presets"},
-  "analysis": BELOW_MODELS | {"presets", "train", "infer"},  # analysis/compile.py compiles their programs
-  "lab": BELOW_MODELS | {"presets", "data", "train", "infer", "convert", "analysis", "__init__"},
+  "convert": BELOW_MODELS | {"adapt", "presets"},
+  "analysis": BELOW_MODELS | {"adapt", "presets", "train", "infer"},  # analysis/compile.py compiles their programs
+  "run": BELOW_MODELS | {"adapt", "data", "train", "infer", "convert", "analysis", "__init__"},
+  "lab": BELOW_MODELS | {"adapt", "presets", "data", "train", "infer", "convert", "analysis", "run", "__init__"},
   "report": BELOW_MODELS | {"analysis", "lab"},
   "commands": BELOW_MODELS
-  | {"presets", "data", "train", "infer", "convert", "analysis", "lab", "report", "__main__", "__init__"},
+  | {"adapt", "presets", "data", "train", "infer", "convert", "analysis", "run", "lab", "report"}
+  | {"__main__", "__init__"},
   "__main__": {"errors", "config", "commands"},
   "__init__": {"data", "train", "infer", "convert"},
 }
@@ -46,6 +49,7 @@ LIBRARIES = {  # outside the standard library
   "ops": {"jax", "numpy"},
   "layers": {"jax", "numpy", "flax"},
   "models": {"jax", "numpy", "flax", "chex"},
+  "adapt": {"jax", "numpy", "flax"},
   "presets": set(),
   "__main__": set(),
   "__init__": set(),

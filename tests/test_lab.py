@@ -554,7 +554,7 @@ def test_every_arm_runs_at_the_best_of_its_own_learning_rates(tmp_path):
 
 def test_a_trial_trains_and_its_numbers_are_those_of_the_same_run(tmp_path):
   """The record of a trained trial equals `llmarch train` of the resolved config."""
-  from llmarch.lab.training import train_run
+  from llmarch.run import train_run
 
   small = {"train.steps": 4, "train.batch_size": 2, "train.seq_len": 16, "train.log_every": 1, "eval.every": 2,
            "eval.batches": 2, "eval.sample_tokens": 4, "model.stack": "1*layer", "checkpoint.every": 0,

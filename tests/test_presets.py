@@ -14,6 +14,7 @@ import spaces
 from flax import nnx
 
 from llmarch.__main__ import main
+from llmarch.adapt.padding import block_of
 from llmarch.analysis import cost, hardware
 from llmarch.build import differences, to_dict
 from llmarch.commands.common import load_config
@@ -21,7 +22,6 @@ from llmarch.config import ModelConfig
 from llmarch.layers.moe import MoEConfig
 from llmarch.layers.param import flatten
 from llmarch.models import decoder
-from llmarch.models.padding import block_of
 from llmarch.ops import attention as ops
 from llmarch.ops import cache
 from llmarch.presets import PRESETS, shrink

@@ -16,11 +16,11 @@ from llmarch.build import build, override, to_dict
 from llmarch.config import BlockConfig, ModelConfig
 from llmarch.data.tokenizers import load_tokenizer, train_bpe
 from llmarch.errors import UserError
-from llmarch.lab.training import train_run as train_command
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm
 from llmarch.layers.position import RoPE, T5Bias
+from llmarch.run import train_run as train_command
 from llmarch.run_config import (
   SGD,
   WSD,

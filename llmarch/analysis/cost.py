@@ -257,7 +257,7 @@ def training_bytes(config: ExperimentConfig) -> dict[str, int]:
   matrices = sum(n * (mixer.matrices + ffn.matrices) for n, _, mixer, ffn in layers(config.model))
   stored = total * BYTES[config.model.precision.param]
   if config.train.lora:
-    from llmarch.models.lora import Adapters
+    from llmarch.adapt.lora import Adapters
 
     adapters = Adapters(config.train.lora, config.model)
     matrices = total = adapters.size

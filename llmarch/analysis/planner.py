@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from llmarch.adapt.padding import pad_heads
 from llmarch.analysis import comm, cost
 from llmarch.analysis.hardware import Chip, find_chip
 from llmarch.build import FrozenDict
@@ -26,7 +27,6 @@ from llmarch.config import BlockConfig, ModelConfig
 from llmarch.errors import UserError, check, nearest
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
-from llmarch.models.padding import pad_heads
 from llmarch.ops.quant import FORMATS
 from llmarch.presets import PRESETS
 

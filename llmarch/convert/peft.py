@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from llmarch.adapt.lora import A, Adapters, B
 from llmarch.config import ModelConfig
 from llmarch.convert import hf
 from llmarch.errors import check
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract
-from llmarch.models.lora import A, Adapters, B
 from llmarch.run_config import LoRAConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,7 +27,7 @@ def write_adapters(
 ) -> str:
   """Writes the adapters `params` of a model for transformers' folder `base`: -> the model_type of the names.
 
-  params: those of models.lora.Adapters, by name. Raises UserError where no family can say what the model computes.
+  params: those of adapt.lora.Adapters, by name. Raises UserError where no family can say what the model computes.
   """
   family, _ = hf.express(config, model_type)
   named = flatten(nnx.state(abstract(config)), variables=True)

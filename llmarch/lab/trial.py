@@ -59,7 +59,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def train_trial(config: RunConfig, workdir: str, measures=()) -> dict:
   """Trains, evaluates and measures: {"metrics", "curve", "eval_curve", "step_ms", "sample"}."""
-  from llmarch.lab.training import keep_programs, train_run
+  from llmarch.run import keep_programs, train_run
 
   keep_programs(config.data.cache_dir)
   train_run(config, workdir)

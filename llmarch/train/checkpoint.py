@@ -24,12 +24,12 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from llmarch.adapt.lora import Adapters
 from llmarch.data.synthetic import TASKS
 from llmarch.errors import UserError
 from llmarch.files import sync_tree
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract
-from llmarch.models.lora import Adapters
 from llmarch.run_config import CheckpointConfig, RunConfig
 from llmarch.train import distributed
 from llmarch.train.faults import Fault, StorageFault

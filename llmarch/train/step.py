@@ -19,10 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from llmarch import sharding
+from llmarch.adapt.lora import Adapters
 from llmarch.config import ModelConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import Decoder, abstract
-from llmarch.models.lora import Adapters
 from llmarch.ops.einsum import TOKENS, gathered
 from llmarch.ops.loss import chunked_loss
 from llmarch.run_config import RunConfig as ExperimentConfig
