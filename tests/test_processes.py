@@ -644,7 +644,8 @@ def test_a_wrong_launch_is_refused(argv, message, tmp_path, monkeypatch):
 
 def task(script, rank, then=""):
   """A task's process, as submitit runs it: a process of its own around the command."""
-  code = f"import signal\nfrom llmarch.commands.slurm import Task\ntask = Task(['sh', '-c', {script!r}], '.')\n"
+  code = "import signal\nfrom llmarch.train.slurm import CommandTask\n"
+  code += f"task = CommandTask(['sh', '-c', {script!r}], '.')\n"
   code += f"{then}\ntask()"
   path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
   environ = {**os.environ, "PYTHONPATH": path, "SLURM_PROCID": str(rank)}

@@ -210,11 +210,23 @@ class Ablation:
     return [f for f in (self.trial, *self.measures) if f is not None]
 
 
-def load(folder: str | Path) -> Ablation:
+def load_ablation(folder: str | Path) -> Ablation:
   """The ablation of a folder. Raises UserError for a folder without one, or a file that fails."""
   found = execute(Path(folder) / FILE, "get_ablation", flag="llmarch ablate")
   check(isinstance(found, Ablation), f"{Path(folder) / FILE}: get_ablation must return an Ablation, got {found!r:.80}")
   return found
+
+
+def find_ablations(paths: Sequence[str]) -> list[str]:
+  """The folders of ablations among and below the given ones, sorted. Raises UserError where there is none."""
+  found = []
+  for path in paths:
+    here = Path(path)
+    below = sorted(str(p.parent) for p in here.glob(f"*/{FILE}")) if here.is_dir() else []
+    own = [str(here)] if (here / FILE).is_file() else below
+    check(bool(own), f"{path} has no {FILE}, and no folder in it has; give experiments/NAME, or experiments for all")
+    found += own
+  return list({Path(folder).resolve(): folder for folder in found}.values())
 
 
 # ------------------------------------------------------------------------------------------------ its trials

@@ -125,7 +125,7 @@ class Claim:
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def load(path: str | Path) -> tuple[Claim, ...]:
+def load_claims(path: str | Path) -> tuple[Claim, ...]:
   """The claims of a file, all of them checked against what they name.
 
   Raises UserError for two claims of one id, a fact, test or ablation that is not there, and a file that fails.

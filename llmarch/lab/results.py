@@ -18,7 +18,7 @@ from llmarch.lab.ablation import (
   Trial,
   chosen_rates,
   config_differences,
-  load,
+  load_ablation,
   recorded,
   resolve,
   trials,
@@ -38,7 +38,7 @@ def summarize(
   arms: a row each (see `_arm`); comparisons: a row each (see `_compare`); hardware, versions, seconds, trials;
   stale: this budget's records of trials that the file, as it is, does not have; missing: trials without a record.
   """
-  ablation, out = load(folder), out or folder
+  ablation, out = load_ablation(folder), out or folder
   rows = records.read(out)
   budget = budget or (rows[-1]["budget"] if rows else None)
   if not rows or budget not in {*ablation.budgets, *(row["budget"] for row in rows)}:
@@ -99,7 +99,7 @@ def comparison(folder: str | Path, id: str, budget: str | None = None) -> dict |
 
 def declared(folder: str | Path, id: str) -> Comparison:
   """A comparison as its ablation's file has it. Raises UserError if it is not there."""
-  known = {c.id: c for c in load(folder).comparisons}
+  known = {c.id: c for c in load_ablation(folder).comparisons}
   check(id in known, f"{folder} has no comparison {id!r} (known: {', '.join(known)})")
   return known[id]
 

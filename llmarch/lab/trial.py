@@ -1,7 +1,7 @@
 """One trial: a run, and what is measured of it.  python -m llmarch.lab.trial TRIAL.json [CORES]
 
 The trial is a process of its own, so that one which runs out of memory or time, or meets numbers that are not finite,
-ends alone. It writes RESULT beside its file; what its end means is runner.finished's to say.
+ends alone. It writes RESULT beside its file; what its end means is sweep.finished's to say.
 """
 
 import dataclasses
@@ -115,12 +115,12 @@ def _text(trained: Trained) -> dict:
 def run(folder: str | Path) -> dict:
   """Runs the trial whose TRIAL lies in `folder`; writes RESULT."""
   from llmarch.files import write_text
-  from llmarch.lab.ablation import Trial, load
+  from llmarch.lab.ablation import Trial, load_ablation
 
   import llmarch.layers.registry  # noqa: F401  isort: skip
 
   trial = Trial(**json.loads((Path(folder) / TRIAL).read_text()))
-  ablation = load(trial.folder)
+  ablation = load_ablation(trial.folder)
   config = build(RunConfig, trial.config, "config")
   if ablation.trial:
     found = {"metrics": ablation.trial(config, str(Path(folder) / RUN))}
