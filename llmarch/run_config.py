@@ -23,7 +23,7 @@ class Stdlib(SourceConfig, kind="stdlib"):
 
 
 @config_dataclass
-class Text(SourceConfig, kind="text"):
+class TextFiles(SourceConfig, kind="text"):
   """Text files. `paths` are globs; a file is one document, or many where `separator` cuts it."""
 
   paths: tuple[str, ...]

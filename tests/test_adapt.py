@@ -26,8 +26,8 @@ from llmarch.convert import hf, peft
 from llmarch.convert.tables import FAMILIES
 from llmarch.data.tokenizers import ByteTokenizer, train_bpe
 from llmarch.errors import UserError
-from llmarch.infer.evaluate import perplexity, score
 from llmarch.infer.lm import LM
+from llmarch.infer.scoring import perplexity, score
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm
@@ -44,7 +44,7 @@ from llmarch.run_config import (
   LoRAConfig,
   OptimizerConfig,
   RunConfig,
-  Text,
+  TextFiles,
   TrainConfig,
 )
 from llmarch.sharding import make_mesh, parse_mesh
@@ -196,7 +196,7 @@ def corpus(tmp_path_factory):
 def experiment(config: ModelConfig, corpus, *, steps=6, lora=None, **train) -> RunConfig:
   return RunConfig(
     model=config,
-    data=DataConfig(source=Text(paths=(f"{corpus}/*.txt",)), cache_dir=f"{corpus}/cache", validation_fraction=0.2),
+    data=DataConfig(source=TextFiles(paths=(f"{corpus}/*.txt",)), cache_dir=f"{corpus}/cache", validation_fraction=0.2),
     optimizer=OptimizerConfig(learning_rate=1e-2, schedule=Constant()),
     train=TrainConfig(steps=steps, batch_size=4, seq_len=T, log_every=1, lora=lora, **train),
     eval=EvalConfig(every=3, batches=1, sample_tokens=0),
@@ -434,7 +434,7 @@ def test_exported_factors_multiply_to_what_ours_add(name, tmp_path):
   options = json.loads((tmp_path / peft.CONFIG).read_text())
   theirs = {n: tensor.read() for n, tensor in hf.read_header(tmp_path / peft.WEIGHTS)[0].items()}
   named, used = flatten(nnx.state(abstract(config)), variables=True), 0
-  for key, slot in hf.plan(FAMILIES[name], config).items():
+  for key, slot in hf.tensor_slots(FAMILIES[name], config).items():
     if any(path in adapters.targets for path, _ in slot.parts):
       a, b = (theirs[f"base_model.model.{key.removesuffix('.weight')}.lora_{side}.weight"] for side in "AB")
       ours = [

@@ -28,7 +28,7 @@ from llmarch.ops import cache, rope
 from llmarch.ops.attention import attend
 from llmarch.ops.loss import chunked_loss
 from llmarch.ops.sampling import Sampling
-from llmarch.run_config import DataConfig, RunConfig, Text, TrainConfig
+from llmarch.run_config import DataConfig, RunConfig, TextFiles, TrainConfig
 from llmarch.sharding import make_mesh, spec
 from llmarch.train.checkpoint import Checkpoints, flatten_state, load_step
 from llmarch.train.faults import Fault, StorageFault
@@ -101,7 +101,7 @@ def _(tmp_path):
 
 def _text(tmp_path):
   (tmp_path / "a.txt").write_text("\n\n".join(f"text {i} and more of it" for i in range(60)))
-  return DataConfig(source=Text(paths=(str(tmp_path / "a.txt"),), separator="\n\n"), cache_dir=str(tmp_path))
+  return DataConfig(source=TextFiles(paths=(str(tmp_path / "a.txt"),), separator="\n\n"), cache_dir=str(tmp_path))
 
 
 def _pipeline(tmp_path, **changes):

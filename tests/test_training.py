@@ -37,7 +37,7 @@ from llmarch.run_config import (
   Muon,
   OptimizerConfig,
   RunConfig,
-  Text,
+  TextFiles,
   TrainConfig,
 )
 from llmarch.sharding import make_mesh
@@ -281,7 +281,7 @@ def test_a_run_keeps_its_tokenizer_whatever_becomes_of_the_file_it_was_read_from
   (tmp_path / "a.txt").write_text("\n\n".join(texts))
   train_bpe(texts, 270).save(tmp_path / "bpe")
   mine = load_tokenizer(str(tmp_path / "bpe")).fingerprint
-  source = Text(paths=(str(tmp_path / "a.txt"),), separator="\n\n")
+  source = TextFiles(paths=(str(tmp_path / "a.txt"),), separator="\n\n")
   data = DataConfig(source=source, tokenizer=str(tmp_path / "bpe"), cache_dir=str(tmp_path / "cache"))
   config = experiment(model=dataclasses.replace(MODEL, vocab_size=270), steps=3)
   train_command(dataclasses.replace(config, data=data, eval=EvalConfig(every=0)), str(tmp_path / "run"))

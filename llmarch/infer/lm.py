@@ -261,7 +261,7 @@ class LM:
     return tuple(sorted(set(found)))
 
 
-class Text:
+class TextStream:
   """The text of ids that come piece by piece, after the text of a prompt."""
 
   def __init__(self, tokenizer, prompt_ids: list[int]):
@@ -288,7 +288,7 @@ class _Row:
   def __init__(self, prompt, prompt_ids: list[int], lm: LM):
     self.prompt_ids, self.dtype = prompt_ids, None
     self.new_ids: list[int] = []
-    self.text = Text(lm.tokenizer, prompt_ids) if isinstance(prompt, str) else None
+    self.text = TextStream(lm.tokenizer, prompt_ids) if isinstance(prompt, str) else None
     if not isinstance(prompt, (str, list, tuple)):
       dtype = np.asarray(prompt).dtype
       holds = np.issubdtype(dtype, np.integer) and np.iinfo(dtype).max >= lm.config.vocab_size - 1
@@ -327,7 +327,7 @@ def _state(kv: str) -> str:
   return build(StateDType, kv, "kv")
 
 
-def load(directory: str | os.PathLike, tokenizer=None, **options) -> LM:
+def load_saved(directory: str | os.PathLike, tokenizer=None, **options) -> LM:
   """The model of a folder that `LM.save` wrote, with options of `LM`.
 
   Raises UserError if anything in it is damaged or does not fit.

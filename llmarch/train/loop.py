@@ -285,8 +285,9 @@ class _Run:
 
   def evaluate(self) -> None:
     self.watchdog.begin("evaluation", slow=True)
-    sums = evaluate(self.functions.evaluate, self.state, self.eval_data, self.config.eval.batches, self.eval_place)
-    self.last_eval = {"step": self.step, **sums}
+    batches = self.config.eval.batches
+    found = validation_metrics(self.functions.evaluate, self.state, self.eval_data, batches, self.eval_place)
+    self.last_eval = {"step": self.step, **found}
     loss = self.last_eval["eval/loss"]
     if not math.isfinite(loss):
       raise Fault(f"the eval/loss is {loss} at step {self.step} in {self.workdir}; {self.mend()}")
@@ -379,7 +380,7 @@ def diverging(arrays: dict) -> list[str]:
   return found
 
 
-def evaluate(evaluate_step, state: dict, data, batches: int, batch: Callable[[int], dict]) -> dict:
+def validation_metrics(evaluate_step, state: dict, data, batches: int, batch: Callable[[int], dict]) -> dict:
   """Mean loss over the first `batches` batches of the validation split: the same ones each time."""
   sums = [jax.device_get(evaluate_step(state, batch(i))) for i in range(batches)]
   loss = float(sum(s["loss"] for s in sums) / max(sum(s["weight"] for s in sums), 1.0))
