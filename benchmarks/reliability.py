@@ -78,9 +78,10 @@ def guards(config: str, steps: int) -> dict:
 
 
 def restart(config: str, workdir: str, kills: int) -> dict:
-  from llmarch.train.journal import NAME, read
+  from llmarch.files import read_lines
+  from llmarch.train.journal import NAME
 
-  events = lambda kind: [row for row in read(Path(workdir) / NAME) if row["event"] == kind]
+  events = lambda kind: [row for row in read_lines(Path(workdir) / NAME) if row["event"] == kind]
   command = [sys.executable, "-m", "llmarch", "train", f"--config={config}", f"--workdir={workdir}", "--supervise"]
   command += ["--config.checkpoint.every=10", "--config.eval.every=0", "--config.train.steps=100000"]
   run = subprocess.Popen(command, stderr=subprocess.DEVNULL)

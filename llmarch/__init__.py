@@ -28,5 +28,5 @@ def load(directory: str | os.PathLike, **options):
 
   if hf.is_checkpoint(directory):
     mesh, layout = options.get("mesh"), options.get("prefill_layout", "ws_2d")
-    return lm.LM(*hf.load(directory, mesh, layout), tokenizer, **options)
-  return lm.load(directory, tokenizer, **options)
+    return lm.LM(*hf.load_checkpoint(directory, mesh, layout), tokenizer, **options)
+  return lm.load_saved(directory, tokenizer, **options)

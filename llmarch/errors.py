@@ -46,4 +46,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
   """Ends a sentence about an unknown name: "; did you mean 'x'?" where a known name is close, else all of them."""
   close = difflib.get_close_matches(name, list(known), n=1)
   return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
-

@@ -16,6 +16,8 @@ from flax import nnx
 
 import llmarch
 from llmarch.__main__ import main
+from llmarch.adapt.lora import Adapters, product
+from llmarch.adapt.regroup import regroup_config, regroup_params
 from llmarch.analysis import cost
 from llmarch.build import build
 from llmarch.commands.common import load_config
@@ -24,30 +26,28 @@ from llmarch.convert import hf, peft
 from llmarch.convert.tables import FAMILIES
 from llmarch.data.tokenizers import ByteTokenizer, train_bpe
 from llmarch.errors import UserError
-from llmarch.experiment import (
-  CheckpointConfig,
-  Constant,
-  DataConfig,
-  EvalConfig,
-  ExperimentConfig,
-  LoRAConfig,
-  OptimizerConfig,
-  Text,
-  TrainConfig,
-)
-from llmarch.infer.evaluate import perplexity, score
 from llmarch.infer.lm import LM
-from llmarch.lab.training import train_run as train_command
+from llmarch.infer.scoring import perplexity, score
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm
 from llmarch.layers.param import flatten, unflatten
 from llmarch.layers.position import ALiBi, RoPE
 from llmarch.models.decoder import Decoder, abstract
-from llmarch.models.lora import Adapters, product
-from llmarch.models.regroup import regroup_config, regroup_params
 from llmarch.ops import quant
 from llmarch.residual import Sandwich
+from llmarch.run import train_run as train_command
+from llmarch.run_config import (
+  CheckpointConfig,
+  Constant,
+  DataConfig,
+  EvalConfig,
+  LoRAConfig,
+  OptimizerConfig,
+  RunConfig,
+  TextFiles,
+  TrainConfig,
+)
 from llmarch.sharding import make_mesh, parse_mesh
 from llmarch.train.step import make_train_step
 
@@ -194,10 +194,10 @@ def corpus(tmp_path_factory):
   return folder
 
 
-def experiment(config: ModelConfig, corpus, *, steps=6, lora=None, **train) -> ExperimentConfig:
-  return ExperimentConfig(
+def experiment(config: ModelConfig, corpus, *, steps=6, lora=None, **train) -> RunConfig:
+  return RunConfig(
     model=config,
-    data=DataConfig(source=Text(paths=(f"{corpus}/*.txt",)), cache_dir=f"{corpus}/cache", validation_fraction=0.2),
+    data=DataConfig(source=TextFiles(paths=(f"{corpus}/*.txt",)), cache_dir=f"{corpus}/cache", validation_fraction=0.2),
     optimizer=OptimizerConfig(learning_rate=1e-2, schedule=Constant()),
     train=TrainConfig(steps=steps, batch_size=4, seq_len=T, log_every=1, lora=lora, **train),
     eval=EvalConfig(every=3, batches=1, sample_tokens=0),
@@ -233,9 +233,9 @@ def test_init_from_refuses_another_tokenizer_and_no_folder(saved, corpus, tmp_pa
 # ------------------------------------------------------------------------------------------------------ LoRA
 
 
-def lora_config(**more) -> ExperimentConfig:
+def lora_config(**more) -> RunConfig:
   train = TrainConfig(steps=4, batch_size=3, seq_len=T, loss_chunk=8, init_from="-", lora=LoRAConfig(**more))
-  return ExperimentConfig(model=MODEL, train=train, optimizer=OptimizerConfig(learning_rate=1e-2, schedule=Constant()))
+  return RunConfig(model=MODEL, train=train, optimizer=OptimizerConfig(learning_rate=1e-2, schedule=Constant()))
 
 
 def batch() -> dict:
@@ -435,7 +435,7 @@ def test_exported_factors_multiply_to_what_ours_add(name, tmp_path):
   options = json.loads((tmp_path / peft.CONFIG).read_text())
   theirs = {n: tensor.read() for n, tensor in hf.read_header(tmp_path / peft.WEIGHTS)[0].items()}
   named, used = flatten(nnx.state(abstract(config)), variables=True), 0
-  for key, slot in hf.plan(FAMILIES[name], config).items():
+  for key, slot in hf.tensor_slots(FAMILIES[name], config).items():
     if any(path in adapters.targets for path, _ in slot.parts):
       a, b = (theirs[f"base_model.model.{key.removesuffix('.weight')}.lora_{side}.weight"] for side in "AB")
       ours = [

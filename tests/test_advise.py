@@ -358,7 +358,7 @@ def test_no_change_helps_beyond_every_published_context():
 @pytest.mark.parametrize("claim", sorted({claim for claims in advise.CLAIMS.values() for claim in claims}))
 def test_claims_are_comparisons_of_the_experiments(claim):
   folder, comparison = claim.split("/")
-  ablation = ablations.load(pathlib.Path(__file__).parent.parent / "experiments" / folder)
+  ablation = ablations.load_ablation(pathlib.Path(__file__).parent.parent / "experiments" / folder)
   assert comparison in [c.id for c in ablation.comparisons]
 
 

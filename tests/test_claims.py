@@ -5,15 +5,15 @@ import pathlib
 
 import pytest
 
+from llmarch import files
 from llmarch.__main__ import main as llmarch
 from llmarch.errors import UserError
 from llmarch.lab import ablation, claims
 from llmarch.lab.claims import Cited, Fact, Measured, Test
-from llmarch.train import journal
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "experiments"
-CLAIMS = claims.load(FOLDER / "claims.py")
+CLAIMS = claims.load_claims(FOLDER / "claims.py")
 FACTS = [c for c in CLAIMS if isinstance(c.check, Fact)]
 
 
@@ -42,7 +42,7 @@ def test_every_fact_says_when_it_holds():
 def test_measured_claims_name_comparisons_that_exist(cases):
   for claim in CLAIMS:
     if isinstance(claim.check, Measured):
-      known = {c.id for c in ablation.load(FOLDER / claim.check.ablation).comparisons}
+      known = {c.id for c in ablation.load_ablation(FOLDER / claim.check.ablation).comparisons}
       assert claim.check.comparison in known, claim.id
       cases("claims bound to comparisons", 1)
 
@@ -90,35 +90,35 @@ def registry(folder: pathlib.Path, *texts: str) -> pathlib.Path:
 
 def test_a_run_is_recorded_and_a_changed_rule_makes_it_not_run(tmp_path):
   path = registry(tmp_path, "claim('a', Fact('yes'))", "claim('b', Fact('no'))")
-  for claim in claims.load(path):
+  for claim in claims.load_claims(path):
     claims.run(claim, path.parent)
-  state = lambda: {r["id"]: r["status"] for r in claims.status(claims.load(path), path.parent)}
+  state = lambda: {r["id"]: r["status"] for r in claims.status(claims.load_claims(path), path.parent)}
   assert state() == {"a": "holds", "b": "refuted"}
   registry(tmp_path, "claim('a', Fact('yes'), rule='another')", "claim('b', Fact('no'))")
   assert state() == {"a": "not run", "b": "refuted"}
   facts = path.parent / claims.FACTS
   facts.write_text(facts.read_text().replace("1 < 2", "1 < 3"))
   assert state() == {"a": "not run", "b": "not run"}
-  assert len(journal.read(path.parent / claims.RECORDS)) == 2
+  assert len(files.read_lines(path.parent / claims.RECORDS)) == 2
 
 
 def test_a_damaged_line_is_said_and_a_full_disk_is_a_sentence(tmp_path, capsys, monkeypatch):
   path = registry(tmp_path, "claim('a', Fact('yes'))", "claim('b', Fact('no'))")
-  for claim in claims.load(path):
+  for claim in claims.load_claims(path):
     claims.run(claim, path.parent)
   file = path.parent / claims.RECORDS
   first, second = file.read_text().splitlines()
   file.write_text(f"{first[:-9]}\n{second}\n")
-  found = claims.status(claims.load(path), path.parent)
+  found = claims.status(claims.load_claims(path), path.parent)
   assert [r["status"] for r in found] == ["not run", "refuted"]
   assert "claims.jsonl: half-written or damaged, and left out: line 1" in capsys.readouterr().err
 
   def full(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(journal, "append", full)
+  monkeypatch.setattr(files, "append_line", full)
   with pytest.raises(UserError, match="cannot write .*claims.jsonl .No space left"):
-    claims.run(claims.load(path)[0], path.parent)
+    claims.run(claims.load_claims(path)[0], path.parent)
 
 
 def test_tests_pass_fail_and_are_not_there(tmp_path):
@@ -126,9 +126,9 @@ def test_tests_pass_fail_and_are_not_there(tmp_path):
   (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")  # as this project's own
   (tmp_path / "tests" / "test_x.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
   path = registry(tmp_path, *(f"claim('{n}', Test(('tests/test_x.py::test_{n}',)))" for n in "ab"))
-  assert [claims.run(c, path.parent)["status"] for c in claims.load(path)] == ["passes", "fails"]
+  assert [claims.run(c, path.parent)["status"] for c in claims.load_claims(path)] == ["passes", "fails"]
   with pytest.raises(UserError, match="test_x.py has no test 'test_c'"):
-    claims.load(registry(tmp_path, "claim('c', Test(('tests/test_x.py::test_c',)))"))
+    claims.load_claims(registry(tmp_path, "claim('c', Test(('tests/test_x.py::test_c',)))"))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_tests_pass_fail_and_are_not_there(tmp_path):
 )
 def test_bad_registries_are_refused_in_one_sentence(texts, sentence, tmp_path):
   with pytest.raises(UserError, match=sentence):
-    claims.load(registry(tmp_path, *texts))
+    claims.load_claims(registry(tmp_path, *texts))
 
 
 def test_the_command(tmp_path, capsys):

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from llmarch import build as build_module
 from llmarch import config as config_module
-from llmarch import experiment
+from llmarch import run_config
 from llmarch.build import FrozenDict, build, differences, override, parse_value, to_dict
 from llmarch.config import ModelConfig, parse_stack
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.position import RoPE
 from llmarch.presets import PRESETS
+from llmarch.run_config import RunConfig
 
 many = hypothesis.settings(
   max_examples=150,
@@ -45,8 +45,8 @@ def test_random_configs_survive_dicts_and_json(config):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_dicts_and_json(name):
-  config = ExperimentConfig(model=spaces.preset(name), train=SHORT)
-  assert build(ExperimentConfig, json.loads(json.dumps(to_dict(config)))) == config
+  config = RunConfig(model=spaces.preset(name), train=SHORT)
+  assert build(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
   full = PRESETS[name]()
   assert build(ModelConfig, json.loads(json.dumps(to_dict(full)))) == full
 
@@ -54,15 +54,15 @@ def test_presets_survive_dicts_and_json(name):
 def test_every_kind_of_source_algorithm_and_schedule_survives_dicts():
   values = {"paths": ["a"], "path": "a"}
   for key, family in (
-    ("data.source", experiment.SourceConfig),
-    ("optimizer.algorithm", experiment.AlgorithmConfig),
-    ("optimizer.schedule", experiment.ScheduleConfig),
+    ("data.source", run_config.SourceConfig),
+    ("optimizer.algorithm", run_config.AlgorithmConfig),
+    ("optimizer.schedule", run_config.ScheduleConfig),
   ):
     for kind, cls in family.variants.items():
       given_values = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
       data = override(BASE, [(key, json.dumps({"kind": kind} | given_values))])
-      config = build(ExperimentConfig, data)
-      assert build(ExperimentConfig, to_dict(config)) == config
+      config = build(RunConfig, data)
+      assert build(RunConfig, to_dict(config)) == config
       section, name = key.split(".")
       assert type(getattr(getattr(config, section), name)) is cls
 
@@ -81,8 +81,8 @@ def test_integers_become_floats_where_floats_are_meant():
   assert type(theta) is float and theta == 5e5
 
 
-SHORT = experiment.TrainConfig(seq_len=24)
-BASE = to_dict(ExperimentConfig(model=spaces.HAND["yarn"], train=SHORT))  # its blocks are a and b
+SHORT = run_config.TrainConfig(seq_len=24)
+BASE = to_dict(RunConfig(model=spaces.HAND["yarn"], train=SHORT))  # its blocks are a and b
 
 
 # ------------------------------------------------------------------------------------------- immutability
@@ -138,7 +138,7 @@ def test_overrides_apply_in_order_and_reach_every_depth():
       ("train.steps", "8"),
     ],
   )
-  model = build(ExperimentConfig, data).model
+  model = build(RunConfig, data).model
   assert model.blocks["a"].mixer.position.kind == "alibi" and model.blocks["a"].mixer.qkv_bias is True
   assert model.blocks["b"].mixer.position == RoPE(theta=5e5) and model.blocks["b"].norm.bias is False
   assert data["train"]["steps"] == 8
@@ -381,10 +381,10 @@ BAD = [
 def test_bad_input_is_one_sentence_that_names_the_field(path, value, sentence):
   data = at(BASE, path, value)
   if sentence is None:
-    build(ExperimentConfig, data)
+    build(RunConfig, data)
     return
   with pytest.raises(UserError) as e:
-    build(ExperimentConfig, data)
+    build(RunConfig, data)
   assert str(e.value).startswith(sentence), str(e.value)
   assert "\n" not in str(e.value) and len(str(e.value)) < 400
 
@@ -392,15 +392,15 @@ def test_bad_input_is_one_sentence_that_names_the_field(path, value, sentence):
 def test_what_only_the_whole_model_can_refuse():
   odd = at(BASE, "model.d_model", 19)
   with pytest.raises(UserError, match=r"config\.model\.embed\.position=sinusoidal needs an even d_model, got 19"):
-    build(ExperimentConfig, at(odd, "model.embed.position", "sinusoidal"))
+    build(RunConfig, at(odd, "model.embed.position", "sinusoidal"))
   with pytest.raises(UserError, match=r"mixer\.num_heads=6 does not divide d_model=19; give head_dim"):
-    build(ExperimentConfig, at(odd, f"{A}.mixer.head_dim", None))
+    build(RunConfig, at(odd, f"{A}.mixer.head_dim", None))
   data = at(BASE, f"{A}.ffn", None)
   with pytest.raises(UserError, match=r"config\.model\.blocks\.a\.residual='parallel' .*; give ffn"):
-    build(ExperimentConfig, at(data, f"{A}.residual", "parallel"))
+    build(RunConfig, at(data, f"{A}.residual", "parallel"))
   scaling = {"kind": "longrope", "short_factors": [1.0], "long_factors": [1.0], "original": 8, "factor": 2.0}
   with pytest.raises(UserError, match=r"position\.scaling\.short_factors has 1 entries; give 5, one a rotated pair"):
-    build(ExperimentConfig, at(BASE, f"{A}.mixer.position.scaling", scaling))
+    build(RunConfig, at(BASE, f"{A}.mixer.position.scaling", scaling))
 
 
 _words = st.sampled_from(["rope", "alibi", "pre"]) | st.text(max_size=5)
@@ -425,11 +425,11 @@ def leaves(data: dict, path: str = ""):
 def test_any_value_anywhere_builds_or_is_refused_in_one_sentence(path, value):
   """And a value that is accepted is kept."""
   try:
-    config = build(ExperimentConfig, at(BASE, path, value))
+    config = build(RunConfig, at(BASE, path, value))
   except UserError as e:
     assert str(e).startswith("config.") and "\n" not in str(e)
     return
-  assert build(ExperimentConfig, to_dict(config)) == config
+  assert build(RunConfig, to_dict(config)) == config
 
 
 @many
@@ -444,6 +444,6 @@ def test_override_values_can_be_as_deep_as_a_shell_lets_them():
 
 
 def test_none_on_a_command_line_is_a_word_where_the_field_has_it_as_one():
-  data = to_dict(build(ExperimentConfig, {"model": PRESETS["gpt_2_small"]()}))
-  config = build(ExperimentConfig, override(data, [("train.remat", "full"), ("train.remat", "none")]))
+  data = to_dict(build(RunConfig, {"model": PRESETS["gpt_2_small"]()}))
+  config = build(RunConfig, override(data, [("train.remat", "full"), ("train.remat", "none")]))
   assert config.train.remat == "none"

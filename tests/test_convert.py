@@ -29,7 +29,7 @@ from llmarch.analysis import cost
 from llmarch.build import build
 from llmarch.config import ModelConfig, Precision, parse_stack
 from llmarch.convert import hf
-from llmarch.convert.fields import Layout, name_blocks
+from llmarch.convert.fields import Rearrange, name_blocks
 from llmarch.convert.tables import FAMILIES
 from llmarch.errors import UserError
 from llmarch.layers.param import flatten
@@ -717,7 +717,7 @@ def test_bad_checkpoint_is_one_sentence_before_any_array_is_placed(damage, folde
   placed = []
   monkeypatch.setattr(jax, "device_put", lambda *args: placed.append(args))
   with watch() as seen, pytest.raises(UserError, match=named) as e:
-    hf.load(folder)
+    hf.load_checkpoint(folder)
   sentence = str(e.value)
   assert not placed and "\n" not in sentence and str(folder) in sentence and len(sentence) < 500
   assert not [event for event, _ in seen if event.startswith(FORBIDDEN)]
@@ -778,7 +778,7 @@ def test_what_lies_beside_sound_weights_is_neither_opened_nor_run(folder):
   (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
   (folder / "modeling_llama.py").write_text("raise SystemExit(1)")
   with watch() as seen:
-    hf.load(folder)
+    hf.load_checkpoint(folder)
   assert not [event for event, _ in seen if event.startswith(FORBIDDEN)]
   opened = {pathlib.Path(os.fsdecode(args[0])) for event, args in seen if event == "open" and named_in(folder, args[0])}
   assert opened == {folder / "config.json", folder / hf.INDEX, *shards(folder)}
@@ -879,8 +879,8 @@ ELSEWHERE = {"mt_nlg", "gpt_3", "glam", "deepseek_moe"}
 def test_preset_can_be_said_in_its_family(name):
   family, options = hf.express(PRESETS[name]())
   again = build(ModelConfig, family.read(json.loads(json.dumps(options))), "model")
-  slots = hf.plan(family, again)
-  assert sum(math.prod(slot.layout.shape) for slot in slots.values()) == cost.params(PRESETS[name]())["total"]
+  slots = hf.tensor_slots(family, again)
+  assert sum(math.prod(slot.rearrange.shape) for slot in slots.values()) == cost.params(PRESETS[name]())["total"]
 
 
 FUSED = {  # pattern: shapes of our parts
@@ -897,11 +897,11 @@ FUSED = {  # pattern: shapes of our parts
 def test_fused_rows_are_read_both_ways(text):
   rng = np.random.default_rng(0)
   parts = [rng.standard_normal(shape) for shape in FUSED[text]]
-  layout = Layout.of(text, FUSED[text], {"n": 6, "k": 2, "h": 7, "e": 3})
-  whole = layout.join(parts)
-  assert whole.shape == layout.shape and whole.size == sum(p.size for p in parts)
+  rearrange = Rearrange.of(text, FUSED[text], {"n": 6, "k": 2, "h": 7, "e": 3})
+  whole = rearrange.join(parts)
+  assert whole.shape == rearrange.shape and whole.size == sum(p.size for p in parts)
   for number, part in enumerate(parts):
-    np.testing.assert_array_equal(layout.split(whole, number), part)
+    np.testing.assert_array_equal(rearrange.split(whole, number), part)
 
 
 @pytest.mark.parametrize(
@@ -934,7 +934,7 @@ start = grown(0)
 assert main(["convert", f"--from={theirs}", f"--to={ours}"]) == 0
 assert main(["convert", f"--from={ours}", f"--to={back}", "--format=hf", shard]) == 0
 converted = grown(start)
-kept = hf.load(back, mesh)
+kept = hf.load_checkpoint(back, mesh)
 print(converted, grown(start))
 """
 LARGE = {  # parameters: sizes of a llama

@@ -21,7 +21,7 @@ from llmarch.build import build
 from llmarch.commands import tokenizer as command
 from llmarch.data import packing, pipeline, sources, synthetic, tokenfile, tokenizers
 from llmarch.errors import UserError
-from llmarch.experiment import (
+from llmarch.run_config import (
   JSONL,
   Copy,
   DataConfig,
@@ -30,7 +30,7 @@ from llmarch.experiment import (
   Needle,
   Recall,
   Stdlib,
-  Text,
+  TextFiles,
   TokenFile,
 )
 
@@ -65,7 +65,7 @@ def make(corpus, tmp_path):
   fields = {f.name for f in dataclasses.fields(DataConfig)}
 
   def make(**changes):
-    settings = dict(source=Text(paths=(f"{corpus}/*.txt",)), cache_dir=str(tmp_path / "cache"))
+    settings = dict(source=TextFiles(paths=(f"{corpus}/*.txt",)), cache_dir=str(tmp_path / "cache"))
     settings |= dict(
       validation_fraction=0.25, batch_size=4, seq_len=24, seed=3, vocab_size=257, split="train"
     )
@@ -325,8 +325,8 @@ def test_the_hash_names_all_that_decides_a_batch(make, corpus, tmp_path):
   base = make()
   tokenizers.train_bpe(TEXTS, 300).save(tmp_path / "bpe")
   changes = [
-    dict(source=Text(paths=(f"{corpus}/0[0-2]*.txt",))),
-    dict(source=Text(paths=(f"{corpus}/*.txt",), separator=" ")),
+    dict(source=TextFiles(paths=(f"{corpus}/0[0-2]*.txt",))),
+    dict(source=TextFiles(paths=(f"{corpus}/*.txt",), separator=" ")),
     dict(tokenizer=str(tmp_path / "bpe"), vocab_size=300),
     dict(packing="documents"),
     dict(validation_fraction=0.3),
@@ -348,7 +348,7 @@ def test_the_hash_names_all_that_decides_a_batch(make, corpus, tmp_path):
 def test_the_hash_does_not_name_where_files_lie_or_who_reads(make, corpus, tmp_path):
   base = make()
   corpus.rename(tmp_path / "moved")
-  moved = Text(paths=(f"{tmp_path}/moved/*.txt",))
+  moved = TextFiles(paths=(f"{tmp_path}/moved/*.txt",))
   tokens = tmp_path / "a.tokens"
   tokenfile.write_tokens(tokens, sources.documents(moved), tokenizers.ByteTokenizer())
   jsonl = tmp_path / "a.jsonl"
@@ -762,10 +762,10 @@ def test_the_standard_library_skips_what_is_not_there_or_not_text(tmp_path, monk
 
 
 def test_text_globs_give_each_file_once_in_order(corpus):
-  source = Text(paths=(f"{corpus}/03*.txt", f"{corpus}/*.txt", f"{corpus.parent}/**/001.txt"))
+  source = TextFiles(paths=(f"{corpus}/03*.txt", f"{corpus}/*.txt", f"{corpus.parent}/**/001.txt"))
   assert list(sources.documents(source)) == TEXTS
   (corpus / "000.txt").write_text("one--two----three")
-  assert list(sources.documents(Text(paths=(f"{corpus}/000.txt",), separator="--"))) == [
+  assert list(sources.documents(TextFiles(paths=(f"{corpus}/000.txt",), separator="--"))) == [
     "one",
     "two",
     "three",
@@ -807,7 +807,7 @@ def test_bad_input_is_refused_in_a_sentence_that_names_it(make, corpus, tmp_path
   tokenfile.write_tokens(wide, TEXTS, Wide())
 
   def text(name):
-    return dict(source=Text(paths=(f"{tmp_path}/{name}.txt",)))
+    return dict(source=TextFiles(paths=(f"{tmp_path}/{name}.txt",)))
 
   def jsonl(name):
     return dict(source=JSONL(paths=(f"{tmp_path}/{name}.jsonl",)))

@@ -21,7 +21,7 @@ from llmarch.data.tokenizers import load_tokenizer
 from llmarch.errors import UserError
 from llmarch.infer import lm as infer
 from llmarch.infer.decoder import decoding_params, make_decoder
-from llmarch.infer.lm import LM, Text
+from llmarch.infer.lm import LM, TextStream
 from llmarch.layers.position import DynamicNTK, RoPE
 from llmarch.models.decoder import abstract
 from llmarch.ops import sampling as ops
@@ -323,10 +323,10 @@ def test_a_text_ends_at_the_tokenizers_end():
 def test_streamed_text_never_shows_half_a_character():
   tokenizer = load_tokenizer("bytes")
   whole = "naïve 数 🙂!"
-  text = Text(tokenizer, tokenizer.encode("x"))
+  text = TextStream(tokenizer, tokenizer.encode("x"))
   pieces = [text.push([byte]) for byte in whole.encode()]
   assert "".join(pieces) == whole and "\ufffd" not in "".join(pieces)
-  cut = Text(tokenizer, [])
+  cut = TextStream(tokenizer, [])
   assert cut.push(list("é".encode()[:1])) == "" and cut.push([], last=True) == "\ufffd"
 
 
@@ -490,9 +490,9 @@ def test_a_damaged_file_is_refused_wherever_the_damage(tmp_path):
   for bytes_ in damaged:
     path.write_bytes(bytes_)
     with pytest.raises(UserError, match="safetensors"):
-      infer.load(folder)
+      infer.load_saved(folder)
   path.write_bytes(good)
-  infer.load(folder)
+  infer.load_saved(folder)
 
 
 def test_a_config_of_a_model_that_is_no_json_is_refused(tmp_path):
@@ -512,16 +512,16 @@ def test_loading_names_everything_that_does_not_fit(tmp_path):
   data["model"]["final_norm"] = None
   (folder / "config.json").write_text(json.dumps(data))
   with pytest.raises(UserError, match="ffn/up is .*sinks is missing|sinks is missing.*ffn/up is") as caught:
-    infer.load(folder)
+    infer.load_saved(folder)
   assert "final_norm/scale is unknown" in str(caught.value)
   data["model"]["d_modle"] = 3
   (folder / "config.json").write_text(json.dumps(data))
   with pytest.raises(UserError, match="d_modle.*did you mean 'd_model'"):
-    infer.load(folder)
+    infer.load_saved(folder)
   for text in ("", "[]", "{", '{"format": 2}'):
     (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json"):
-      infer.load(folder)
+      infer.load_saved(folder)
   shutil.rmtree(folder)
   with pytest.raises(UserError, match="config.json"):
     llmarch.load(folder)

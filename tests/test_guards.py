@@ -19,7 +19,6 @@ from llmarch.build import build, override, to_dict
 from llmarch.config import ModelConfig, Precision, parse_stack
 from llmarch.data import pipeline, tokenfile, tokenizers
 from llmarch.errors import UserError
-from llmarch.experiment import DataConfig, ExperimentConfig, Text, TrainConfig
 from llmarch.infer.decoder import make_decoder
 from llmarch.infer.lm import LM
 from llmarch.layers.param import flatten, unflatten
@@ -29,6 +28,7 @@ from llmarch.ops import cache, rope
 from llmarch.ops.attention import attend
 from llmarch.ops.loss import chunked_loss
 from llmarch.ops.sampling import Sampling
+from llmarch.run_config import DataConfig, RunConfig, TextFiles, TrainConfig
 from llmarch.sharding import make_mesh, spec
 from llmarch.train.checkpoint import Checkpoints, flatten_state, load_step
 from llmarch.train.faults import Fault, StorageFault
@@ -101,7 +101,7 @@ def _(tmp_path):
 
 def _text(tmp_path):
   (tmp_path / "a.txt").write_text("\n\n".join(f"text {i} and more of it" for i in range(60)))
-  return DataConfig(source=Text(paths=(str(tmp_path / "a.txt"),), separator="\n\n"), cache_dir=str(tmp_path))
+  return DataConfig(source=TextFiles(paths=(str(tmp_path / "a.txt"),), separator="\n\n"), cache_dir=str(tmp_path))
 
 
 def _pipeline(tmp_path, **changes):
@@ -367,7 +367,7 @@ def _(tmp_path):
 
 def config_with(key, value):
   data = to_dict(experiment())
-  return lambda _: build(ExperimentConfig, override(data, [(key, value)]))
+  return lambda _: build(RunConfig, override(data, [(key, value)]))
 
 
 refuses("a key that is misspelt", "no such key.*learning_rate", config_with("optimizer.learning_rat", "1"))

@@ -23,9 +23,9 @@ from llmarch.__main__ import main as llmarch_main
 from llmarch.analysis import cost
 from llmarch.build import assign, build, to_dict
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig
 from llmarch.lab import ablation as ab
 from llmarch.lab import records, results, runner
+from llmarch.lab import sweep as sweeps
 from llmarch.lab.ablation import Match
 from llmarch.lab.match import matched
 from llmarch.lab.statistics import (
@@ -39,6 +39,7 @@ from llmarch.lab.statistics import (
   verdict,
 )
 from llmarch.report import page
+from llmarch.run_config import RunConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.py"
@@ -56,10 +57,10 @@ def test_grid_zip_and_chain_are_products_rows_and_sums():
     ab.zipped({"a": [1, 2], "b": [3]})
 
 
-def base(**changes) -> ExperimentConfig:
+def base(**changes) -> RunConfig:
   from llmarch.commands.common import load_config
 
-  return build(ExperimentConfig, assign(to_dict(load_config(str(TINY))), changes.items()))
+  return build(RunConfig, assign(to_dict(load_config(str(TINY))), changes.items()))
 
 
 FFN = "model.blocks.layer.ffn"
@@ -286,7 +287,7 @@ def test_records_that_cannot_be_read_or_written_are_a_sentence(tmp_path):
   (tmp_path / "a" / records.NAME).mkdir(parents=True)
   with pytest.raises(UserError, match="records.jsonl cannot be read"):
     records.read(tmp_path / "a")
-  sweep = runner.Sweep(write_ablation(tmp_path / "b" / "widths", widths=[32]), str(tmp_path / "c"), "tiny", None,
+  sweep = sweeps.Sweep(write_ablation(tmp_path / "b" / "widths", widths=[32]), str(tmp_path / "c"), "tiny", None,
                        retry_failed=False, say=print)  # fmt: skip
   (tmp_path / "c").write_text("a file where the folder should be")
   with pytest.raises(UserError, match="cannot write .*records.jsonl"):
@@ -458,12 +459,12 @@ def test_a_function_whose_code_changed_has_no_records_yet(tmp_path):
 def test_a_line_that_is_moved_out_of_a_block_is_an_edit(tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1)
   path = tmp_path / "widths" / "ablation.py"
-  before = {t.key for t in ab.trials(ab.load(folder), folder, "tiny")}
+  before = {t.key for t in ab.trials(ab.load_ablation(folder), folder, "tiny")}
   text = path.read_text()
   path.write_text(text.replace("  time.sleep(", "  if width:\n    time.sleep("))
-  inside = {t.key for t in ab.trials(ab.load(folder), folder, "tiny")}
+  inside = {t.key for t in ab.trials(ab.load_ablation(folder), folder, "tiny")}
   path.write_text(text.replace("  time.sleep(", "  if width:\n    pass\n  time.sleep("))
-  after = {t.key for t in ab.trials(ab.load(folder), folder, "tiny")}
+  after = {t.key for t in ab.trials(ab.load_ablation(folder), folder, "tiny")}
   assert not before & inside and not inside & after
 
 
@@ -521,7 +522,7 @@ def test_a_metric_that_no_trial_records_stops_a_sweep_at_its_first(tmp_path):
 
 def test_a_second_sweep_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1)
-  with runner.only_sweep(pathlib.Path(folder)), pytest.raises(UserError, match="another sweep runs in"):
+  with sweeps.only_sweep(pathlib.Path(folder)), pytest.raises(UserError, match="another sweep runs in"):
     runner.run_all([folder], budget="tiny", workers=1, say=lambda text: None)
   assert not records.read(folder)
   runner.run_all([folder], budget="tiny", workers=1, say=lambda text: None)
@@ -554,7 +555,7 @@ def test_every_arm_runs_at_the_best_of_its_own_learning_rates(tmp_path):
 
 def test_a_trial_trains_and_its_numbers_are_those_of_the_same_run(tmp_path):
   """The record of a trained trial equals `llmarch train` of the resolved config."""
-  from llmarch.lab.training import train_run
+  from llmarch.run import train_run
 
   small = {"train.steps": 4, "train.batch_size": 2, "train.seq_len": 16, "train.log_every": 1, "eval.every": 2,
            "eval.batches": 2, "eval.sample_tokens": 4, "model.stack": "1*layer", "checkpoint.every": 0,
@@ -572,8 +573,8 @@ def test_a_trial_trains_and_its_numbers_are_those_of_the_same_run(tmp_path):
   runner.run_all([str(folder)], budget="tiny", workers=1, say=said.append)
   (record,) = records.read(folder)
   assert record["status"] == "ok", record
-  (trial,) = ab.trials(ab.load(folder), folder, "tiny")
-  last = train_run(build(ExperimentConfig, trial.config), str(tmp_path / "run"))
+  (trial,) = ab.trials(ab.load_ablation(folder), folder, "tiny")
+  last = train_run(build(RunConfig, trial.config), str(tmp_path / "run"))
   found = record["metrics"]
   # The process of the trial compiles with all optimisations, this one with none.
   assert found["loss"] == pytest.approx(last["eval/loss"], rel=1e-4)
@@ -692,7 +693,7 @@ EXPERIMENTS = sorted(p.parent.name for p in (ROOT / "experiments").glob("*/ablat
 def test_every_experiment_can_be_planned_and_has_current_records(name, cases):
   """All budgets resolve (matching included); the tiny records are those of the file as it is, at least 3 seeds."""
   folder = ROOT / "experiments" / name
-  one = ab.load(folder)
+  one = ab.load_ablation(folder)
   for budget in one.budgets:
     plan = ab.trials(one, folder, budget)
     assert len({(t.arm, t.seed) for t in plan}) == len(plan)
@@ -708,7 +709,7 @@ def test_every_experiment_can_be_planned_and_has_current_records(name, cases):
 def test_the_example_of_the_documentation_is_an_experiment(tmp_path):
   text = (ROOT / "experiments" / "README.md").read_text().split("```python\n")[1].split("```")[0]
   (tmp_path / "ablation.py").write_text(text.replace("../../configs/tiny.py", str(TINY)))
-  plan = ab.trials(ab.load(tmp_path), tmp_path, "tiny")
+  plan = ab.trials(ab.load_ablation(tmp_path), tmp_path, "tiny")
   assert {t.arm for t in plan} == {"as it is", "d_ff=172", "d_ff=688"} and len(plan) == 9
   assert {t.config["train"]["steps"] for t in plan} == {60}
 

@@ -16,6 +16,7 @@ import spaces
 from flax import nnx
 from test_invariants import assert_close
 
+from llmarch.adapt.padding import pad_heads, pad_params
 from llmarch.analysis import cost
 from llmarch.build import build
 from llmarch.config import EmbedConfig, HeadConfig, ModelConfig
@@ -28,7 +29,6 @@ from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
 from llmarch.layers.position import ALiBi, Learned, Sinusoidal, T5Bias, XPos
 from llmarch.models.decoder import Decoder, abstract, fuse, separate, stacked, unstack
-from llmarch.models.padding import pad_heads, pad_params
 from llmarch.ops import cache
 from llmarch.ops.sampling import Sampling
 from llmarch.presets import PRESETS

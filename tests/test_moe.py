@@ -19,7 +19,6 @@ from llmarch.branches import FFNConfig
 from llmarch.build import build
 from llmarch.config import FanIn, Xavier
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig, OptimizerConfig, TrainConfig
 from llmarch.infer.lm import check_generates
 from llmarch.layers.ffn import MLP, MLPConfig
 from llmarch.layers.moe import ExpertChoice, Groups, MoE, MoEConfig, TopK
@@ -28,6 +27,7 @@ from llmarch.mesh import parse_mesh
 from llmarch.models.decoder import abstract, unstack
 from llmarch.ops import moe as ops
 from llmarch.ops import quant
+from llmarch.run_config import OptimizerConfig, RunConfig, TrainConfig
 from llmarch.sharding import LAYOUTS, make_mesh, shardings, use_layout
 from llmarch.train.step import make_train_step
 
@@ -240,9 +240,9 @@ LOSSY = spaces.model(
 )
 
 
-def experiment(model, rows=4, tokens=16, steps=10) -> ExperimentConfig:
+def experiment(model, rows=4, tokens=16, steps=10) -> RunConfig:
   train = TrainConfig(steps=steps, batch_size=rows, seq_len=tokens)
-  return ExperimentConfig(model=model, optimizer=OptimizerConfig(learning_rate=1e-3), train=train)
+  return RunConfig(model=model, optimizer=OptimizerConfig(learning_rate=1e-3), train=train)
 
 
 def train_batch(model, rows=4, tokens=16, seed=0):

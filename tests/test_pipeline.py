@@ -19,12 +19,12 @@ from test_train_layouts import B, T, assert_near, batch, block, optax_moments
 from llmarch.analysis import hlo
 from llmarch.config import EmbedConfig
 from llmarch.errors import UserError
-from llmarch.experiment import AdamW, Constant, ExperimentConfig, OptimizerConfig, TrainConfig
 from llmarch.layers.mask import Prefix
 from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, ScaleNorm
 from llmarch.layers.position import T5Bias
 from llmarch.mesh import parse_mesh
+from llmarch.run_config import AdamW, Constant, OptimizerConfig, RunConfig, TrainConfig
 from llmarch.sharding import make_mesh
 from llmarch.train.pipeline import STAGE, Schedule, deal, exchanges, plan
 from llmarch.train.step import LAYOUT, make_train_step
@@ -62,11 +62,11 @@ def mesh_of(text: str):
   return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
-def experiment(name: str, mesh: str, options: dict) -> ExperimentConfig:
+def experiment(name: str, mesh: str, options: dict) -> RunConfig:
   # An eps near the size of gradients: else Adam's update is the sign of those that are zero but for rounding.
   optimizer = OptimizerConfig(algorithm=AdamW(eps=1e-3), schedule=Constant(), clip_norm=0.5)
   train = TrainConfig(batch_size=B, seq_len=T, loss_chunk=8, **options)
-  return ExperimentConfig(model=MODELS[name], train=train, optimizer=optimizer, mesh=mesh)
+  return RunConfig(model=MODELS[name], train=train, optimizer=optimizer, mesh=mesh)
 
 
 @functools.cache

@@ -14,19 +14,19 @@ import spaces
 from flax import nnx
 
 from llmarch.__main__ import main
+from llmarch.adapt.padding import block_of
 from llmarch.analysis import cost, hardware
 from llmarch.build import differences, to_dict
 from llmarch.commands.common import load_config
 from llmarch.config import ModelConfig
-from llmarch.experiment import SGD, Adafactor, AdamW, ExperimentConfig, Lion, Muon, OptimizerConfig, TrainConfig
 from llmarch.layers.mask import Bidirectional, Causal, Prefix
 from llmarch.layers.moe import MoEConfig
 from llmarch.layers.param import flatten
 from llmarch.models import decoder
-from llmarch.models.padding import block_of
 from llmarch.ops import attention as ops
 from llmarch.ops import cache
 from llmarch.presets import PRESETS, shrink
+from llmarch.run_config import SGD, Adafactor, AdamW, Lion, Muon, OptimizerConfig, RunConfig, TrainConfig
 
 # Sums of the leaves of the released checkpoints, buffers apart; of PaLM, GPT-3, MT-NLG and Nemotron-4 the
 # sums that the published sizes give, within the papers' rounding.
@@ -304,13 +304,13 @@ def test_palm_540b_at_its_published_mfu_runs_at_its_published_speed():
 # ------------------------------------------------------------------------------------------------- memory
 
 
-def experiment(model: ModelConfig, algorithm) -> ExperimentConfig:
-  return ExperimentConfig(
+def experiment(model: ModelConfig, algorithm) -> RunConfig:
+  return RunConfig(
     model=model, optimizer=OptimizerConfig(algorithm=algorithm), train=TrainConfig(seq_len=model.max_seq_len)
   )
 
 
-def optimizer_bytes(config: ExperimentConfig) -> int:
+def optimizer_bytes(config: RunConfig) -> int:
   """Of the arrays that the optimizer's state holds under the name of a parameter."""
   from llmarch.train.optim import make_optimizer
 

@@ -22,11 +22,11 @@ from llmarch.build import build
 from llmarch.commands import launch
 from llmarch.data.pipeline import make_pipeline
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig
+from llmarch.files import read_lines
+from llmarch.run_config import RunConfig
 from llmarch.sharding import make_mesh
 from llmarch.train import distributed
 from llmarch.train.checkpoint import Checkpoints, fingerprints, flatten_state
-from llmarch.train.journal import read
 from llmarch.train.step import make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,7 @@ with distributed.ends_together():
 
 def observe(config: dict) -> dict:
   """Checksums of the global batches of 20 steps, and of the initial state, on a mesh of all devices."""
-  config = build(ExperimentConfig, config)
+  config = build(RunConfig, config)
   functions = make_train_step(config, make_mesh(MESH))
   shape = config.train.batch_size, config.train.seq_len
   rows = distributed.local_rows(functions.batch_sharding, shape)
@@ -261,7 +261,7 @@ def test_two_processes_see_the_batches_and_the_initial_state_of_one(environ, cas
   assert first["state"] == second["state"] == alone["state"]
   assert [f["rows"] for f in (first, second, alone)] == [[0, 1, 2, 3], [4, 5, 6, 7], [*range(8)]]
   # The initial parameters on one device are these too.
-  single = make_train_step(build(ExperimentConfig, CONFIG | {"mesh": ""})).init()
+  single = make_train_step(build(RunConfig, CONFIG | {"mesh": ""})).init()
   assert {k: np.asarray(v).tolist() for k, v in sorted(fingerprints(flatten_state(single)).items())} == first["state"]
   cases("batches and states the same in 1 and 2 processes", 20 + len(first["state"]))
   assert (first["gathered"], second["gathered"]) == ([*range(8)], None)
@@ -281,7 +281,7 @@ def test_two_processes_train_as_one_and_one_of_them_speaks(pair, environ, config
   cases("steps the same in 1 and 2 processes", len(two))
   assert [row["step"] for row in two] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
   assert len(list(pair.glob("events.out.tfevents*"))) == 1
-  assert [e["event"] for e in read(pair / "journal.jsonl")].count("start") == 1
+  assert [e["event"] for e in read_lines(pair / "journal.jsonl")].count("start") == 1
   logs = [(pair / "logs" / f"{i}.log").read_text() for i in range(2)]
   assert "step 10/10" in logs[0] and "step" not in logs[1] and "fake devices" not in logs[1]
   assert "step 10/10" in (pair / "stderr").read_text()  # the launcher shows the main process's
@@ -318,14 +318,14 @@ def test_every_row_of_an_epoch_is_read_exactly_once_by_any_number_of_processes(t
   for packing in ("chunks", "documents"):
     data = {"source": source, "packing": packing, "cache_dir": str(tmp_path), "prefetch": 0}
     model = CONFIG["model"] | {"vocab_size": 264}
-    made = pipeline(build(ExperimentConfig, CONFIG | {"data": data, "model": model}))
+    made = pipeline(build(RunConfig, CONFIG | {"data": data, "model": model}))
     size, count = made.batch_size, made.rows._plan.num_rows
     assert count > 200
     key = lambda batch, i: b"".join(batch[name][i].tobytes() for name in ("tokens", "positions", "segment_ids"))
     steps = count // size + 1
     whole = [key(batch, i) for batch in map(made.batch, range(steps)) for i in range(size)][:count]
     # Rows of equal text are equal; each comes as often as in the unshuffled epoch.
-    plain = pipeline(build(ExperimentConfig, CONFIG | {"data": data | {"shuffle": False}, "model": model}))
+    plain = pipeline(build(RunConfig, CONFIG | {"data": data | {"shuffle": False}, "model": model}))
     ordered = [key(batch, i) for batch in map(plain.batch, range(steps)) for i in range(size)][:count]
     assert sorted(whole) == sorted(ordered) and whole != ordered
     for processes in (1, 2, 4):
@@ -357,7 +357,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_any_number_goes_on(
     wait_for(reached(workdir, rng.randrange(1, 8)), both)
     both[rng.randrange(2)].send_signal(signal.SIGTERM)
     assert codes(both, within=30) == [143, 143]
-    events = read(workdir / "journal.jsonl")
+    events = read_lines(workdir / "journal.jsonl")
     last = max(e["step"] for e in events if e["event"] == "saved")
     assert events[-1]["event"] == "preempted" and last == events[-1]["step"] == rows(workdir)[-1]["step"]
     shutil.copytree(workdir, tmp_path / "other")
@@ -376,7 +376,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_any_number_goes_on(
 
 
 def test_a_checkpoint_of_two_processes_is_the_same_bits_on_every_mesh(pair, cases):
-  config = build(ExperimentConfig, CONFIG)
+  config = build(RunConfig, CONFIG)
   for sizes in ({"data": 8}, {"tensor": 4, "data": 2}, {"fsdp": 4, "tensor": 2}, None):
     mesh = make_mesh({**dict.fromkeys(MESH, 1), **sizes}) if sizes else None
     abstract = make_train_step(config, mesh).abstract_state
@@ -403,12 +403,12 @@ def test_a_kill_of_one_ends_the_other_and_the_next_run_goes_on_bit_for_bit(start
       both[who].kill()
       assert codes(both, within=GONE)[who] == -signal.SIGKILL
       cases("R4: SIGKILL of one of two, the other gone in 15 s")
-    if any(e["event"] == "done" for e in read(workdir / "journal.jsonl")):
+    if any(e["event"] == "done" for e in read_lines(workdir / "journal.jsonl")):
       assert rows(workdir) == rows(pair)
       shutil.rmtree(workdir)
   assert codes(start(workdir), within=240) == [0, 0]
   assert rows(workdir) == rows(pair)
-  assert Checkpoints(str(workdir), build(ExperimentConfig, CONFIG).checkpoint).steps() == [2, 4, 6, 8, 10]
+  assert Checkpoints(str(workdir), build(RunConfig, CONFIG).checkpoint).steps() == [2, 4, 6, 8, 10]
 
 
 def test_damage_that_one_process_finds_takes_all_back(start, pair, tmp_path, cases):
@@ -417,7 +417,7 @@ def test_damage_that_one_process_finds_takes_all_back(start, pair, tmp_path, cas
   shutil.copytree(pair, workdir)
   assert codes(start(workdir, second=TORN), within=240) == [0, 0]
   assert rows(workdir) == rows(pair)
-  events = [(e["event"], e["step"]) for e in read(workdir / "journal.jsonl")]
+  events = [(e["event"], e["step"]) for e in read_lines(workdir / "journal.jsonl")]
   assert events[events.index(("done", 10)) + 1 :] == [
     ("quarantined", 10), ("start", 8), ("stepping", 9), ("saved", 10), ("done", 10),
   ]  # fmt: skip
@@ -644,7 +644,8 @@ def test_a_wrong_launch_is_refused(argv, message, tmp_path, monkeypatch):
 
 def task(script, rank, then=""):
   """A task's process, as submitit runs it: a process of its own around the command."""
-  code = f"import signal\nfrom llmarch.commands.slurm import Task\ntask = Task(['sh', '-c', {script!r}], '.')\n"
+  code = "import signal\nfrom llmarch.train.slurm import CommandTask\n"
+  code += f"task = CommandTask(['sh', '-c', {script!r}], '.')\n"
   code += f"{then}\ntask()"
   path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
   environ = {**os.environ, "PYTHONPATH": path, "SLURM_PROCID": str(rank)}
@@ -713,7 +714,7 @@ def test_a_slurm_job_whose_time_is_over_saves_and_goes_on_when_it_is_queued_agai
   flags = ["--minutes=1", "--save_seconds=20"]
   look = slurm(tmp_path / "run", flags, [*endless, "--config.checkpoint.every=0"])
   events = lambda *kinds: [
-    (e["event"], e["step"]) for e in read(tmp_path / "run" / "journal.jsonl") if e["event"] in kinds
+    (e["event"], e["step"]) for e in read_lines(tmp_path / "run" / "journal.jsonl") if e["event"] in kinds
   ]
   wait_for(lambda: len(events("stepping")) == 2, [], within=240)
   state, restarts, job = look()

@@ -29,10 +29,11 @@ import pytest
 import trainee
 from trainee import Data, experiment, run
 
+from llmarch import files
 from llmarch.build import to_dict
 from llmarch.errors import UserError
-from llmarch.experiment import Copy, DataConfig, SpikeConfig
 from llmarch.mesh import parse_mesh
+from llmarch.run_config import Copy, DataConfig, SpikeConfig
 from llmarch.sharding import make_mesh
 from llmarch.train import checkpoint, journal, loop, supervise, watch
 from llmarch.train.checkpoint import Checkpoints, Damaged, fingerprints, flatten_state, load_step
@@ -191,9 +192,9 @@ def stopped_after(workdir, step, target):
   for name in ("config.json", "metrics.jsonl"):
     shutil.copy(workdir / name, target / name)
   shutil.copytree(workdir / "checkpoints" / str(step), target / "checkpoints" / str(step))
-  for row in journal.read(workdir / "journal.jsonl"):
+  for row in files.read_lines(workdir / "journal.jsonl"):
     if row["event"] != "saved" or row["step"] <= step:
-      journal.append(target / "journal.jsonl", row)
+      files.append_line(target / "journal.jsonl", row)
     if (row["event"], row["step"]) == ("saved", step):
       return
 
@@ -250,7 +251,7 @@ def test_r3_kill_9_at_any_time_tears_nothing_and_changes_nothing(tmp_path, serve
       # No step has two values, whenever it was done.
       seen = whole_rows(workdir)
       assert all(row == by_step[row["step"]] for row in seen)
-      events = journal.read(workdir / "journal.jsonl")
+      events = files.read_lines(workdir / "journal.jsonl")
       at = [row["step"] for row in events if row["event"] == "start"]
       if len(at) > known:  # it got as far as its first step
         replayed.append(max(last - at[-1], 0))
@@ -605,7 +606,7 @@ def test_r8_sigterm_saves_the_step_it_comes_in_and_loses_none(tmp_path, server, 
   for case in range(times(8, 40)):
     workdir = tmp_path / str(case)
     pid = server.start(workdir, fault={"what": "", "at": -1, "pace": 0.05}, config={"every": 1000})
-    _until(lambda: any(row["event"] == "stepping" for row in journal.read(workdir / "journal.jsonl")))
+    _until(lambda: any(row["event"] == "stepping" for row in files.read_lines(workdir / "journal.jsonl")))
     time.sleep(rng.uniform(0, 0.5))
     asked = time.monotonic()
     os.kill(pid, signal.SIGTERM)
@@ -661,7 +662,7 @@ def test_r9_a_stuck_process_ends_with_its_stacks_in_the_workdir(tmp_path, server
     (stacks,) = workdir.glob("stacks-*.txt")
     assert "trainee.py" in stacks.read_text() and "in fault" in stacks.read_text()
     if code == 75:
-      assert any(row["event"] == "stuck" and row["step"] == 6 for row in journal.read(workdir / "journal.jsonl"))
+      assert any(row["event"] == "stuck" and row["step"] == 6 for row in files.read_lines(workdir / "journal.jsonl"))
     assert server.wait(server.start(workdir)) == 0  # and goes on
     assert [row["step"] for row in rows(workdir)] == list(range(1, 21))
     cases("R9 stuck processes")
@@ -1109,7 +1110,7 @@ def test_r3_a_supervised_command_that_is_killed_twice_ends_as_one_that_was_not(t
 
   assert command(tmp_path / "whole").wait() == 0
   with command(tmp_path / "killed") as p:
-    events = lambda: journal.read(tmp_path / "killed" / "journal.jsonl")
+    events = lambda: files.read_lines(tmp_path / "killed" / "journal.jsonl")
     for kill in (1, 2):
       _until(lambda: sum(row["event"] == "stepping" for row in events()) == kill)
       os.kill([row for row in events() if row["event"] == "start"][-1]["pid"], signal.SIGKILL)
@@ -1178,14 +1179,14 @@ def test_a_journal_gives_back_its_whole_lines_whatever_happened_to_the_others(tm
   for i in range(5):
     Journal(tmp_path).add("saved", step=i)
   data, rng = path.read_bytes(), random.Random(SEED)
-  good = journal.read(path)
+  good = files.read_lines(path)
   for case in range(200):
     changed = bytearray(data[: rng.randrange(1, len(data) + 1)] if case % 2 else data)
     if not case % 2:
       changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(changed)
-    found = journal.read(path)
+    found = files.read_lines(path)
     assert all(row in good for row in found) and len(found) >= (3 if not case % 2 else 0)
     Journal(tmp_path).add("done", step=9)
-    assert journal.read(path)[: len(found)] == found and journal.read(path)[-1]["event"] == "done"
+    assert files.read_lines(path)[: len(found)] == found and files.read_lines(path)[-1]["event"] == "done"
     cases("journals damaged")

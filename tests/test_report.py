@@ -30,7 +30,7 @@ def summary(tmp_path, *, failed=(), seeds=3, curves=True, name="made_up") -> dic
   folder = write_ablation(tmp_path / name, widths=[32, 64], seeds=seeds)
   path = pathlib.Path(folder) / "ablation.py"
   path.write_text(path.read_text().replace('Arm("first")', f"Arm({NASTY!r})").replace('"Widths"', f"{NASTY!r}"))
-  one = ablations.load(folder)
+  one = ablations.load_ablation(folder)
   names = [arm.name for arm in one.arms]
   for t in ablations.trials(one, folder, "tiny"):
     loss = 1.0 + names.index(t.arm) + t.seed / 8

@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from llmarch.build import build, override, to_dict
 from llmarch.config import EmbedConfig, HeadConfig
 from llmarch.errors import UserError
-from llmarch.experiment import AdamW, Constant, ExperimentConfig, OptimizerConfig, TrainConfig
 from llmarch.layers.attention import QKNorm
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.mask import Bidirectional, Causal, Prefix
@@ -32,6 +31,7 @@ from llmarch.layers.position import ALiBi, Learned, T5Bias
 from llmarch.models.decoder import abstract
 from llmarch.ops import attention, blockwise
 from llmarch.ops.attention import Keys
+from llmarch.run_config import AdamW, Constant, OptimizerConfig, RunConfig, TrainConfig
 from llmarch.sharding import across_granules, make_mesh, parse_mesh
 from llmarch.train import step
 from llmarch.train.step import make_train_step
@@ -92,11 +92,11 @@ CASES = [  # each axis alone, and products; the models and options in turn, each
 ]
 
 
-def experiment(name: str, option: str = "", mesh: str = "", **changes) -> ExperimentConfig:
+def experiment(name: str, option: str = "", mesh: str = "", **changes) -> RunConfig:
   train = TrainConfig(batch_size=B, seq_len=T, loss_chunk=8, **OPTIONS[option])
   # An eps near the size of gradients: else Adam's update is the sign of those that are zero but for rounding.
   optimizer = OptimizerConfig(algorithm=AdamW(eps=1e-3), schedule=Constant(), clip_norm=0.5)
-  return ExperimentConfig(**dict(model=MODELS[name], train=train, optimizer=optimizer, mesh=mesh) | changes)
+  return RunConfig(**dict(model=MODELS[name], train=train, optimizer=optimizer, mesh=mesh) | changes)
 
 
 def batch():
@@ -393,7 +393,7 @@ def test_a_bad_config_is_refused_with_its_field_and_value(name, cases):
   moe = repr({"kind": "moe", "num_experts": 6, "expert": {"d_ff": 20}})
   changes = [(key, moe if value == "MOE" else value) for key, value in changes.items()]
   with pytest.raises(UserError) as refused:
-    build(ExperimentConfig, override(to_dict(experiment("gqa_window")), changes), "config")
+    build(RunConfig, override(to_dict(experiment("gqa_window")), changes), "config")
   assert says in str(refused.value) and "\n" not in str(refused.value), refused.value
   cases("R20 bad configs refused by name")
 

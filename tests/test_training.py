@@ -16,7 +16,12 @@ from llmarch.build import build, override, to_dict
 from llmarch.config import BlockConfig, ModelConfig
 from llmarch.data.tokenizers import load_tokenizer, train_bpe
 from llmarch.errors import UserError
-from llmarch.experiment import (
+from llmarch.layers.attention import AttentionConfig
+from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.norm import LayerNorm, RMSNorm
+from llmarch.layers.position import RoPE, T5Bias
+from llmarch.run import train_run as train_command
+from llmarch.run_config import (
   SGD,
   WSD,
   Adafactor,
@@ -26,20 +31,15 @@ from llmarch.experiment import (
   Cosine,
   DataConfig,
   EvalConfig,
-  ExperimentConfig,
   InverseSqrt,
   Linear,
   Lion,
   Muon,
   OptimizerConfig,
-  Text,
+  RunConfig,
+  TextFiles,
   TrainConfig,
 )
-from llmarch.lab.training import train_run as train_command
-from llmarch.layers.attention import AttentionConfig
-from llmarch.layers.ffn import MLPConfig
-from llmarch.layers.norm import LayerNorm, RMSNorm
-from llmarch.layers.position import RoPE, T5Bias
 from llmarch.sharding import make_mesh
 from llmarch.train import checkpoint
 from llmarch.train.faults import Fault
@@ -77,7 +77,7 @@ MODEL = ModelConfig(
 
 
 def experiment(*, optimizer=None, model=MODEL, **train):
-  return ExperimentConfig(
+  return RunConfig(
     model=model,
     train=TrainConfig(**({"steps": 12, "batch_size": B, "seq_len": T, "loss_chunk": 5, "log_every": 1} | train)),
     optimizer=optimizer or OptimizerConfig(learning_rate=3e-3, schedule=Cosine(warmup=3)),
@@ -269,8 +269,8 @@ def test_a_run_that_is_refused_leaves_its_workdir_to_the_mended_config(tmp_path)
     (["eval.sample_prompt=01234567890123456789"], "eval.sample_prompt has 20 tokens of model.max_seq_len=20"),
     (["model.blocks.full.mixer.mask=bidirectional"], "bidirectional"),
   ):
-    config = build(ExperimentConfig, good)
-    config = build(ExperimentConfig, override(to_dict(config), [o.split("=", 1) for o in overrides]))
+    config = build(RunConfig, good)
+    config = build(RunConfig, override(to_dict(config), [o.split("=", 1) for o in overrides]))
     with pytest.raises(UserError, match=sentence):
       train_command(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists(), sentence
@@ -281,7 +281,7 @@ def test_a_run_keeps_its_tokenizer_whatever_becomes_of_the_file_it_was_read_from
   (tmp_path / "a.txt").write_text("\n\n".join(texts))
   train_bpe(texts, 270).save(tmp_path / "bpe")
   mine = load_tokenizer(str(tmp_path / "bpe")).fingerprint
-  source = Text(paths=(str(tmp_path / "a.txt"),), separator="\n\n")
+  source = TextFiles(paths=(str(tmp_path / "a.txt"),), separator="\n\n")
   data = DataConfig(source=source, tokenizer=str(tmp_path / "bpe"), cache_dir=str(tmp_path / "cache"))
   config = experiment(model=dataclasses.replace(MODEL, vocab_size=270), steps=3)
   train_command(dataclasses.replace(config, data=data, eval=EvalConfig(every=0)), str(tmp_path / "run"))

@@ -15,19 +15,19 @@ import numpy as np
 
 from llmarch.config import BlockConfig, ModelConfig
 from llmarch.errors import UserError
-from llmarch.experiment import (
-  AdamW,
-  CheckpointConfig,
-  Cosine,
-  EvalConfig,
-  ExperimentConfig,
-  OptimizerConfig,
-  TrainConfig,
-)
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import RMSNorm
 from llmarch.layers.position import RoPE
+from llmarch.run_config import (
+  AdamW,
+  CheckpointConfig,
+  Cosine,
+  EvalConfig,
+  OptimizerConfig,
+  RunConfig,
+  TrainConfig,
+)
 from llmarch.train import loop
 
 B, T, V = 4, 7, 32
@@ -43,8 +43,8 @@ MODEL = ModelConfig(
 )
 
 
-def experiment(*, every=2, keep=2, eval_every=0, model=MODEL, learning_rate=3e-3, **train) -> ExperimentConfig:
-  return ExperimentConfig(
+def experiment(*, every=2, keep=2, eval_every=0, model=MODEL, learning_rate=3e-3, **train) -> RunConfig:
+  return RunConfig(
     model=model,
     train=TrainConfig(**({"steps": 20, "batch_size": B, "seq_len": T, "loss_chunk": T, "log_every": 1} | train)),
     optimizer=OptimizerConfig(algorithm=AdamW(), learning_rate=learning_rate, schedule=Cosine(warmup=3)),

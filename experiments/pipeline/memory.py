@@ -9,11 +9,11 @@ README.md beside this file. About 3 minutes on one core.
 import pathlib
 
 from llmarch.config import BlockConfig, ModelConfig
-from llmarch.experiment import ExperimentConfig, TrainConfig
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import RMSNorm
 from llmarch.layers.position import RoPE
+from llmarch.run_config import RunConfig, TrainConfig
 
 HERE = pathlib.Path(__file__).parent
 STAGES, ROWS, LENGTH = 4, 32, 256
@@ -33,7 +33,7 @@ def temporaries(mesh: str, **train) -> float:
   from llmarch.sharding import device_mesh
   from llmarch.train.step import make_train_step
 
-  config = ExperimentConfig(model=MODEL, mesh=mesh, train=TrainConfig(batch_size=ROWS, seq_len=LENGTH, **train))
+  config = RunConfig(model=MODEL, mesh=mesh, train=TrainConfig(batch_size=ROWS, seq_len=LENGTH, **train))
   functions = make_train_step(config, device_mesh(mesh))
   rows = lambda dtype: jax.ShapeDtypeStruct((ROWS, LENGTH), dtype, sharding=functions.batch_sharding)
   batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), rows("int32"))

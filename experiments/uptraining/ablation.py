@@ -5,10 +5,10 @@ from pathlib import Path
 
 import jax
 
+from llmarch.adapt.regroup import HOW, regroup_config, regroup_params
 from llmarch.lab.ablation import ZERO, Ablation, Arm, Budget, Comparison
 from llmarch.lab.measures import validation
-from llmarch.lab.training import keep_programs, train_run
-from llmarch.models.regroup import HOW, regroup_config, regroup_params
+from llmarch.run import keep_programs, train_run
 
 KV_HEADS = 1
 SHARES = (0.05, 0.1)  # of the steps of the first training

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from llmarch.config import ModelConfig
 from llmarch.errors import UserError, check, nearest
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 
 GiB = 2**30
 
@@ -230,7 +230,7 @@ class Cell:
   unrolled: bool = False  # every layer by itself, as on one device; else scanned, so that depth costs no compile time
 
 
-def compile_cell(config: ExperimentConfig, cell: Cell) -> dict:
+def compile_cell(config: RunConfig, cell: Cell) -> dict:
   """The receipt of one cell. Raises UserError, before compiling, for what cannot be."""
   topology = find_topology(cell.topology)
   mesh = _mesh(cell, topology)
@@ -241,7 +241,7 @@ def compile_cell(config: ExperimentConfig, cell: Cell) -> dict:
 STEP = 128  # tokens; caches are laid out in such tiles
 
 
-def longest_context(config: ExperimentConfig, cell: Cell) -> tuple[int, dict | None]:
+def longest_context(config: RunConfig, cell: Cell) -> tuple[int, dict | None]:
   """The longest context (in whole STEPs, within 2 %) whose program fits, and its receipt; (0, None) if none does."""
   low, high, best = 0, None, None
   while high is None or high - low > max(1, low // 64):
@@ -302,14 +302,14 @@ def _decoder(config: ModelConfig, cell: Cell, mesh):
   return programs, params, jax.tree.map(shape, programs.carry, is_leaf=cache.is_spec)
 
 
-def _decode(config: ExperimentConfig, cell: Cell, mesh) -> Callable:
+def _decode(config: RunConfig, cell: Cell, mesh) -> Callable:
   import jax
 
   programs, params, carry = _decoder(config.model, cell, mesh)
   return lambda: programs.decode.lower(params, carry, jax.ShapeDtypeStruct((), "int32"))
 
 
-def _prefill(config: ExperimentConfig, cell: Cell, mesh) -> Callable:
+def _prefill(config: RunConfig, cell: Cell, mesh) -> Callable:
   import jax
 
   programs, params, carry = _decoder(config.model, cell, mesh)
@@ -317,7 +317,7 @@ def _prefill(config: ExperimentConfig, cell: Cell, mesh) -> Callable:
   return lambda: programs.prefill.lower(params, carry, rows, rows)
 
 
-def _train(config: ExperimentConfig, cell: Cell, mesh) -> Callable:
+def _train(config: RunConfig, cell: Cell, mesh) -> Callable:
   import jax
 
   from llmarch.train.step import make_train_step

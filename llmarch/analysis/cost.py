@@ -12,7 +12,6 @@ from typing import NamedTuple
 from llmarch.branches import BranchConfig
 from llmarch.config import BlockConfig, ModelConfig, NormConfig
 from llmarch.errors import check
-from llmarch.experiment import SGD, Adafactor, AdamW, ExperimentConfig, Lion, Muon
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.cross import CrossAttentionConfig
 from llmarch.layers.ffn import MLPConfig
@@ -20,6 +19,7 @@ from llmarch.layers.mla import MLAConfig
 from llmarch.layers.moe import MoEConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
 from llmarch.layers.position import Learned, Sinusoidal
+from llmarch.run_config import SGD, Adafactor, AdamW, Lion, Muon, RunConfig
 
 # An element by its type or format; scales of formats are `kv_state`'s to count.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} | dict.fromkeys(("int8", "fp8", "int8_channel", "fp8_channel"), 1)
@@ -265,7 +265,7 @@ MOMENTS = {  # elements of optimizer state: (config, parameters of the layers' m
 }
 
 
-def training_bytes(config: ExperimentConfig) -> dict[str, int]:
+def training_bytes(config: RunConfig) -> dict[str, int]:
   """Bytes that a train step holds for its parameters, over all devices: params, gradients, optimizer, ema, total.
 
   Gradients, moments and the average are f32 whatever the parameters are. Of adapters, params are they and all that
@@ -276,7 +276,7 @@ def training_bytes(config: ExperimentConfig) -> dict[str, int]:
   matrices = int(total(config.model, lambda c: c.matrices))
   stored = trained * BYTES[config.model.precision.param]
   if config.train.lora:
-    from llmarch.models.lora import Adapters
+    from llmarch.adapt.lora import Adapters
 
     adapters = Adapters(config.train.lora, config.model)
     matrices = trained = adapters.size

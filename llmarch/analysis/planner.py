@@ -19,12 +19,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from llmarch.adapt.padding import pad_heads
 from llmarch.analysis import comm, cost
 from llmarch.analysis.hardware import Chip, find_chip
 from llmarch.build import FrozenDict
 from llmarch.config import BlockConfig, ModelConfig
 from llmarch.errors import UserError, check, nearest
-from llmarch.models.padding import pad_heads
 from llmarch.ops.quant import FORMATS
 from llmarch.presets import PRESETS
 

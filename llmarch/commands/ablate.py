@@ -40,9 +40,9 @@ def main(argv: list[str]) -> int:
   """Raises UserError for what cannot be run. 1 if the last attempt of a trial failed, else 0."""
   args, folders = parse_words(argv, _define, USAGE)
   check(bool(folders), "which experiment? Give its folder, such as experiments/glu, or experiments for all")
-  from llmarch.lab import results, runner
+  from llmarch.lab import ablation, results, runner
 
-  found = runner.find(folders)
+  found = ablation.find_ablations(folders)
   if args.list:
     print_table([row for folder in found for row in _planned(folder, args)], args.json)
     return 0
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
 def _planned(folder: str, args) -> list[dict]:
   from llmarch.lab import ablation as ablations
 
-  one = ablations.load(folder)
+  one = ablations.load_ablation(folder)
   plan = ablations.tuning(one, folder, args.budget) + ablations.trials(one, folder, args.budget, seeds=args.seeds)
   return [
     {

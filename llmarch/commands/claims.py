@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
   for name, known in (("kind", claims.KINDS), ("status", claims.STATUSES)):
     value = args[name].value
     check(value is None or value in known, f"--{name}: there is no {value!r}{nearest(str(value), known)}")
-  found = claims.load(args.file)
+  found = claims.load_claims(args.file)
   if verb == "run":
     return _run(claims, found, ids, args)
   if verb == "show":

@@ -60,20 +60,20 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def load_config(source: str | None, overrides: list[tuple[str, str]] = ()):
-  """An ExperimentConfig from "FILE.py", "FILE.py:argument", "config.json", a preset's name, the folder of a run or of
+  """A RunConfig from "FILE.py", "FILE.py:argument", "config.json", a preset's name, the folder of a run or of
   a model (ours or transformers'), which has no more than model.*.
 
   Overrides are applied to the complete config, so that every key can be set, whether the file names it or
   not. Raises UserError for whatever is wrong with any of them.
   """
   import llmarch.layers.registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
-  from llmarch.experiment import ExperimentConfig
+  from llmarch.run_config import RunConfig
 
   if not source:
     raise UserError("--config is missing; give a file such as configs/tiny.py, or the name of a preset")
-  config = build(ExperimentConfig, _read_config(source), "config")
+  config = build(RunConfig, _read_config(source), "config")
   if overrides:
-    config = build(ExperimentConfig, override(to_dict(config), overrides), "config")
+    config = build(RunConfig, override(to_dict(config), overrides), "config")
   return config
 
 
@@ -107,7 +107,7 @@ def _read_config(source: str) -> dict:
 def _of_model(folder: str, model) -> dict:
   """A model's folder as a config: the model, its tokenizer, and no more tokens at once than it can read."""
   from llmarch.config import ModelConfig
-  from llmarch.experiment import TrainConfig
+  from llmarch.run_config import TrainConfig
 
   limit = build(ModelConfig, model, "config.model").max_seq_len
   own = os.path.exists(os.path.join(folder, "tokenizer.json"))

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(config) -> dict:
-  """The costs of an ExperimentConfig: parameters by component, FLOPs a token, bytes of training and decoding."""
+  """The costs of an RunConfig: parameters by component, FLOPs a token, bytes of training and decoding."""
   from llmarch.analysis import cost
 
   model = config.model

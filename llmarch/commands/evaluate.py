@@ -46,15 +46,15 @@ def main(argv: list[str]) -> int:
     check(args[name].value is None, f"--{name} is of no use without --{needs}; drop it")
   check(args.batch >= 1, f"--batch must be at least 1, got {args.batch}")
   text = _read(args.text) if args.text else None
-  evaluate = _harness() if args.tasks else None
+  run_tasks = _harness() if args.tasks else None
   import llmarch
-  from llmarch.infer.evaluate import perplexity
+  from llmarch.infer.scoring import perplexity
 
   lm = llmarch.load(folder, weights=args.weights)
   if text is not None:
     rows = [perplexity(lm, text, length=args.length, stride=args.stride, batch=args.batch)]
   else:
-    rows = evaluate(lm, args)
+    rows = run_tasks(lm, args)
   print_table(rows, args.json)
   return 0
 
@@ -77,7 +77,7 @@ def _harness():
     raise UserError(f"--tasks needs lm-eval ({e}); pip install -e '.[eval]'") from None
   from llmarch.infer.harness import Harness
 
-  def evaluate(lm, args) -> list[dict]:
+  def run_tasks(lm, args) -> list[dict]:
     manager = TaskManager(include_path=args.include_path, include_defaults=args.include_path is None)
     known = manager.all_tasks
     for name in args.tasks:
@@ -96,7 +96,7 @@ def _harness():
           rows.append({"task": task, "metric": metric, "filter": filtered, "value": value, "stderr": error})
     return rows
 
-  return evaluate
+  return run_tasks
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     raise UserError("--prompt is missing; give a text to continue, or a --prompt_file")
   import llmarch
   from llmarch import sharding
-  from llmarch.infer.lm import Text
+  from llmarch.infer.lm import TextStream
 
   place = {}
   if args.mesh:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
   if model.tokenizer is None:
     raise UserError(f"{folder} has no tokenizer, so it cannot read a text; put its tokenizer.json there")
   ids = [model.tokenizer.encode(prompt) for prompt in prompts]
-  texts = [Text(model.tokenizer, row) for row in ids]
+  texts = [TextStream(model.tokenizer, row) for row in ids]
   pieces = []  # (when, tokens), of a stream
 
   def show(row: int, new: list[int]) -> None:

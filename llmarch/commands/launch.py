@@ -171,7 +171,7 @@ def _submit(command: list[str], logs: Path, args) -> int:
     import submitit
   except ImportError:
     raise UserError("--slurm needs submitit; run pip install 'llmarch[slurm]'") from None
-  from llmarch.commands.slurm import Task
+  from llmarch.train.slurm import CommandTask
 
   try:
     executor = submitit.SlurmExecutor(folder=logs, python=shlex.quote(args.python), max_num_timeout=args.requeues)
@@ -185,7 +185,7 @@ def _submit(command: list[str], logs: Path, args) -> int:
     **{name: value for name, value in given.items() if value is not None},
   )  # fmt: skip
   try:
-    job = executor.submit(Task([args.python, "-m", "llmarch", *command], os.getcwd()))
+    job = executor.submit(CommandTask([args.python, "-m", "llmarch", *command], os.getcwd()))
   except Exception as e:  # submitit has several, around what sbatch says
     raise UserError(f"sbatch refused the job: {str(e).strip().splitlines()[-1]}") from e
   print(f"submitted job {job.job_id}; its logs are {logs}/{job.job_id}_*_log.out; `scancel {job.job_id}` ends it")

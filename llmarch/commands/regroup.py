@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
   import jax
 
   import llmarch
+  from llmarch.adapt.regroup import has_groups, regroup_config, regroup_params
   from llmarch.infer.lm import LM
-  from llmarch.models.regroup import has_groups, regroup_config, regroup_params
 
   lm = llmarch.load(source)
   config = regroup_config(lm.config, args.num_kv_heads, args.blocks)

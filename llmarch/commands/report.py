@@ -49,10 +49,11 @@ def _is_run(folder: str) -> bool:
 
 
 def _ablations(folders: list[str], args) -> int:
-  from llmarch.lab import results, runner
+  from llmarch.lab import results
+  from llmarch.lab.ablation import find_ablations
   from llmarch.report import charts, page, readme
 
-  below = {folder: _below(folder, runner.find) for folder in folders}
+  below = {folder: _below(folder, find_ablations) for folder in folders}
   every, found = list(dict.fromkeys(f for inside in below.values() for f in inside)), {}
   for folder in every:
     name = Path(folder).resolve().name

@@ -14,7 +14,7 @@ from absl import flags
 from llmarch.build import build, parse_value
 from llmarch.commands.common import parse_flags
 from llmarch.errors import UserError
-from llmarch.experiment import SourceConfig
+from llmarch.run_config import SourceConfig
 
 
 def main(argv: list[str]) -> int:
@@ -72,14 +72,14 @@ def parse_source(text: str) -> SourceConfig:
 
 def _train(source: SourceConfig, vocab_size: int, out: Path) -> dict:
   from llmarch.data import sources, tokenizers
-  from llmarch.data.tokenfile import atomic_write, batches
+  from llmarch.data.tokenfile import batches, new_file
 
   found = sources.survey(source)
   tokenizer = tokenizers.train_bpe(sources.documents(source), vocab_size, show_progress=sys.stderr.isatty())
   num_tokens = sum(
     len(ids) + 1 for some in batches(sources.documents(source)) for ids in tokenizer.encode_batch(some)
   )
-  with atomic_write(out) as f:
+  with new_file(out) as f:
     f.write(tokenizer.definition.encode())
   return _report(out, tokenizer, found, num_tokens)
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
     again = [word for word in argv if word.lstrip("-").partition("=")[0] != "supervise"]
     return supervise([sys.executable, "-m", "llmarch", "train", *again], args.workdir)
-  from llmarch.lab.training import keep_programs, train_run
+  from llmarch.run import keep_programs, train_run
 
   config = load_config(args.config, overrides)
   cluster = distributed.find_cluster(

@@ -425,8 +425,8 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-  """A row's pattern with all sizes known: between one array of theirs and the arrays of ours."""
+class Rearrange:
+  """A row's pattern with all sizes known: it splits one array of theirs into the arrays of ours, and joins them."""
 
   theirs: tuple[tuple[str, ...], ...]  # groups of axes
   ours: tuple[tuple[str, ...], ...]
@@ -434,7 +434,7 @@ class Layout:
   shapes: tuple[tuple[int, ...], ...]  # of our arrays
 
   @classmethod
-  def of(cls, pattern: str | None, shapes: list[tuple[int, ...]], known: dict[str, int]) -> "Layout":
+  def of(cls, pattern: str | None, shapes: list[tuple[int, ...]], known: dict[str, int]) -> "Rearrange":
     if pattern is None:
       axes = tuple((f"axis{j}",) for j in range(len(shapes[0])))
       theirs = ours = axes

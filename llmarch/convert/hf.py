@@ -4,14 +4,14 @@ Nothing is trusted: names, shapes, dtypes and sizes are compared with the config
 before a device sees them. Pickled weights are never opened. No more than one parameter (of all layers) is held.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmarch import sharding
+from llmarch import files, sharding
 from llmarch.build import build, differences, to_dict
 from llmarch.config import ModelConfig
-from llmarch.convert.fields import METADATA, Family, Layout, Row
+from llmarch.convert.fields import METADATA, Family, Rearrange, Row
 from llmarch.convert.tables import FAMILIES
 from llmarch.errors import UserError, check, nearest
 from llmarch.layers import registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
@@ -158,7 +158,7 @@ def write_safetensors(
       f.write(text().ljust(length))
 
 
-# ---------------------------------------------------------------------------------------------------- plan
+# ---------------------------------------------------------------------------------------------------- slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +166,11 @@ class Slot:
   """One tensor of theirs, and where its parts lie with us: (path, index of leading dimensions: layer, expert)."""
 
   key: str
-  layout: Layout
+  rearrange: Rearrange
   parts: tuple[tuple[str, tuple[int, ...]], ...]
 
 
-def plan(family: Family, config: ModelConfig, present: Iterable[str] | None = None) -> dict[str, Slot]:
+def tensor_slots(family: Family, config: ModelConfig, present: Iterable[str] | None = None) -> dict[str, Slot]:
   """A slot for every tensor of the config in this family, each part of each parameter exactly once.
 
   present: the names in a file, where a family has had several for one parameter; without, the first is taken.
@@ -194,7 +194,7 @@ def plan(family: Family, config: ModelConfig, present: Iterable[str] | None = No
       for each in map(tuple, np.ndindex(*shapes[paths[0]][len(turn) :][:eaches])):
         ours = [shapes[path][len(turn + each) :] for path in paths]
         key = row.key.format(*number, *each)
-        slots[key] = Slot(key, Layout.of(row.pattern, ours, known), tuple((path, turn + each) for path in paths))
+        slots[key] = Slot(key, Rearrange.of(row.pattern, ours, known), tuple((path, turn + each) for path in paths))
   turns = lambda path: np.ndindex(shapes[path][:1] if path.startswith("stack/segments/") else ())
   left = [path for path in shapes if any((path, turn) not in rows for turn in turns(path))]
   check(not left, f"a {family.model_type} checkpoint has no place for {', '.join(left)}")
@@ -263,7 +263,7 @@ class Checkpoint:
     precision = {"param": dtype, "compute": dtype, "state": dtype}
     try:
       self.config = build(ModelConfig, self.family.read(options) | {"precision": precision}, "model")
-      slots = plan(self.family, self.config, self.tensors)
+      slots = tensor_slots(self.family, self.config, self.tensors)
     except UserError as e:
       raise UserError(f"{self.folder / CONFIG}: {e}") from None
     except (OverflowError, TypeError, MemoryError):  # of sizes that are no one's
@@ -273,23 +273,23 @@ class Checkpoint:
     self._sources: dict[str, list] = {path: [] for path in self.entries}
     for key, slot in slots.items():
       tensor = self.tensors[key]
-      wanted = slot.layout.shape
+      wanted = slot.rearrange.shape
       check(tensor.shape == wanted, f"{tensor} has the shape {list(tensor.shape)}, not {list(wanted)}")
       for number, (path, index) in enumerate(slot.parts):
         kept = NAMES[self.entries[path][0]]
         check(tensor.dtype == kept, f"{tensor} is {tensor.dtype}, not {kept} like the rest; give one dtype")
-        self._sources[path].append((index, tensor, slot.layout, number))
+        self._sources[path].append((index, tensor, slot.rearrange, number))
 
   def param(self, path: str) -> np.ndarray:
     """Our parameter of that name, of all layers."""
     sources = self._sources[path]
     if not sources[0][0]:
-      _, tensor, layout, number = sources[0]
-      return layout.split(tensor.read(), number)
+      _, tensor, rearrange, number = sources[0]
+      return rearrange.split(tensor.read(), number)
     dtype, shape = self.entries[path]
     values = np.empty(shape, dtype)
-    for index, tensor, layout, number in sources:
-      values[index] = layout.split(tensor.read(), number)
+    for index, tensor, rearrange, number in sources:
+      values[index] = rearrange.split(tensor.read(), number)
     return values
 
   def check_finite(self) -> None:
@@ -319,7 +319,7 @@ class Checkpoint:
       check(same, f"{tensor} differs from {embed.name}, but {CONFIG} ties them")
 
 
-def load(directory: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, layout: str = "ws_2d"):
+def load_checkpoint(directory: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, layout: str = "ws_2d"):
   """(config, parameters) of a folder of transformers, over the mesh as a row of sharding.LAYOUTS has them.
 
   One parameter at a time is held on the host. Raises UserError for anything wrong before the first is placed.
@@ -420,7 +420,7 @@ def express(config: ModelConfig, model_type: str | None = None) -> tuple[Family,
   for family in FAMILIES.values() if model_type is None else [FAMILIES[model_type]]:
     try:
       options = family.write(*canonical(config))
-      plan(family, config)
+      tensor_slots(family, config)
       lost[family.model_type] = _lost(config, build(ModelConfig, family.read(options), "model"))
     except UserError as e:
       lost[family.model_type] = [str(e)]
@@ -491,10 +491,10 @@ def write_checkpoint(
   carried: see Checkpoint.
   """
   family, options = express(config, model_type)
-  slots, dtypes = plan(family, config), {path: dtype for path, (dtype, _) in entries(config).items()}
+  slots, dtypes = tensor_slots(family, config), {path: dtype for path, (dtype, _) in entries(config).items()}
   options = (carried or {}) | options | {"dtype": config.precision.param}
   (directory / CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
-  theirs = {key: (dtypes[slot.parts[0][0]], slot.layout.shape) for key, slot in slots.items()}
+  theirs = {key: (dtypes[slot.parts[0][0]], slot.rearrange.shape) for key, slot in slots.items()}
   size = lambda key: math.prod(theirs[key][1]) * theirs[key][0].itemsize
   shards: list[list[str]] = [[]]
   filled = 0
@@ -507,7 +507,7 @@ def write_checkpoint(
   names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
   names = names if len(shards) > 1 else [SINGLE]
   for name, keys in zip(names, shards):
-    array = lambda key: slots[key].layout.join([read(*part) for part in slots[key].parts])
+    array = lambda key: slots[key].rearrange.join([read(*part) for part in slots[key].parts])
     write_safetensors(directory / name, {key: theirs[key] for key in keys}, array, metadata={"format": "pt"})
   if len(shards) > 1:
     total = sum(map(size, slots))
@@ -517,32 +517,12 @@ def write_checkpoint(
   return family
 
 
-def new_folder(directory: str | os.PathLike):
-  """A context: a temporary folder that takes the name `directory` when all went well. Nothing is replaced."""
-  return _NewFolder(Path(directory).expanduser().absolute())
-
-
-class _NewFolder:
-  def __init__(self, target: Path):
-    taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    check(not taken, f"{target} exists already; name a new folder")
-    self._target = target
-
-  def __enter__(self) -> Path:
-    try:
-      self._target.parent.mkdir(parents=True, exist_ok=True)
-      self._scratch = tempfile.TemporaryDirectory(dir=self._target.parent, prefix=f".{self._target.name}.")
-    except OSError as e:
-      raise UserError(f"cannot write {self._target} ({e.strerror}); name a folder that can be written") from None
-    new = Path(self._scratch.name) / "new"
-    new.mkdir()
-    return new
-
-  def __exit__(self, kind, error, trace):
-    with self._scratch:
-      if kind is None:
-        if self._target.exists():
-          self._target.rmdir()
-        (Path(self._scratch.name) / "new").rename(self._target)
-    if isinstance(error, OSError) and not isinstance(error, UserError):
-      raise UserError(f"cannot write {self._target} ({error.strerror}); name a folder with room") from None
+@contextlib.contextmanager
+def new_folder(directory: str | os.PathLike) -> Iterator[Path]:
+  """Yields a folder as `files.new_folder` does. Raises UserError where the name is taken, or cannot be written."""
+  target = Path(directory).expanduser().absolute()
+  taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+  check(not taken, f"{target} exists already; name a new folder")
+  refusal = files.or_refuse(f"cannot write {target}", "name a folder that can be written and has room")
+  with refusal, files.new_folder(target) as new:
+    yield new

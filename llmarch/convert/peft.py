@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from llmarch.adapt.lora import A, Adapters, B
 from llmarch.config import ModelConfig
 from llmarch.convert import hf
 from llmarch.errors import check
-from llmarch.experiment import LoRAConfig
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract
-from llmarch.models.lora import A, Adapters, B
+from llmarch.run_config import LoRAConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -27,13 +27,13 @@ def write_adapters(
 ) -> str:
   """Writes the adapters `params` of a model for transformers' folder `base`: -> the model_type of the names.
 
-  params: those of models.lora.Adapters, by name. Raises UserError where no family can say what the model computes.
+  params: those of adapt.lora.Adapters, by name. Raises UserError where no family can say what the model computes.
   """
   family, _ = hf.express(config, model_type)
   named = flatten(nnx.state(abstract(config)), variables=True)
   targets = set(Adapters(lora, config).targets)
   tensors, ranks, turned = {}, {}, set()
-  for slot in hf.plan(family, config).values():
+  for slot in hf.tensor_slots(family, config).values():
     if not any(path in targets for path, _ in slot.parts):
       continue
     module = slot.key.removesuffix(".weight")
@@ -66,9 +66,9 @@ def write_adapters(
 def _factors(slot: hf.Slot, named: dict, params: dict, targets: set[str], rank: int):
   """(A [R, in], B [out, R], whether theirs is [in, out]) of one tensor: theirs changes by B A, or its transpose.
 
-  Where its inputs and outputs lie is read off the layout, by sending numbers of them through it.
+  Where its inputs and outputs lie is read off its rearrangement, by sending numbers of them through it.
   """
-  check(len(slot.layout.shape) == 2, f"{slot.key} is no matrix; PEFT has no adapter for it")
+  check(len(slot.rearrange.shape) == 2, f"{slot.key} is no matrix; PEFT has no adapter for it")
   inputs, outputs, left, right, offset = [], [], [], [], 0
   for path, index in slot.parts:
     p = named[path]
@@ -78,7 +78,7 @@ def _factors(slot: hf.Slot, named: dict, params: dict, targets: set[str], rank: 
       left.append(np.asarray(params[f"{path}/{A}"][index], np.float32).reshape(-1, rank).T)
       right.append((offset, np.asarray(params[f"{path}/{B}"][index], np.float32).reshape(rank, -1).T))
     offset = outputs[-1].max() + 1
-  inputs, outputs = slot.layout.join(inputs), slot.layout.join(outputs)
+  inputs, outputs = slot.rearrange.join(inputs), slot.rearrange.join(outputs)
   conv = not (inputs == inputs[:1]).all()
   if conv:
     inputs, outputs = inputs.T, outputs.T

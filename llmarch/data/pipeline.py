@@ -25,7 +25,7 @@ from llmarch.data.synthetic import TASKS, Draws, TaskRows
 from llmarch.data.tokenfile import TokenStore, open_tokens, progress_bar, write_tokens
 from llmarch.data.tokenizers import Tokenizer, load_tokenizer
 from llmarch.errors import UserError
-from llmarch.experiment import DataConfig, TokenFile
+from llmarch.run_config import DataConfig, TokenFile
 
 FORMAT = 1  # part of the hash: raise it with every change that gives other batches for the same inputs
 Split = Literal["train", "validation"]

@@ -1,4 +1,4 @@
-"""Sources: a config of llmarch/experiment.py -> documents, in a stable order."""
+"""Sources: a config of llmarch/run_config.py -> documents, in a stable order."""
 
 import dataclasses
 import glob
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmarch.errors import UserError, nearest
-from llmarch.experiment import JSONL, HFDataset, SourceConfig, Stdlib, Text
+from llmarch.run_config import JSONL, HFDataset, SourceConfig, Stdlib, TextFiles
 
 # Third-party packages, tests (odd encodings, odd code), and what differs between builds of one version.
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -75,7 +75,7 @@ def stdlib_files(root: str) -> list[str]:
   return sorted(found, key=lambda path: path.split(os.sep))
 
 
-def _text(source: Text) -> Iterator[str]:
+def _text(source: TextFiles) -> Iterator[str]:
   for path in _files(source.paths):
     try:
       text = _read(path).decode()
@@ -150,4 +150,4 @@ def _lines(path: str) -> Iterator[bytes]:
     raise UserError(f"{path} cannot be read ({e.strerror}); correct data.source.paths") from None
 
 
-READERS = {Stdlib: _stdlib, Text: _text, JSONL: _jsonl, HFDataset: _hf}
+READERS = {Stdlib: _stdlib, TextFiles: _text, JSONL: _jsonl, HFDataset: _hf}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from llmarch.errors import UserError
-from llmarch.experiment import Copy, Induction, Needle, Recall, SourceConfig
+from llmarch.run_config import Copy, Induction, Needle, Recall, SourceConfig
 
 
 class Draws:
@@ -68,7 +68,9 @@ def needle(task: Needle, draws: Draws, seq_len: int) -> tuple[np.ndarray, np.nda
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class SyntheticTask:
+  """A synthetic task: how a row of it is made, and what it needs of the vocabulary and of the row."""
+
   make: Callable  # (config, draws, T) -> sequence, indices of the answers
   vocab_size: Callable[[SourceConfig], int]
   seq_len: Callable[[SourceConfig], int]  # the shortest row that holds it
@@ -76,10 +78,10 @@ class Task:
 
 
 TASKS = {
-  Copy: Task(copy, lambda c: c.num_symbols + 1, lambda c: 2 * c.length, "length"),
-  Recall: Task(recall, lambda c: 2 * c.num_symbols, lambda c: 4 * c.num_pairs - 1, "num_pairs"),
-  Induction: Task(induction, lambda c: c.num_symbols, lambda c: c.period, "period"),
-  Needle: Task(needle, lambda c: c.num_symbols + 2, lambda c: c.length + 5, "length"),
+  Copy: SyntheticTask(copy, lambda c: c.num_symbols + 1, lambda c: 2 * c.length, "length"),
+  Recall: SyntheticTask(recall, lambda c: 2 * c.num_symbols, lambda c: 4 * c.num_pairs - 1, "num_pairs"),
+  Induction: SyntheticTask(induction, lambda c: c.num_symbols, lambda c: c.period, "period"),
+  Needle: SyntheticTask(needle, lambda c: c.num_symbols + 2, lambda c: c.length + 5, "length"),
 }
 
 

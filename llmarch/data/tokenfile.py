@@ -15,16 +15,15 @@ import os
 import struct
 import sys
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from llmarch.data import sources
 from llmarch.errors import UserError
+from llmarch.files import or_refuse, replace_file
 
 MAGIC, VERSION = b"LLMARCH\0", 1
 HEADER = struct.Struct("<8sIIQQQQ32s32s32s")
@@ -97,7 +96,7 @@ def write_tokens(
   """
   width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
   payload, corpus, rows, count = hashlib.sha256(), hashlib.sha256(), [], 0
-  with atomic_write(path) as f:
+  with new_file(path) as f:
     f.write(bytes(HEADER_SIZE))
     for some in batches(texts):
       for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
@@ -138,25 +137,10 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-  """A file that appears under `path` only when it is complete and on disk. The last of racing writers stays.
-
-  Raises UserError where the system refuses (no permission, disk full ...); nothing is left behind then.
-  """
-  path = Path(path)
-  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # its own name for every writer
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "xb") as f:
-      yield f
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(partial, path)
-  except OSError as e:
-    raise UserError(f"{path} cannot be written ({e.strerror}); give another place") from None
-  finally:
-    with contextlib.suppress(OSError):
-      partial.unlink(missing_ok=True)
+def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+  """Yields a file as `files.replace_file` does; raises UserError where the system refuses (disk full ...)."""
+  with or_refuse(f"{path} cannot be written", "give another place"), replace_file(path) as f:
+    yield f
 
 
 @contextlib.contextmanager

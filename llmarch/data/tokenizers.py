@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmarch.data.tokenfile import atomic_write
+from llmarch.data.tokenfile import new_file
 from llmarch.errors import UserError
 
 END = "<|endoftext|>"
@@ -44,7 +44,7 @@ class Tokenizer(abc.ABC):
 
   def save(self, directory: str | os.PathLike) -> None:
     """Writes tokenizer.json, from which `load_tokenizer(directory)` gives this tokenizer again."""
-    with atomic_write(Path(directory) / "tokenizer.json") as f:
+    with new_file(Path(directory) / "tokenizer.json") as f:
       f.write(self.definition.encode())
 
 

@@ -10,8 +10,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llmarch.errors import check
-from llmarch.infer.evaluate import beginning, score
-from llmarch.infer.lm import LM, Text
+from llmarch.infer.lm import LM, TextStream
+from llmarch.infer.scoring import beginning, score
 
 MAX_NEW_TOKENS = 256  # the harness's own default
 
@@ -105,6 +105,6 @@ class Harness(TemplateLM):
     rows = self.lm.generate(
       prompts, max_new_tokens=new, stop=single, temperature=temperature if do_sample else 0.0, **sampling
     )
-    texts = [Text(tokenizer, prompt).push(row, last=True) for prompt, row in zip(prompts, rows)]
+    texts = [TextStream(tokenizer, prompt).push(row, last=True) for prompt, row in zip(prompts, rows)]
     # A stop of several tokens is in the text; one that ended the row is not.
     return [text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))] for text in texts]

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import os
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from llmarch import sharding
 from llmarch.build import build, to_dict
 from llmarch.config import ModelConfig, StateDType
 from llmarch.errors import UserError, check
+from llmarch.files import new_folder, or_refuse
 from llmarch.infer.decoder import Programs, decoding_params, make_decoder
 from llmarch.infer.quantize import quantize_params
 from llmarch.layers.param import flatten, unflatten
@@ -221,20 +221,12 @@ class LM:
     checksums = {name: zlib.crc32(np.ascontiguousarray(value).view(np.uint8)) for name, value in flat.items()}
     from safetensors.numpy import save_file
 
-    try:
-      target.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
-        (new / CONFIG).write_text(json.dumps({"format": FORMAT, "model": to_dict(self.config)}, indent=1))
-        save_file(flat, new / WEIGHTS, metadata={"crc32": json.dumps(checksums)})
-        if self.tokenizer:
-          self.tokenizer.save(new)
-        if target.exists():
-          target.rename(old)
-        new.rename(target)
-    except OSError as e:
-      raise UserError(f"cannot write {target} ({e.strerror}); give a folder that can be written") from None
+    refusal = or_refuse(f"cannot write {target}", "give a folder that can be written")
+    with refusal, new_folder(target, replace=True) as new:
+      (new / CONFIG).write_text(json.dumps({"format": FORMAT, "model": to_dict(self.config)}, indent=1))
+      save_file(flat, new / WEIGHTS, metadata={"crc32": json.dumps(checksums)})
+      if self.tokenizer:
+        self.tokenizer.save(new)
 
   # ---------------------------------------------------------------------------------------------- checks
 
@@ -269,7 +261,7 @@ class LM:
     return tuple(sorted(set(found)))
 
 
-class Text:
+class TextStream:
   """The text of ids that come piece by piece, after the text of a prompt."""
 
   def __init__(self, tokenizer, prompt_ids: list[int]):
@@ -296,7 +288,7 @@ class _Row:
   def __init__(self, prompt, prompt_ids: list[int], lm: LM):
     self.prompt_ids, self.dtype = prompt_ids, None
     self.new_ids: list[int] = []
-    self.text = Text(lm.tokenizer, prompt_ids) if isinstance(prompt, str) else None
+    self.text = TextStream(lm.tokenizer, prompt_ids) if isinstance(prompt, str) else None
     if not isinstance(prompt, (str, list, tuple)):
       dtype = np.asarray(prompt).dtype
       holds = np.issubdtype(dtype, np.integer) and np.iinfo(dtype).max >= lm.config.vocab_size - 1
@@ -336,7 +328,7 @@ def _state(kv: str) -> str:
   return build(StateDType, kv, "kv")
 
 
-def load(directory: str | os.PathLike, tokenizer=None, **options) -> LM:
+def load_saved(directory: str | os.PathLike, tokenizer=None, **options) -> LM:
   """The model of a folder that `LM.save` wrote, with options of `LM`.
 
   Raises UserError if anything in it is damaged or does not fit.

@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from llmarch.build import FrozenDict, assign, build, differences, execute, to_dict, with_kind
 from llmarch.errors import UserError, check, check_above, check_at_least, nearest
-from llmarch.experiment import ExperimentConfig
 from llmarch.lab.match import Match, matched
+from llmarch.run_config import RunConfig
 
 FILE = "ablation.py"
 ZERO = "0"  # as a comparison's baseline_metric: the number itself, for statements about one metric alone
@@ -161,7 +161,7 @@ def budgets(seeds: int = 3, noise_seeds: int = 0, **overrides) -> dict[str, Budg
 @dataclasses.dataclass(frozen=True)
 class Ablation:
   """See the module. The first arm is the baseline. `measures` are functions of a trial.Trained to {metric: number};
-  `trial` may replace training as a whole: (ExperimentConfig, workdir) -> {metric: number}."""
+  `trial` may replace training as a whole: (RunConfig, workdir) -> {metric: number}."""
 
   title: str
   question: str
@@ -210,11 +210,23 @@ class Ablation:
     return [f for f in (self.trial, *self.measures) if f is not None]
 
 
-def load(folder: str | Path) -> Ablation:
+def load_ablation(folder: str | Path) -> Ablation:
   """The ablation of a folder. Raises UserError for a folder without one, or a file that fails."""
   found = execute(Path(folder) / FILE, "get_ablation", flag="llmarch ablate")
   check(isinstance(found, Ablation), f"{Path(folder) / FILE}: get_ablation must return an Ablation, got {found!r:.80}")
   return found
+
+
+def find_ablations(paths: Sequence[str]) -> list[str]:
+  """The folders of ablations among and below the given ones, sorted. Raises UserError where there is none."""
+  found = []
+  for path in paths:
+    here = Path(path)
+    below = sorted(str(p.parent) for p in here.glob(f"*/{FILE}")) if here.is_dir() else []
+    own = [str(here)] if (here / FILE).is_file() else below
+    check(bool(own), f"{path} has no {FILE}, and no folder in it has; give experiments/NAME, or experiments for all")
+    found += own
+  return list({Path(folder).resolve(): folder for folder in found}.values())
 
 
 # ------------------------------------------------------------------------------------------------ its trials
@@ -354,9 +366,9 @@ def base_config(ablation: Ablation, folder, budget: str) -> dict:
 
   data = execute(Path(folder) / ablation.config, "get_config", flag=f"{folder}: config")
   data = data.to_dict() if hasattr(data, "to_dict") else data
-  complete = to_dict(build(ExperimentConfig, data, "config"))
+  complete = to_dict(build(RunConfig, data, "config"))
   changed = _assign(complete, ablation.budgets[budget].overrides, folder, None)
-  return to_dict(build(ExperimentConfig, changed, f"{folder}: the budget {budget!r}: config"))
+  return to_dict(build(RunConfig, changed, f"{folder}: the budget {budget!r}: config"))
 
 
 def _assign(data: dict, overrides: Overrides, folder, arm: Arm | None) -> dict:
@@ -366,14 +378,14 @@ def _assign(data: dict, overrides: Overrides, folder, arm: Arm | None) -> dict:
     raise UserError(f"{folder}: {f'arm {arm.name!r}' if arm else 'the budget'}: {e}") from None
 
 
-def _build(data: dict, folder, arm: Arm) -> ExperimentConfig:
+def _build(data: dict, folder, arm: Arm) -> RunConfig:
   try:
-    return build(ExperimentConfig, data, "config")
+    return build(RunConfig, data, "config")
   except UserError as e:
     raise UserError(f"{folder}: arm {arm.name!r}: {e}") from None
 
 
-def trial_key(config: ExperimentConfig, functions: Sequence[Callable]) -> str:
+def trial_key(config: RunConfig, functions: Sequence[Callable]) -> str:
   """Names what a trial computes: the config, and the functions applied to it, by their names and code.
 
   Of the config, what is not a default, so that a new field with a default leaves old records as they are. (A default

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from llmarch import files
 from llmarch.build import config_dataclass, execute
 from llmarch.errors import UserError, check, nearest
 from llmarch.lab import records, trial
-from llmarch.train import journal
 
 FACTS, RECORDS = "facts.py", "claims.jsonl"  # beside the file of claims
 KINDS = ("exact", "cost", "direction")
@@ -125,7 +125,7 @@ class Claim:
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def load(path: str | Path) -> tuple[Claim, ...]:
+def load_claims(path: str | Path) -> tuple[Claim, ...]:
   """The claims of a file, all of them checked against what they name.
 
   Raises UserError for two claims of one id, a fact, test or ablation that is not there, and a file that fails.
@@ -229,10 +229,8 @@ def run(claim: Claim, folder: str | Path, *, budget: str | None = None) -> dict:
   }
   before = _last(folder).get(claim.id, {})
   if any(row[name] != before.get(name) for name in ("of", "status", "evidence")):  # the same again is no news
-    try:
-      journal.append(folder / RECORDS, row)
-    except OSError as e:
-      raise UserError(f"cannot write {folder / RECORDS} ({e.strerror}); make room, and run it again") from None
+    with files.or_refuse(f"cannot write {folder / RECORDS}", "make room, and run it again"):
+      files.append_line(folder / RECORDS, row)
   return row
 
 
@@ -294,7 +292,7 @@ def status(claims: Iterable[Claim], folder: str | Path, *, budget: str | None = 
 def _last(folder: Path) -> dict[str, dict]:
   """{id: its newest row}. Raises UserError where the records cannot be read."""
   try:
-    rows, lost = journal.read(folder / RECORDS), records.damaged(folder / RECORDS)
+    rows, lost = files.read_lines(folder / RECORDS), records.damaged(folder / RECORDS)
     if lost:
       lines = ", ".join(map(str, lost))
       print(f"llmarch: {folder / RECORDS}: half-written or damaged, and left out: line {lines}", file=sys.stderr)

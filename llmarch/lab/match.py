@@ -8,7 +8,7 @@ from typing import Any, Literal
 from llmarch.analysis import cost
 from llmarch.build import assign, build, to_dict
 from llmarch.errors import UserError, check, check_above, check_at_least
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Match:
     check(self.by in possible, f"{self.quantity} cannot be matched by {self.by}; use {' or '.join(possible)}")
 
 
-def tokens(config: ExperimentConfig) -> int:
+def tokens(config: RunConfig) -> int:
   return config.train.steps * config.train.batch_size * config.train.seq_len
 
 
-QUANTITIES: dict[str, Callable[[ExperimentConfig], float]] = {
+QUANTITIES: dict[str, Callable[[RunConfig], float]] = {
   "params": lambda c: cost.params(c.model)["total"],
   "flops": lambda c: tokens(c) * cost.train_flops_per_token(c.model, c.train.seq_len),
   "tokens": tokens,
@@ -78,7 +78,7 @@ KNOBS: dict[str, Callable[[dict, int, int], dict[str, Any]]] = {
 }
 
 
-def matched(match: Match, config: ExperimentConfig, target: ExperimentConfig) -> tuple[ExperimentConfig, dict, dict]:
+def matched(match: Match, config: RunConfig, target: RunConfig) -> tuple[RunConfig, dict, dict]:
   """`config` with the size at which it costs as `target`: (it, the overrides, a report of what is left).
 
   The cost grows with the size, so the size is found by bisection. Raises UserError where the nearest one is further
@@ -87,7 +87,7 @@ def matched(match: Match, config: ExperimentConfig, target: ExperimentConfig) ->
   data, cost_of = to_dict(config), QUANTITIES[match.quantity]
   want = cost_of(target)
   sizes = lambda n: KNOBS[match.by](data, n, match.multiple)
-  sized = lambda n: build(ExperimentConfig, assign(data, sizes(n).items()), "config")
+  sized = lambda n: build(RunConfig, assign(data, sizes(n).items()), "config")
 
   low, high = 1, 2  # cost(low) <= want < cost(high), unless the smallest is too large
   while cost_of(sized(high)) <= want:

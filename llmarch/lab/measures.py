@@ -16,13 +16,16 @@ from flax import nnx
 from llmarch.build import FrozenDict
 from llmarch.config import ModelConfig, ScalingConfig
 from llmarch.data.pipeline import make_pipeline
-from llmarch.experiment import ExperimentConfig
 from llmarch.lab.trial import Trained
 from llmarch.models.decoder import abstract
 from llmarch.ops.loss import token_losses
+from llmarch.run_config import RunConfig
+
+# The key of a recorded trial is a hash of its functions' source text, in which initial_gradients names RunConfig so.
+ExperimentConfig = RunConfig
 
 
-def validation(config: ExperimentConfig, params: nnx.State, model: ModelConfig, *, seq_len: int) -> dict[str, float]:
+def validation(config: RunConfig, params: nnx.State, model: ModelConfig, *, seq_len: int) -> dict[str, float]:
   """Means over the counted targets of the validation split, in rows of `seq_len` tokens: loss, accuracy (the target is
   the most likely token), log_z_squared. model: config.model, or another of the same parameters. As many tokens as
   `eval.batches` holds at train.seq_len, so that lengths are judged on equal amounts of text."""

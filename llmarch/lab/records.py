@@ -1,17 +1,16 @@
 """The records of an ablation: FOLDER/records.jsonl, a line for each trial, the only source of truth.
 
-A line is on the disk when `add` returns, and carries its own checksum (train/journal.py). A trial is recorded once:
+A line is on the disk when `add` returns, and carries its own checksum (files.py). A trial is recorded once:
 writers of several processes hold a lock and look first. A trial that failed may be tried again, as another `attempt`;
 then the last counts.
 """
 
-import fcntl
 import math
 import sys
 from pathlib import Path
 
+from llmarch import files, locks
 from llmarch.errors import UserError
-from llmarch.train import journal
 
 NAME = "records.jsonl"
 VERSION = 1  # of a row, and of what a trial's key means
@@ -26,7 +25,7 @@ def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -
   """
   path = Path(folder) / NAME
   try:
-    rows = journal.read(path)
+    rows = files.read_lines(path)
   except OSError as e:
     raise UserError(f"{path} cannot be read ({e.strerror}); mend it, or give another --out") from None
   strange = next((row for row in rows if row.get("version", VERSION) == VERSION and not is_record(row)), None)
@@ -58,7 +57,7 @@ def is_record(row: dict) -> bool:
 def damaged(path: Path) -> list[int]:
   """The numbers, from 1, of the lines that `read` leaves out."""
   lines = path.read_bytes().split(b"\n") if path.exists() else []
-  return [i for i, line in enumerate(lines, 1) if line and journal.parse(line) is None]
+  return [i for i, line in enumerate(lines, 1) if line and files.parse_line(line) is None]
 
 
 def latest(rows: list[dict]) -> dict[str, dict]:
@@ -70,10 +69,9 @@ def add(folder: str | Path, row: dict) -> bool:
   """Appends a record, unless its trial (and attempt) is there: whether it did. Raises OSError where it cannot."""
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  with (folder / f".{NAME}.lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)  # of a file system without locks, the single writer of --backend=local is enough
+  with locks.take(folder / f".{NAME}.lock", wait=True):  # --backend=local, a single writer, can do without
     same = lambda r: (r["key"], r.get("attempt", 1)) == (row["key"], row.get("attempt", 1))
-    if any(same(r) for r in journal.read(folder / NAME)):
+    if any(same(r) for r in files.read_lines(folder / NAME)):
       return False
-    journal.append(folder / NAME, {"version": VERSION, **row})
+    files.append_line(folder / NAME, {"version": VERSION, **row})
     return True

@@ -10,7 +10,6 @@ from pathlib import Path
 from llmarch.analysis import cost, roofline
 from llmarch.build import build
 from llmarch.errors import UserError, check
-from llmarch.experiment import ExperimentConfig
 from llmarch.lab import records
 from llmarch.lab.ablation import (
   ZERO,
@@ -19,13 +18,14 @@ from llmarch.lab.ablation import (
   Trial,
   chosen_rates,
   config_differences,
-  load,
+  load_ablation,
   recorded,
   resolve,
   trials,
   tuning,
 )
 from llmarch.lab.statistics import INCONCLUSIVE, noise_floor, paired, verdict
+from llmarch.run_config import RunConfig
 
 
 def summarize(
@@ -38,7 +38,7 @@ def summarize(
   arms: a row each (see `_arm`); comparisons: a row each (see `_compare`); hardware, versions, seconds, trials;
   stale: this budget's records of trials that the file, as it is, does not have; missing: trials without a record.
   """
-  ablation, out = load(folder), out or folder
+  ablation, out = load_ablation(folder), out or folder
   rows = records.read(out)
   budget = budget or (rows[-1]["budget"] if rows else None)
   if not rows or budget not in {*ablation.budgets, *(row["budget"] for row in rows)}:
@@ -99,7 +99,7 @@ def comparison(folder: str | Path, id: str, budget: str | None = None) -> dict |
 
 def declared(folder: str | Path, id: str) -> Comparison:
   """A comparison as its ablation's file has it. Raises UserError if it is not there."""
-  known = {c.id: c for c in load(folder).comparisons}
+  known = {c.id: c for c in load_ablation(folder).comparisons}
   check(id in known, f"{folder} has no comparison {id!r} (known: {', '.join(known)})")
   return known[id]
 
@@ -147,7 +147,7 @@ def _arm(ablation: Ablation, folder, budget: str, arm, rows: list[dict]) -> dict
     }
     if times
     else None,
-    "cost": costs(build(ExperimentConfig, config, "config")),
+    "cost": costs(build(RunConfig, config, "config")),
     "match": match,
     "overrides": overrides,
     "samples": {row["seed"]: row["sample"] for row in rows if row.get("sample")},
@@ -160,7 +160,7 @@ def _spread(found: Mapping[int, float]) -> dict:
   return {"mean": stats.fmean(numbers), "sd": sd, "n": len(numbers), "values": dict(found)}
 
 
-def costs(config: ExperimentConfig) -> dict:
+def costs(config: RunConfig) -> dict:
   """What an arm costs by formula: params, active_params, train_flops_per_token, state_bytes_per_token (by which one
   more token lengthens the decoding state), state_bytes (of a row of train.seq_len), decode_ms {chip: milliseconds of a
   token, batch 1, a lower bound}."""

@@ -14,15 +14,15 @@ from pathlib import Path
 from llmarch.errors import UserError
 from llmarch.lab import records
 from llmarch.lab.ablation import Trial
-from llmarch.lab.runner import TRIALS, Progress, Sweep, command, finished, header, prepare
+from llmarch.lab.sweep import TRIALS, Progress, Sweep, command, finished, header, prepare
 from llmarch.lab.trial import LOG
 
 SUBMITTED = "submitted.jsonl"  # {key, job}: in the folder of the trials
 POLL = 5.0  # seconds
 
 
-class Task:
-  """What the jobs of an array do; pickled by submitit."""
+class TrialTask:
+  """Runs one trial and records it: the work of a job of an array. submitit pickles it."""
 
   def __init__(self, out: str, name: str):
     self.out, self.name = out, name
@@ -114,7 +114,7 @@ def _executors(options: dict):
 def _submit(sweep: Sweep, trials: list[Trial], executor, say) -> None:
   attempt = lambda t: sweep.rows[t.key].get("attempt", 1) + 1 if t.key in sweep.failed_before else 1
   out = str(sweep.out.resolve())
-  jobs = executor.map_array(Task(out, sweep.name), trials, [attempt(t) for t in trials])
+  jobs = executor.map_array(TrialTask(out, sweep.name), trials, [attempt(t) for t in trials])
   with (sweep.out / TRIALS / SUBMITTED).open("a") as f:
     for trial, job in zip(trials, jobs, strict=True):
       f.write(json.dumps({"key": trial.key, "job": job.job_id}) + "\n")

@@ -1,7 +1,7 @@
 """One trial: a run, and what is measured of it.  python -m llmarch.lab.trial TRIAL.json [CORES]
 
 The trial is a process of its own, so that one which runs out of memory or time, or meets numbers that are not finite,
-ends alone. It writes RESULT beside its file; what its end means is runner.finished's to say.
+ends alone. It writes RESULT beside its file; what its end means is sweep.finished's to say.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmarch.build import build
 from llmarch.errors import check
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 from llmarch.train.faults import Fault
 
 TRIAL, RESULT, LOG, RUN = "trial.json", "result.json", "log.txt", "run"
@@ -26,7 +26,7 @@ CURVE = 60  # points of a recorded curve, at most
 class Trained:
   """A finished run, for measures: its config, its folder, and what they lead to."""
 
-  config: ExperimentConfig
+  config: RunConfig
   workdir: str
 
   @cached_property
@@ -57,9 +57,9 @@ def read_rows(path: Path) -> list[dict]:
   return found
 
 
-def train_trial(config: ExperimentConfig, workdir: str, measures=()) -> dict:
+def train_trial(config: RunConfig, workdir: str, measures=()) -> dict:
   """Trains, evaluates and measures: {"metrics", "curve", "eval_curve", "step_ms", "sample"}."""
-  from llmarch.lab.training import keep_programs, train_run
+  from llmarch.run import keep_programs, train_run
 
   keep_programs(config.data.cache_dir)
   train_run(config, workdir)
@@ -114,20 +114,20 @@ def _text(trained: Trained) -> dict:
 
 def run(folder: str | Path) -> dict:
   """Runs the trial whose TRIAL lies in `folder`; writes RESULT."""
-  from llmarch.lab.ablation import Trial, load
-  from llmarch.train.workdir import write_atomically
+  from llmarch.files import write_text
+  from llmarch.lab.ablation import Trial, load_ablation
 
   import llmarch.layers.registry  # noqa: F401  isort: skip
 
   trial = Trial(**json.loads((Path(folder) / TRIAL).read_text()))
-  ablation = load(trial.folder)
-  config = build(ExperimentConfig, trial.config, "config")
+  ablation = load_ablation(trial.folder)
+  config = build(RunConfig, trial.config, "config")
   if ablation.trial:
     found = {"metrics": ablation.trial(config, str(Path(folder) / RUN))}
   else:
     found = train_trial(config, str(Path(folder) / RUN), ablation.measures)
   found |= {"metrics": checked(found["metrics"]), "hardware": hardware(), "versions": versions()}
-  write_atomically(Path(folder) / RESULT, json.dumps(found))
+  write_text(Path(folder) / RESULT, json.dumps(found))
   return found
 
 

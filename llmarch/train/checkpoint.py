@@ -24,15 +24,16 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from llmarch.adapt.lora import Adapters
 from llmarch.data.synthetic import TASKS
 from llmarch.errors import UserError
-from llmarch.experiment import CheckpointConfig, ExperimentConfig
+from llmarch.files import sync_tree
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract
-from llmarch.models.lora import Adapters
+from llmarch.run_config import CheckpointConfig, RunConfig
 from llmarch.train import distributed
 from llmarch.train.faults import Fault, StorageFault
-from llmarch.train.journal import Journal, sync_tree
+from llmarch.train.journal import Journal
 from llmarch.train.workdir import read_config
 
 FORMAT = 3
@@ -235,7 +236,7 @@ def without_base(state: dict) -> dict:
   return {name: value for name, value in state.items() if name != "base"}
 
 
-def needs_weights(config: ExperimentConfig, workdir: str) -> bool:
+def needs_weights(config: RunConfig, workdir: str) -> bool:
   """Whether a run starts or goes on with the weights of train.init_from: at its start, and always for adapters."""
   return config.train.lora is not None or not steps_of(Path(workdir) / "checkpoints")
 
@@ -278,7 +279,7 @@ def restore_params(workdir: str, *, step: int | None = None, base: Callable[[str
   return config.model, unflatten(abstract_params, flat), spec
 
 
-def restore_trained(workdir: str, *, step: int | None = None) -> tuple[ExperimentConfig, dict, dict]:
+def restore_trained(workdir: str, *, step: int | None = None) -> tuple[RunConfig, dict, dict]:
   """(config, {name: array} of what a run trains: all parameters, or adapters alone; the checkpoint's record)."""
   config = read_config(workdir)
   folder = Path(workdir).absolute() / "checkpoints"

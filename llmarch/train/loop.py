@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from llmarch.build import to_dict
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 from llmarch.train import distributed
 from llmarch.train.checkpoint import (
   Checkpoints,
@@ -37,7 +37,7 @@ IN_A_ROW = 3  # steps whose update is left out, and rollbacks that the run did n
 
 
 def train(
-  config: ExperimentConfig,
+  config: RunConfig,
   workdir: str,
   train_data,
   eval_data,
@@ -102,7 +102,7 @@ class _Run:
   must not happen with bad ones. A bad update never enters the state: the step itself leaves it out.
   """
 
-  config: ExperimentConfig
+  config: RunConfig
   workdir: str
   functions: TrainStep
   train_data: object
@@ -285,8 +285,9 @@ class _Run:
 
   def evaluate(self) -> None:
     self.watchdog.begin("evaluation", slow=True)
-    sums = evaluate(self.functions.evaluate, self.state, self.eval_data, self.config.eval.batches, self.eval_place)
-    self.last_eval = {"step": self.step, **sums}
+    batches = self.config.eval.batches
+    found = validation_metrics(self.functions.evaluate, self.state, self.eval_data, batches, self.eval_place)
+    self.last_eval = {"step": self.step, **found}
     loss = self.last_eval["eval/loss"]
     if not math.isfinite(loss):
       raise Fault(f"the eval/loss is {loss} at step {self.step} in {self.workdir}; {self.mend()}")
@@ -379,7 +380,7 @@ def diverging(arrays: dict) -> list[str]:
   return found
 
 
-def evaluate(evaluate_step, state: dict, data, batches: int, batch: Callable[[int], dict]) -> dict:
+def validation_metrics(evaluate_step, state: dict, data, batches: int, batch: Callable[[int], dict]) -> dict:
   """Mean loss over the first `batches` batches of the validation split: the same ones each time."""
   sums = [jax.device_get(evaluate_step(state, batch(i))) for i in range(batches)]
   loss = float(sum(s["loss"] for s in sums) / max(sum(s["weight"] for s in sums), 1.0))

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from llmarch.train.workdir import write_atomically
+from llmarch.files import write_text
 
 
 class MetricsWriter:
@@ -21,7 +21,7 @@ class MetricsWriter:
 
     path = Path(workdir) / "metrics.jsonl"
     if path.exists():
-      write_atomically(path, "".join(f"{line}\n" for line in _rows_until(path, resume_step)))
+      write_text(path, "".join(f"{line}\n" for line in _rows_until(path, resume_step)))
     self._file = path.open("a", buffering=1)
     self._events = SummaryWriter(workdir, purge_step=resume_step + 1 if resume_step else None)
 

@@ -6,7 +6,7 @@ from flax import nnx
 from optax import contrib
 
 from llmarch.errors import check
-from llmarch.experiment import (
+from llmarch.run_config import (
   SGD,
   WSD,
   Adafactor,

@@ -21,13 +21,13 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from llmarch import sharding
-from llmarch.experiment import ExperimentConfig
 from llmarch.layers import stack as stacks
 from llmarch.layers.context import make_context
 from llmarch.layers.site import Out, Site
 from llmarch.mesh import plan_pipeline
 from llmarch.models.decoder import Decoder
 from llmarch.ops.einsum import RESIDUAL
+from llmarch.run_config import RunConfig
 from llmarch.sharding import Layout
 
 STAGE = "stage"
@@ -114,7 +114,7 @@ class Pipeline(NamedTuple):
     return sharding.shard(hidden.reshape(-1, *hidden.shape[3:]), *RESIDUAL), aux
 
 
-def plan(config: ExperimentConfig, layout: Layout, mesh: Mesh | None) -> Pipeline | None:
+def plan(config: RunConfig, layout: Layout, mesh: Mesh | None) -> Pipeline | None:
   """The pipeline of a config; None where the mesh has no stages. Raises UserError for what they cannot share."""
   planned = mesh and plan_pipeline(mesh.shape, config.model, config.train)
   return planned and Pipeline(Schedule(*planned), layout, mesh)

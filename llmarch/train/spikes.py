@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import deque
 
-from llmarch.experiment import SpikeConfig
+from llmarch.run_config import SpikeConfig
 
 
 class Spikes:

@@ -19,13 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from llmarch import sharding
+from llmarch.adapt.lora import Adapters
 from llmarch.config import ModelConfig
-from llmarch.experiment import ExperimentConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import Decoder, abstract
-from llmarch.models.lora import Adapters
 from llmarch.ops.einsum import TOKENS, gathered
 from llmarch.ops.loss import chunked_loss
+from llmarch.run_config import RunConfig
 from llmarch.train import pipeline
 from llmarch.train.optim import make_optimizer, make_schedule
 
@@ -44,7 +44,7 @@ class TrainStep:
   batch_sharding: Any  # for jax.device_put of a batch; None on one device
 
 
-def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> TrainStep:
+def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
   """Builds init, step and evaluate for this config, sharded over the mesh (None: one device)."""
   c = config.train
   graph, abstract_params = nnx.split(abstract(config.model))

@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+from llmarch.files import read_lines
 from llmarch.process import dies_with
 from llmarch.train.faults import FINAL
-from llmarch.train.journal import NAME, Journal, read
+from llmarch.train.journal import NAME, Journal
 
 FIRST, LONGEST = 1.0, 60.0  # seconds between a death and the next start: they double without a new step
 DEATHS = 3  # in a row, without a new step on disk
@@ -61,7 +62,7 @@ def supervise(command: list[str], workdir: str) -> int:
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)
-  events = read(Path(workdir) / NAME)
+  events = read_lines(Path(workdir) / NAME)
   if events:
     account = goodput(events)
     (Path(workdir) / "goodput.json").write_text(json.dumps(account, indent=1) + "\n")
@@ -70,7 +71,7 @@ def supervise(command: list[str], workdir: str) -> int:
 
 
 def _newest(workdir: str) -> int:
-  return max((row["step"] for row in read(Path(workdir) / NAME) if row["event"] == "saved"), default=0)
+  return max((row["step"] for row in read_lines(Path(workdir) / NAME) if row["event"] == "saved"), default=0)
 
 
 def _say(text: str) -> None:

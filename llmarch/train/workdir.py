@@ -3,16 +3,14 @@ journal.jsonl, checkpoints/STEP, quarantine/ for what was damaged or taken back,
 """
 
 import contextlib
-import fcntl
 import json
-import os
-import socket
-import tempfile
 from pathlib import Path
 
+from llmarch import locks
 from llmarch.build import build, differences, to_dict
 from llmarch.errors import UserError
-from llmarch.experiment import ExperimentConfig
+from llmarch.files import or_refuse, write_text
+from llmarch.run_config import RunConfig
 from llmarch.train.distributed import is_main
 
 # Where a run computes and caches, and what watches it, is not what it computes.
@@ -24,7 +22,7 @@ TEMPORARY = ".config.json."  # what a process leaves that was killed while it cl
 LOGS = "logs"  # where `llmarch launch` and Slurm put what the processes say
 
 
-def check_workdir(workdir: str, config: ExperimentConfig) -> bool:
+def check_workdir(workdir: str, config: RunConfig) -> bool:
   """Whether `workdir` holds a run of this config; False if it is new or empty. Nothing is written.
 
   Raises UserError if the folder holds another config (the keys that differ are named) or files that are no run.
@@ -45,74 +43,52 @@ def check_workdir(workdir: str, config: ExperimentConfig) -> bool:
 def _complete(data: dict) -> dict:
   """A stored config with the defaults of keys that are newer than it."""
   try:
-    return to_dict(build(ExperimentConfig, data))
+    return to_dict(build(RunConfig, data))
   except UserError:  # a key that is gone: `differences` will name it
     return data
 
 
-def claim_workdir(workdir: str, config: ExperimentConfig, tokenizer=None) -> None:
+def claim_workdir(workdir: str, config: RunConfig, tokenizer=None) -> None:
   """Makes `workdir` this config's: writes config.json, and the tokenizer, into a new or empty folder.
 
   The run keeps its tokenizer, for the file that data.tokenizer names may change or stay behind. Raises UserError
   as `check_workdir` does, and where the folder cannot be written.
   """
   path = Path(workdir) / "config.json"
-  try:
+  with or_refuse(f"--workdir: cannot write {path}", "give a folder that can be written"):
     if not check_workdir(workdir, config):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      write_atomically(path, json.dumps(to_dict(config), indent=1))
+      write_text(path, json.dumps(to_dict(config), indent=1))
     if tokenizer is not None and not (path.parent / "checkpoints").exists():
       tokenizer.save(workdir)
-  except OSError as e:
-    raise UserError(f"--workdir: cannot write {path} ({e.strerror}); give a folder that can be written") from None
 
 
 @contextlib.contextmanager
 def only_process(workdir: str):
   """Holds a claimed workdir: a second process that trains in it would mix its rows and checkpoints with ours.
 
-  Raises UserError if another holds it, naming that process and its host. The lock goes with the process, however
-  that ends, so that what a dead one wrote in the file holds nobody up.
+  Raises UserError if another holds it, naming that process and its host.
   """
   if not is_main():  # one for all hosts of a run
     yield
     return
   path = Path(workdir) / "lock"
   try:
-    f = path.open("a+")
-  except OSError as e:
-    raise UserError(f"--workdir: cannot write {path} ({e.strerror}); give a folder that can be written") from None
-  with f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      f.seek(0)
-      raise UserError(
-        f"another process is training in {workdir} ({f.read().strip() or 'just started'}); wait for it to end, or give"
-        " another --workdir"
-      ) from None
-    except OSError:
-      pass  # a file system without locks
-    f.truncate(0)
-    f.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    f.flush()
+    with or_refuse(f"--workdir: cannot write {path}", "give a folder that can be written"):
+      lock = locks.take(path)
+  except locks.Taken as holder:
+    raise UserError(
+      f"another process is training in {workdir} ({str(holder) or 'just started'}); wait for it to end, or give"
+      " another --workdir"
+    ) from None
+  with lock:
     yield
 
 
-def read_config(workdir: str) -> ExperimentConfig:
+def read_config(workdir: str) -> RunConfig:
   """The config of the run in a workdir."""
   import llmarch.layers.registry  # noqa: F401  fills the families of kinds
 
-  return build(ExperimentConfig, _read_json(Path(workdir) / "config.json"), "config")
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """Writes a file so that a reader, or a crash, sees the old text or the new."""
-  with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(f.name, path)
+  return build(RunConfig, _read_json(Path(workdir) / "config.json"), "config")
 
 
 def _read_json(path: Path) -> dict:

@@ -1,4 +1,7 @@
-"""A run, from config and workdir alone: the factories that `llmarch train` and every trial of an ablation share."""
+"""Assembles a run from its config: the data, the weights it starts from, the sampler of text, and the training loop.
+
+`llmarch train` and every trial of an ablation call `train_run`.
+"""
 
 import dataclasses
 import json
@@ -8,12 +11,15 @@ from pathlib import Path
 
 from llmarch import sharding
 from llmarch.errors import UserError, check
-from llmarch.experiment import ExperimentConfig
+from llmarch.run_config import RunConfig
 from llmarch.train import distributed
 
 
 def keep_programs(cache_dir: str) -> None:
-  """Compiled programs go to a cache of this user's own, from which a run that starts again is quick."""
+  """Has JAX keep compiled programs in a folder of this user's own, so that a run that starts again is quick.
+
+  cache_dir: the folder; "" is $LLMARCH_CACHE or ~/.cache/llmarch. A cache that is set already stays.
+  """
   import jax
 
   if jax.config.jax_compilation_cache_dir is not None:
@@ -27,7 +33,7 @@ def keep_programs(cache_dir: str) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def train_run(config: ExperimentConfig, workdir: str, num_processes: int = 1) -> dict:
+def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
   """Trains `config` in `workdir`; everything that can be refused is refused before anything is compiled.
 
   Returns the last evaluation row (train/loop.py). Raises UserError, and what else that loop raises.
@@ -150,7 +156,7 @@ def _announce(config, data, params: int, flops: float, devices: list, peak: floa
 def _adapted(config) -> str:
   if config.train.lora is None:
     return ""
-  from llmarch.models.lora import Adapters
+  from llmarch.adapt.lora import Adapters
 
   c = config.train.lora
   frozen = "" if c.weights is None else f", frozen matrices in {c.weights}"

@@ -1,4 +1,4 @@
-"""What a task of a Slurm job runs: the command, in a process of its own.
+"""Runs a command in every task of a Slurm job, in a process of its own.
 
 submitit, in the process around it, holds SIGTERM and the signal that Slurm sends before a job's time is over; the
 command needs SIGTERM for itself (train/distributed.py).
@@ -13,7 +13,7 @@ import time
 from llmarch.train.faults import PREEMPTED
 
 
-class Task:
+class CommandTask:
   """Runs `command` in `folder`; pickled by submitit, and called in every task."""
 
   def __init__(self, command: list[str], folder: str):
@@ -40,7 +40,7 @@ class Task:
 
     self.child.send_signal(signal.SIGTERM)  # and all processes save the same step
     self._wait()
-    return submitit.helpers.DelayedSubmission(Task(self.command, self.folder))
+    return submitit.helpers.DelayedSubmission(CommandTask(self.command, self.folder))
 
   def _wait(self) -> int:
     while self.child.poll() is None:  # and not `wait`, which holds a lock that a signal's handler would want

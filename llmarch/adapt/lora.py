@@ -16,11 +16,11 @@ from flax import nnx
 
 from llmarch.config import ModelConfig
 from llmarch.errors import UserError, check
-from llmarch.experiment import LoRAConfig
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract
 from llmarch.ops import quant
 from llmarch.ops.lora import Adapted
+from llmarch.run_config import LoRAConfig
 
 A, B = "lora_a", "lora_b"
 RANK = "adapter"  # the axis between them

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmarch.adapt.padding import block_of
 from llmarch.branches import MixerConfig
 from llmarch.build import FrozenDict
 from llmarch.config import ModelConfig
 from llmarch.errors import check, nearest
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import Decoder, abstract
-from llmarch.models.padding import block_of
 
 HOW = ("mean", "first", "random")
 

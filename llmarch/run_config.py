@@ -1,4 +1,7 @@
-"""An experiment as data: the model, its text, its optimizer and its schedule of work (standard library only)."""
+"""The config of a run: the model, its text, its optimizer and its schedule of work.
+
+This module and what it imports need the standard library alone.
+"""
 
 from typing import Literal
 
@@ -20,7 +23,7 @@ class Stdlib(SourceConfig, kind="stdlib"):
 
 
 @config_dataclass
-class Text(SourceConfig, kind="text"):
+class TextFiles(SourceConfig, kind="text"):
   """Text files. `paths` are globs; a file is one document, or many where `separator` cuts it."""
 
   paths: tuple[str, ...]
@@ -274,7 +277,7 @@ class SpikeConfig:
 
 @config_dataclass
 class LoRAConfig:
-  """Low-rank adapters on frozen weights (2106.09685); see models/lora.py."""
+  """Low-rank adapters on frozen weights (2106.09685); see adapt/lora.py."""
 
   rank: int = 8
   alpha: float = 16.0  # the adapter is times alpha / rank
@@ -355,8 +358,8 @@ class CheckpointConfig:
 
 
 @config_dataclass
-class ExperimentConfig:
-  """All that decides a run; written to its workdir as config.json."""
+class RunConfig:
+  """Everything that decides a run; it is written to the run's workdir as config.json."""
 
   model: ModelConfig
   seed: int = 0

@@ -1,0 +1,140 @@
+"""Writes files and folders so that a crash leaves the old one or the new one, and never a part.
+
+replace_file, write_text   a file that takes its name when it is complete and on the disk
+new_folder                 a folder that takes its name when all went well
+append_line, read_lines    lines of JSON, each with its own checksum, on the disk when append_line returns
+sync_folder, sync_tree     wait until names, or whole trees, are on the disk
+
+A temporary name begins with a dot and the final name (`.config.json.4f...`), so that what a killed process left behind
+can be recognised. All functions raise OSError where the system refuses; `or_refuse` makes it a sentence for the user.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import uuid
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from llmarch.errors import UserError
+
+
+@contextlib.contextmanager
+def or_refuse(what: str, mend: str) -> Iterator[None]:
+  """Raises an OSError of its block as UserError("WHAT (the system's reason); MEND")."""
+  try:
+    yield
+  except OSError as e:
+    raise UserError(f"{what} ({e.strerror}); {mend}") from None
+
+
+# ------------------------------------------------------------------------------------ whole files and folders
+
+
+@contextlib.contextmanager
+def replace_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+  """Yields a file that takes the name `path` when the block ends, complete and on the disk.
+
+  A failure leaves nothing behind, and an older file as it was. If several processes write, the last one's file stays.
+  """
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # its own name for every writer
+  try:
+    with open(partial, "xb") as f:
+      yield f
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(partial, path)
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a file by `replace_file`: a reader, or a crash, sees the old text or the new."""
+  with replace_file(path) as f:
+    f.write(text.encode())
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
+  """Yields an empty folder that takes the name `path` when the block ends without an error.
+
+  An empty folder of that name is replaced. replace: so is one that holds something; otherwise that is an OSError.
+  """
+  target = Path(path)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+    new = Path(scratch) / "new"
+    new.mkdir()
+    yield new
+    if target.exists():
+      if replace:
+        target.rename(Path(scratch) / "old")
+      else:
+        target.rmdir()
+    new.rename(target)
+
+
+# ------------------------------------------------------------------------------------------- lines of JSON
+
+
+def append_line(path: Path, row: dict) -> None:
+  """Appends a row as one line with its checksum, `{..., "crc32": N}`. It is on the disk when this returns."""
+  text = json.dumps(row)
+  line = f'{text[:-1]}, "crc32": {zlib.crc32(text.encode())}}}\n'.encode()
+  new = not path.exists()
+  file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+  try:
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":  # a line that a crash cut off stays a line of its own
+      line = b"\n" + line
+    if os.write(file, line) != len(line):
+      raise OSError(28, "no space left on device")
+    os.fsync(file)
+  finally:
+    os.close(file)
+  if new:
+    sync_folder(path.parent)
+
+
+def read_lines(path: Path) -> list[dict]:
+  """The whole rows of a file of `append_line`, [] without one; what a crash cut off, or damage changed, is left out."""
+  try:
+    lines = path.read_bytes().split(b"\n")
+  except FileNotFoundError:
+    return []
+  return [row for line in lines if (row := parse_line(line)) is not None]
+
+
+def parse_line(line: bytes) -> dict | None:
+  """The row of a line that `append_line` wrote; None if the line is not whole."""
+  text, mark, crc = line.rpartition(b', "crc32": ')
+  if not mark or crc != f"{zlib.crc32(text + b'}')}}}".encode():
+    return None
+  return json.loads(text + b"}")
+
+
+# ------------------------------------------------------------------------------------------- the disk
+
+
+def sync_folder(folder: Path) -> None:
+  """Waits until the names in a folder are on the disk."""
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+  """Waits until a folder, everything in it, and its own name are on the disk."""
+  for root, _, files in os.walk(folder):
+    for name in files:
+      sync_folder(Path(root) / name)  # a file is opened for it in the same way
+    sync_folder(Path(root))
+  sync_folder(folder.parent)
