@@ -1,4 +1,4 @@
-"""Puts cases of a parametrized test into tiers: plain `pytest` runs a covering choice, `pytest --full` the others too."""
+"""Puts cases of a parametrized test into tiers: plain `pytest` runs some, `pytest --full` the others too."""
 
 from collections.abc import Callable, Iterable
 
