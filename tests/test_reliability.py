@@ -1,7 +1,8 @@
 """No fault loses a step or changes a bit: kills, damage, full disks, stuck steps, bad numbers, spikes, wrong devices.
 
-Every test prints its count (`cases`), so that a skipped one cannot pass for a passed one. Plain `pytest` has one test
-of each fault that needs no other process, `--full` has each, and `--nightly` multiplies the counts. Seeds are fixed; REPRODUCE=n draws others.
+Every test prints its count (`cases`), so that a skipped one cannot pass for a passed one. Plain `pytest` has what needs
+no other process, `--full` has every fault, and `--nightly` multiplies the counts. Seeds are fixed; REPRODUCE=n draws
+others.
 """
 # ruff: noqa: B023  what a turn of a loop defines is used in that turn
 
