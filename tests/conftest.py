@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, quick compilation, and a count of the cases behind each equation."""
+"""Eight fake CPU devices, quick compilation, three tiers of tests, and a count of the cases behind each equation."""
 
 import collections
 import gc
@@ -21,8 +21,38 @@ import pytest
 
 
 def pytest_addoption(parser):
-  parser.addoption("--cases", type=int, default=200, help="configs that hypothesis draws for the invariants")
-  parser.addoption("--nightly", action="store_true", help="also what takes many minutes or gigabytes")
+  tiers = parser.getgroup(
+    "tiers",
+    "Plain `pytest` runs every equation over a covering choice of configs, in about ten minutes on two cores. Tests"
+    " and cases marked `full` come with --full, those marked `nightly` with --nightly. A test that is named by its id"
+    " (tests/test_x.py::test_y) runs whatever its tier.",
+  )
+  tiers.addoption("--full", action="store_true", help="plain pytest and the cases marked `full`: what a change passes")
+  tiers.addoption(
+    "--rest",
+    action="store_true",
+    help="the cases marked `full` alone: `pytest && pytest --rest` runs each case of `pytest --full` once",
+  )
+  tiers.addoption("--nightly", action="store_true", help="everything, with long counts: hours, and gigabytes")
+  tiers.addoption("--cases", type=int, default=200, help="configs that hypothesis draws for --nightly (default: 200)")
+
+
+def tier_of(item) -> str:
+  return next((tier for tier in ("nightly", "full") if item.get_closest_marker(tier)), "plain")
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves out the cases of other tiers, but for tests that the command line names by their ids."""
+  if config.getoption("--nightly"):
+    return
+  tiers = {"full"} if config.getoption("--rest") else {"plain", "full"} if config.getoption("--full") else {"plain"}
+  ids = [arg.partition("::") for arg in config.args if "::" in arg]
+  named = [f"/{pathlib.Path(path).name}::{name}" for path, _, name in ids]
+  chosen = lambda item: tier_of(item) in tiers or any(name in f"/{item.nodeid}" for name in named)
+  left_out = [item for item in items if not chosen(item)]
+  if left_out:
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if chosen(item)]
 
 
 MAPS = pathlib.Path("/proc/self/maps")  # of Linux

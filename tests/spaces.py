@@ -313,6 +313,13 @@ def _mlp(draw):
   )
 
 
+def drops_nothing(block: BlockConfig) -> bool:
+  """Whether no expert of a block runs out of places, even where all tokens choose it."""
+  router = getattr(block.ffn, "router", None)
+  factor = getattr(router, "capacity_factor", None) if isinstance(router, TopK) else None
+  return factor is None or factor * router.k >= block.ffn.num_experts
+
+
 @st.composite
 def _moe(draw):
   """No expert runs out of places (see `HAND`)."""
@@ -605,6 +612,7 @@ def components(config) -> list:
   return [config] + [c for f in dataclasses.fields(config) for c in components(getattr(config, f.name))]
 
 
+@functools.cache
 def field_types(component) -> dict[str, object]:
   """Field names and annotations of a config dataclass."""
   hints = typing.get_type_hints(component if isinstance(component, type) else type(component))

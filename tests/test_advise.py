@@ -262,6 +262,7 @@ def divides(params, format):
   return True
 
 
+@pytest.mark.full
 def test_groups_divide_the_matrices_that_quantisation_divides():
   found = {}
   for name, make in PRESETS.items():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import plain_if
 
 from llmarch.__main__ import main
 from llmarch.analysis import compile as ahead
@@ -48,7 +49,7 @@ def refused(capsys, *flags) -> str:
 
 
 @needs_tpu
-@pytest.mark.parametrize("attention", ["heads", "batch_yz"])
+@pytest.mark.parametrize("attention", plain_if(lambda name: name == "heads", ["heads", "batch_yz"]))
 def test_a_decode_step_on_v4_costs_the_formulas_flops_and_its_arguments(capsys, attention):
   found = compiled(capsys, "--topology=v4:2x2x2", f"--layout.decode=ws_2d+{attention}")
   # The one key-value head is split over x alone.
@@ -63,6 +64,7 @@ def test_a_decode_step_on_v4_costs_the_formulas_flops_and_its_arguments(capsys, 
 
 
 @needs_tpu
+@pytest.mark.full
 def test_a_gathered_prefill_moves_each_weight_once_and_no_activations(capsys):
   found = compiled(capsys, "--topology=v4:2x2x2", "--phase=prefill", "--layout.prefill=wg_xyz+batch_xyz")
   gathered = sum(c["bytes"] for c in found["collectives"] if c["kind"] == "all-gather")
@@ -74,6 +76,7 @@ def test_a_gathered_prefill_moves_each_weight_once_and_no_activations(capsys):
 
 
 @needs_tpu
+@pytest.mark.full
 def test_a_train_step_costs_four_forwards_with_everything_recomputed(capsys):
   found = compiled(capsys, "--topology=v5e:2x2", "--phase=train", "--mesh=data=2,tensor=2", "--batch=8")
   macs = 4 * LAYERS * (SPLIT / 4 + KEYS / 2) + 3 * D * V / 4  # the key-value head is not split over tensor
@@ -101,6 +104,7 @@ def test_a_device_is_a_chip_and_the_compiler_grants_it_what_the_table_says(topol
 
 
 @needs_tpu
+@pytest.mark.full
 def test_an_involuntary_full_rematerialisation_is_seen():
   devices = ahead.find_topology("v5e:2x4").devices
   mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=devices)
@@ -117,6 +121,7 @@ def test_an_involuntary_full_rematerialisation_is_seen():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="the CUDA plugin is not installed")
+@pytest.mark.full
 def test_eight_h100_are_compiled_for_without_one(capsys):
   found = compiled(capsys, "--topology=h100:8", "--layout.prefill=ws_1d", "--layout.decode=ws_1d")
   assert found["mesh"] == {"x": 1, "y": 8, "z": 1}
@@ -172,6 +177,7 @@ def test_a_missing_compiler_is_named_with_the_extra_that_has_it(capsys, monkeypa
 
 
 @needs_tpu
+@pytest.mark.full
 def test_the_suite_keeps_a_record_and_a_table_and_tells_what_changed(tmp_path, capsys):
   flags = dict(flag.removeprefix("--").split("=", 1) for flag in SMALL) | {"topology": "v5e:2x2", "phase": "decode"}
   cells = [
@@ -194,6 +200,7 @@ def test_the_suite_keeps_a_record_and_a_table_and_tells_what_changed(tmp_path, c
   assert json.loads(record.read_text()) == results  # a part is no record
 
 
+@pytest.mark.full
 def test_the_longest_context_is_within_two_percent_of_the_limit(monkeypatch):
   tried = []
 

@@ -340,6 +340,7 @@ def table(folder) -> dict:
   return {r["key"]: {k: v for k, v in r.items() if k not in VOLATILE} for r in rows}
 
 
+@pytest.mark.full
 def test_r21_a_sweep_killed_at_random_ends_with_the_same_table(request, tmp_path, cases):
   kills = 10 if request.config.getoption("--nightly") else 3
   fields = dict(widths=[32, 48, 64], seeds=3, seconds=0.2)
@@ -374,6 +375,7 @@ def _read(path) -> bytes:
     return b""
 
 
+@pytest.mark.full
 def test_failed_trials_are_recorded_and_the_others_go_on(tmp_path, capsys):
   folder = write_ablation(
     tmp_path / "widths", widths=[32, 40, 48, 56, 64], nan=32, memory=40, slow=48, broken=56, seeds=1, limit=12.0
@@ -468,6 +470,7 @@ def test_a_line_that_is_moved_out_of_a_block_is_an_edit(tmp_path):
   assert not before & inside and not inside & after
 
 
+@pytest.mark.full
 def test_arms_are_called_what_the_file_calls_them(tmp_path):
   """A trial is its config: names may be exchanged or new, and what was recorded goes with the config."""
   folder = write_ablation(tmp_path / "widths", widths=[32, 64], rates=(1e-3, 2e-3))
@@ -488,6 +491,7 @@ def test_arms_are_called_what_the_file_calls_them(tmp_path):
   }
 
 
+@pytest.mark.full
 def test_trials_of_two_budgets_that_are_one_config_are_one_trial(tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], rates=(1e-3, 2e-3))
   path = tmp_path / "widths" / "ablation.py"
@@ -520,6 +524,7 @@ def test_a_metric_that_no_trial_records_stops_a_sweep_at_its_first(tmp_path):
   assert results.summarize(folder)["comparisons"][0]["why"] in ("los is not recorded", "not run")
 
 
+@pytest.mark.full
 def test_a_second_sweep_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1)
   with sweeps.only_sweep(pathlib.Path(folder)), pytest.raises(UserError, match="another sweep runs in"):
@@ -537,6 +542,7 @@ def test_arms_of_one_config_and_unknown_rules_are_refused(tmp_path):
     ab.Comparison("x", "s", "a", "smaller")
 
 
+@pytest.mark.full
 def test_every_arm_runs_at_the_best_of_its_own_learning_rates(tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1, rates=(1e-3, 2e-3))
   text = (tmp_path / "widths" / "ablation.py").read_text()
@@ -553,6 +559,7 @@ def test_every_arm_runs_at_the_best_of_its_own_learning_rates(tmp_path):
   assert len(results.summarize(folder)["tuning"]) == 4
 
 
+@pytest.mark.full
 def test_a_trial_trains_and_its_numbers_are_those_of_the_same_run(tmp_path):
   """The record of a trained trial equals `llmarch train` of the resolved config."""
   from llmarch.run import train_run
@@ -706,6 +713,7 @@ def test_every_experiment_can_be_planned_and_has_current_records(name, cases):
   assert dataclasses.asdict(one.arms[0])["name"] == found["baseline"]
 
 
+@pytest.mark.full
 def test_the_example_of_the_documentation_is_an_experiment(tmp_path):
   text = (ROOT / "experiments" / "README.md").read_text().split("```python\n")[1].split("```")[0]
   (tmp_path / "ablation.py").write_text(text.replace("../../configs/tiny.py", str(TINY)))
@@ -717,6 +725,7 @@ def test_the_example_of_the_documentation_is_an_experiment(tmp_path):
 # ------------------------------------------------------------------------------------------------------- Slurm
 
 
+@pytest.mark.full
 def test_an_array_of_slurm_records_what_this_machine_does(tmp_path, cases):
   """The same trials through sbatch, a failing one among them; a second call submits nothing."""
   pytest.importorskip("submitit", reason="SUBMITIT IS NOT INSTALLED (pip install 'llmarch[slurm]')")

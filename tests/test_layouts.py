@@ -4,6 +4,7 @@ Eight fake devices; sizes are unequal, and each mesh axis divides what the row s
 """
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import spaces
 from flax import nnx
 from test_invariants import assert_close
+from tiers import plain_if
 
 from llmarch.adapt.padding import pad_heads, pad_params
 from llmarch.analysis import cost
@@ -46,7 +48,7 @@ from llmarch.sharding import (
 )
 
 B, T = 8, 7  # rows, and tokens of the longest
-CALLS = (4, 2, 1)  # tokens of a prefill, a chunk and a decode step
+CALLS = (4, 2, 1)  # tokens of a prefill, a chunk (padded to the width of the prefill) and a decode step
 INFERENCE = [f"{ffn}+{attention}" for ffn in FEED_FORWARD for attention in ATTENTION]
 
 
@@ -64,8 +66,8 @@ def model(*blocks, **changes):
   return spaces.model(*blocks, **{"d_model": 24, "stack": " ".join("abcdef"[: len(blocks)])} | changes)
 
 
-# Every kind of sharing of keys and values, serial and parallel.
-SHARING = model(*(block(kv, form=form) for form in ("pre", "parallel") for kv in (8, 4, 1)))
+# Every kind of sharing of keys and values, and both forms of a block.
+SHARING = model(block(8), block(1, form="parallel"), block(4))
 # Whatever else of the space asks where it is: biases, norms over split dimensions, constants a head, tables.
 OPTIONS = {
   "biases_and_learned_positions": model(
@@ -127,28 +129,44 @@ def toy(config):
   return graph, params, tokens, np.maximum(np.arange(T) - (T - lengths[:, None]), -1).astype(np.int32)
 
 
+def calls(config) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Tokens and positions of the calls, by width: [2, B, 4] of prefill and chunk, [1, B, 1] of the decode step."""
+  *_, tokens, positions = toy(config)
+  groups = []
+  for x, padding in ((tokens, 0), (positions, -1)):
+    prefill, chunk, step = np.split(x, np.cumsum(CALLS)[:-1], axis=1)
+    chunk = np.pad(chunk, ((0, 0), (CALLS[0] - CALLS[1], 0)), constant_values=padding)
+    groups.append((np.stack([prefill, chunk]), step[None]))
+  return list(zip(*groups, strict=True))
+
+
 def outcomes(config, layout=None, mesh=None, manual=True, form=lambda model: model, lowered=None):
-  """Logits of each call and the state after the last, of a form of the model. `lowered` gets the program's text."""
-  graph, params, tokens, positions = toy(config)
+  """Logits of the calls of each width, and the state after the last. `lowered` gets the program's text."""
+  graph, params, *_ = toy(config)
   graph, params = nnx.split(form(nnx.merge(graph, params)))
   specs = nnx.merge(graph, params).state_spec(B, T, max(CALLS))
-  cuts = np.cumsum(CALLS)[:-1]
-  calls = list(zip(np.split(tokens, cuts, axis=1), np.split(positions, cuts, axis=1), strict=True))
 
   def run(params, state, calls):
     with use_layout(layout, mesh, manual=manual):
       model, logits = nnx.merge(graph, params), []
-      for tokens, positions in calls:
+
+      def call(state, inputs):
+        tokens, positions = inputs
         out, state, _ = model(tokens, positions, state=state)
+        return state, out
+
+      for group in calls:
+        state, out = jax.lax.scan(call, state, group)
         logits.append(out)
       return logits, state
 
   state = cache.allocate(specs)
   if mesh is None:
-    return jax.jit(run)(params, state, calls)
+    return jax.jit(run)(params, state, calls(config))
+  of = lambda shape, axes, dtype: shardings(cache.Spec(shape, (None, *axes), dtype), layout, mesh)
   placed = shardings(params, layout, mesh), shardings(specs, layout, mesh)
-  rows = shardings(cache.Spec((B, T), ("batch", "length"), "int32"), layout, mesh)
-  logits = shardings(cache.Spec((B, T, config.vocab_size), ("batch", "length", "act_vocab"), "float32"), layout, mesh)
+  rows = of((1, B, T), ("batch", "length"), "int32")
+  logits = of((1, B, T, config.vocab_size), ("batch", "length", "act_vocab"), "float32")
   if manual:
     specs_of = lambda tree: jax.tree.map(lambda s: s.spec, tree)
     run = jax.shard_map(
@@ -156,7 +174,7 @@ def outcomes(config, layout=None, mesh=None, manual=True, form=lambda model: mod
       check_vma=False,
     )  # fmt: skip
   run = jax.jit(run, in_shardings=(*placed, rows), out_shardings=(logits, placed[1]))
-  arguments = *jax.device_put((params, state), placed), calls
+  arguments = *jax.device_put((params, state), placed), calls(config)
   if lowered is not None:
     lowered.append(run.lower(*arguments).as_text())
   return run(*arguments)
@@ -166,9 +184,9 @@ expected = functools.cache(outcomes)
 
 
 def check_equal(config, actual, what: str):
-  real = np.split(toy(config)[3] >= 0, np.cumsum(CALLS)[:-1], axis=1)
-  for call, here, there, at in zip(CALLS, actual[0], expected(config)[0], real, strict=True):
-    assert_close(np.asarray(here)[at], np.asarray(there)[at], f"{what}, call of {call}")
+  for (_, positions), here, there in zip(calls(config), actual[0], expected(config)[0], strict=True):
+    for at, a, e in zip(positions >= 0, np.asarray(here), np.asarray(there), strict=True):
+      assert_close(a[at], e[at], f"{what}, call of {at.shape[1]}")
   for here, there in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected(config)[1]), strict=True):
     assert_close(np.asarray(here), np.asarray(there), f"{what}, state")
 
@@ -177,20 +195,42 @@ def mesh_of(text: str):
   return make_mesh(parse_mesh(text))
 
 
-@pytest.mark.parametrize("layout", INFERENCE)
+# Each row of the feed-forward and each of attention once.
+DIAGONAL = {f"{ffn}+{attention}" for ffn, attention in zip(FEED_FORWARD, itertools.cycle(ATTENTION))}
+
+
+@pytest.mark.parametrize("layout", plain_if(DIAGONAL.__contains__, INFERENCE))
 def test_every_layout_equals_one_device(layout, cases):
   check_equal(SHARING, outcomes(SHARING, LAYOUTS[layout], mesh_of("x=2,y=2,z=2")), layout)
+  cases("7 manual layout == one device: MHA, GQA, parallel MQA x prefill, chunk, decode", 9)
+
+
+SIX = model(*(block(kv, form=form) for form in ("pre", "parallel") for kv in (8, 4, 1)))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", INFERENCE)
+def test_every_layout_equals_one_device_for_each_form_of_each_sharing(layout, cases):
+  check_equal(SIX, outcomes(SIX, LAYOUTS[layout], mesh_of("x=2,y=2,z=2")), layout)
   cases("7 manual layout == one device: MHA, GQA, MQA x serial, parallel x prefill, chunk, decode", 18)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("layout", ["ws_1d+heads", "ws_2d+batch_xyz", "ws_2d+heads", "wg_xy+batch_z", "megatron"])
+ROWS = ["ws_2d+batch_xyz", "wg_xy+batch_z", "megatron", "ws_1d+heads", "ws_2d+heads"]  # of which the tiers have three
+PLACES = [
+  pytest.param(layout, name, marks=[pytest.mark.nightly] if i > 2 else [] if j % 3 == i else [pytest.mark.full])
+  for i, layout in enumerate(ROWS)
+  for j, name in enumerate(OPTIONS)
+]
+
+
+@pytest.mark.parametrize("layout, name", PLACES)
 def test_every_option_that_asks_where_it_is_equals_one_device(layout, name, cases):
   mesh = mesh_of("data=2,tensor=4" if layout == "megatron" else "x=2,y=2,z=2")
   check_equal(OPTIONS[name], outcomes(OPTIONS[name], LAYOUTS[layout], mesh), f"{layout} {name}")
   cases("7 manual layout == one device: other options")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   "layout, mesh",
   [("ws_2d+batch_yz", "x=4,y=2"), ("ws_2d+batch_z", "y=4,z=2"), ("wg_x+batch_yz", "x=2,y=4"), ("wg_xy", "x=4,z=2")],
@@ -200,6 +240,7 @@ def test_meshes_of_other_shapes_equal_one_device(layout, mesh, cases):
   cases("7 manual layout == one device: other meshes")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   "layout, manual", [("wg_xyz+heads", True), ("wg_x+batch_z+latency", True), ("ws_2d+batch_yz", False)]
 )
@@ -216,6 +257,7 @@ PARALLEL = model(
 )  # fmt: skip
 
 
+@pytest.mark.full
 def test_fused_projections_are_the_same_function_and_come_apart_bit_for_bit(cases):
   graph, params, *_ = toy(PARALLEL)
   plain = nnx.merge(graph, params)
@@ -271,8 +313,10 @@ def test_heads_that_know_their_number_are_not_padded(mixer):
     pad_heads(model(block(2, heads=6, **mixer)), 8)
 
 
-@pytest.mark.parametrize("form", LOOPS)
-@pytest.mark.parametrize("layout", ["ws_1d+heads", "ws_2d+batch_xyz", "wg_x+batch_z"])
+LOOPED = [(layout, form) for layout in ("ws_1d+heads", "ws_2d+batch_xyz", "wg_x+batch_z") for form in LOOPS]
+
+
+@pytest.mark.parametrize("layout, form", plain_if(lambda case: case == LOOPED[-1], LOOPED))
 def test_looped_collective_einsum_equals_one_device(layout, form, cases):
   """And there are hops in place of gathers: of all, where one axis gathers each x; of one axis in three in ws_1d."""
   mesh = mesh_of("x=2,y=4" if layout.startswith("ws_2d") else "x=2,y=2,z=2")
@@ -284,20 +328,23 @@ def test_looped_collective_einsum_equals_one_device(layout, form, cases):
   assert ("all_gather" in texts[0]) == (layout != "ws_2d+batch_xyz")
 
 
-@pytest.mark.parametrize("layout", ["ws_1d+batch_xyz", "ws_2d+batch_yz", "wg_x+heads", "wg_xyz+heads"])
+AUTOMATIC = ["ws_2d+batch_yz", "ws_1d+batch_xyz", "wg_x+heads", "wg_xyz+heads"]
+
+
+@pytest.mark.parametrize("layout", plain_if(lambda layout: layout == AUTOMATIC[0], AUTOMATIC))
 def test_automatic_mode_reads_the_same_table(layout, cases):
   check_equal(SHARING, outcomes(SHARING, LAYOUTS[layout], mesh_of("x=2,y=2,z=2"), manual=False), layout)
   cases("7 automatic layout == one device")
 
 
-@pytest.mark.parametrize(
-  "prefill, decode, form",
-  [
-    ("wg_xyz", "ws_2d+batch_xyz", unstack),
-    ("ws_2d+heads", "ws_2d+batch_xyz", stacked),
-    ("wg_xy", "wg_x+batch_z", fuse),
-  ],
-)
+DECODERS = [
+  ("wg_xyz", "ws_2d+batch_xyz", unstack),
+  ("ws_2d+heads", "ws_2d+batch_xyz", stacked),
+  ("wg_xy", "wg_x+batch_z", fuse),
+]
+
+
+@pytest.mark.parametrize("prefill, decode, form", plain_if(lambda case: case == DECODERS[0], DECODERS))
 def test_a_decoder_on_a_mesh_writes_the_same_tokens(prefill, decode, form, cases):
   """Sampled, penalised and stopped; prefill in chunks in one layout, decode in another, the weights unmoved."""
   *_, tokens, positions = toy(SHARING)
@@ -327,6 +374,7 @@ def test_a_decoder_on_a_mesh_writes_the_same_tokens(prefill, decode, form, cases
   cases("7 decoder on a mesh == one device: tokens")
 
 
+@pytest.mark.full
 def test_a_quantised_model_on_a_mesh_writes_the_same_tokens():
   experts = spaces.moe(4, TopK(), {"d_ff": 16}, shared=MLPConfig(d_ff=24))
   config = model(block(2), block(8, form="parallel"), spaces.block(spaces.attention(num_heads=8), ffn=experts))
@@ -357,6 +405,7 @@ def test_a_state_goes_to_another_layout_unchanged_and_is_not_replicated(prefill,
   assert " all-to-all(" in text and (" all-gather(" in text) == gathers
 
 
+@pytest.mark.full
 def test_64_devices_equal_one():
   """A sample of rows on the mesh of the paper, 4 x 4 x 4; in a process of its own, for this one has 8 devices."""
   script = "import test_layouts; test_layouts.on_64_devices()"

@@ -13,6 +13,7 @@ import pytest
 import spaces
 from flax import nnx
 from test_invariants import assert_close, assert_same_gradients, decode, forward, make_batch, plan, prefix_lengths
+from tiers import plain_if
 
 from llmarch.analysis import cost
 from llmarch.branches import FFNConfig
@@ -112,6 +113,7 @@ def test_what_capacity_drops_is_what_the_loop_drops_and_no_expert_has_more(capac
   assert_close(ops.buffered(normal(B, 20, D), buffers, weights(), "silu"), np.asarray(dropped), "buffers")
 
 
+@pytest.mark.full
 def test_padding_takes_no_place_from_real_tokens():
   config = MoEConfig(num_experts=E, expert=MLPConfig(d_ff=F), router=TopK(k=2, capacity_factor=0.8))
   moe, x = layer(config), normal(1, 6, D)
@@ -255,6 +257,7 @@ def train_batch(model, rows=4, tokens=16, seed=0):
   }  # fmt: skip
 
 
+@pytest.mark.full
 def test_router_losses_are_trained_and_a_bias_steps_against_its_load_past_the_optimizer():
   batch = train_batch(LOSSY)
 
@@ -290,6 +293,7 @@ def test_the_pull_on_a_bias_is_its_loads_error_and_adds_nothing():
   np.testing.assert_allclose(slope, load / 5 - 1, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_balancing_without_a_loss_evens_the_load():
   """D-14: MaxVio below 0.1 on text that was not trained on, where the same run without biases is far above."""
   draws, rows, tokens, vocab = np.random.default_rng(0), 16, 24, 500
@@ -349,7 +353,7 @@ SPREAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("name", plain_if(lambda name: name == "capacity", SPREAD))
 def test_experts_over_eight_devices_equal_one_device(name, cases):
   """Forward and gradients, with tokens and experts split over the same axes; capacity's in all-to-alls."""
   config = spaces.model(

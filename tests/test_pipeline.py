@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import spaces
 from jax.sharding import PartitionSpec as P
-from test_train_layouts import B, T, assert_near, batch, block, optax_moments
+from test_train_layouts import B, T, assert_near, batch, block, in_tiers, optax_moments
+from tiers import plain_if
 
 from llmarch.analysis import hlo
 from llmarch.config import EmbedConfig
@@ -23,6 +24,7 @@ from llmarch.layers.mask import Prefix
 from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, ScaleNorm
 from llmarch.layers.position import T5Bias
+from llmarch.mesh import TRAINING as AXES
 from llmarch.mesh import parse_mesh
 from llmarch.run_config import AdamW, Constant, OptimizerConfig, RunConfig, TrainConfig
 from llmarch.sharding import make_mesh
@@ -54,7 +56,10 @@ CASES = [  # mesh, model, options of training
   ("data=2,stage=2", "hybrid", {"circuits": 2}),
   ("data=2,stage=2,context=2", "parallel", {"circuits": 2, "remat": "full"}),
   ("fsdp=2,stage=2", "terms", {"microbatches": 2}),
+  ("stage=2,expert=2", "experts", {}),
 ]
+PLAIN_MESHES = {"stage=2,sequence=2,tensor=2"}
+NIGHTLY_MESHES = {"stage=2", "stage=2,tensor=2", "stage=2,context=2"}  # their pairs of axes are in other products too
 
 
 def mesh_of(text: str):
@@ -100,12 +105,13 @@ def assert_equal_steps(one, other):
     np.testing.assert_allclose(update, want, rtol=0, atol=1e-5 * np.abs(want).max() + 2.5e-7, err_msg=key)
 
 
-@pytest.mark.parametrize("mesh, name, options", CASES)
+@pytest.mark.parametrize("mesh, name, options", in_tiers(CASES, PLAIN_MESHES, NIGHTLY_MESHES))
 def test_a_pipelined_step_equals_one_device(mesh, name, options, cases):
   assert_equal_steps(outcome(name, mesh, tuple(options.items())), alone(name, options))
   cases("pipelined mesh == one device: start (bitwise), loss, gradients, update")
 
 
+@pytest.mark.full
 def test_an_evaluation_is_pipelined_too_and_equals_one_device():
   def evaluated(mesh):
     functions = make_train_step(experiment("terms", mesh, {}), mesh_of(mesh) if mesh else None)
@@ -120,7 +126,14 @@ def test_an_evaluation_is_pipelined_too_and_equals_one_device():
   assert sum(c.count for c in permutes) == 2 * (Schedule(2, 8, 1).ticks + 2)  # two terms of the stack
 
 
-@pytest.mark.parametrize("mesh, name, options", [c for c in CASES if "context" not in c[0]])
+def test_stages_and_each_other_axis_are_in_a_mesh_of_the_tiers():
+  meshes = [set(parse_mesh(mesh)) for mesh, *_ in CASES if mesh not in NIGHTLY_MESHES]
+  assert {"stage"} in meshes and set(AXES) == set().union(*meshes)
+
+
+@pytest.mark.parametrize(
+  "mesh, name, options", in_tiers([c for c in CASES if "context" not in c[0]], PLAIN_MESHES, NIGHTLY_MESHES)
+)
 def test_only_the_stage_axis_carries_permutations(mesh, name, options):
   """One a tick, and S - 1 to bring microbatches in and out; as many backward. (Rings have others, circuits more.)"""
   program = outcome(name, mesh, tuple(options.items()))[-1]
@@ -136,6 +149,7 @@ def test_only_the_stage_axis_carries_permutations(mesh, name, options):
 # ------------------------------------------------------------------------------- draws and statistics by microbatch
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name, mesh", [("drops", "data=2,stage=2"), ("experts", "stage=2")])
 def test_microbatches_are_the_micro_batches_of_one_device(name, mesh, cases):
   """Dropout's draws, routers' losses and the layers' statistics, which whole batches would have others of."""
@@ -166,7 +180,10 @@ def test_every_microbatch_passes_every_run_in_order_a_tick_apart(S, M, V):
   assert Fraction(int((~busy).sum()), busy.size) == Fraction(S - 1, V * M + S - 1)
 
 
-@pytest.mark.parametrize("mesh, M, V", [("stage=2", 2, 1), ("stage=4", 8, 1), ("stage=2", 4, 2)])
+BUBBLES = [("stage=2", 2, 1), ("stage=4", 8, 1), ("stage=2", 4, 2)]
+
+
+@pytest.mark.parametrize("mesh, M, V", plain_if(lambda case: case == BUBBLES[0], BUBBLES))
 def test_the_compiled_bubble_is_that_of_the_formula(mesh, M, V):
   """From the FLOPs of the compiled evaluations: those of idle stages are all that a pipeline adds."""
   S = parse_mesh(mesh)[STAGE]

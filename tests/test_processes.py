@@ -247,6 +247,7 @@ def assert_close(some, others):
 # --------------------------------------------------------------------------------------- the same computation
 
 
+@pytest.mark.full
 def test_two_processes_see_the_batches_and_the_initial_state_of_one(environ, cases):
   port = launch._free_port()
   command = [sys.executable, "-c", WORKER, json.dumps(CONFIG), str(port)]
@@ -273,6 +274,7 @@ def test_two_processes_see_the_batches_and_the_initial_state_of_one(environ, cas
   assert [p.returncode for p in both] == [1, 1] and "an error on one process" in outputs[1]
 
 
+@pytest.mark.full
 def test_two_processes_train_as_one_and_one_of_them_speaks(pair, environ, config_file, tmp_path, cases):
   done = command("train", f"--config={config_file}", f"--workdir={tmp_path / 'one'}", environ=environ)
   assert done.returncode == 0, done.stderr
@@ -309,6 +311,7 @@ def test_the_rows_of_a_process_are_those_of_its_devices(spec, cases):
     assert np.array_equal(placed, whole) and placed.sharding == sharding
 
 
+@pytest.mark.full
 def test_every_row_of_an_epoch_is_read_exactly_once_by_any_number_of_processes(tmp_path, cases):
   """R11: over processes, and from every element of the pipeline on, nothing is lost or read twice."""
   rng = random.Random(5)
@@ -346,6 +349,7 @@ def test_every_row_of_an_epoch_is_read_exactly_once_by_any_number_of_processes(t
 # ---------------------------------------------------------------------------------------- faults and resuming
 
 
+@pytest.mark.full
 def test_a_signal_to_one_stops_both_at_one_step_and_any_number_goes_on(
   start, pair, environ, config_file, tmp_path, request, cases
 ):
@@ -375,6 +379,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_any_number_goes_on(
     shutil.rmtree(other)
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_two_processes_is_the_same_bits_on_every_mesh(pair, cases):
   config = build(RunConfig, CONFIG)
   for sizes in ({"data": 8}, {"tensor": 4, "data": 2}, {"fsdp": 4, "tensor": 2}, None):
@@ -387,6 +392,7 @@ def test_a_checkpoint_of_two_processes_is_the_same_bits_on_every_mesh(pair, case
     cases("R10: restored on another mesh, bit for bit")
 
 
+@pytest.mark.full
 def test_a_kill_of_one_ends_the_other_and_the_next_run_goes_on_bit_for_bit(start, pair, tmp_path, request, cases):
   """R4: SIGKILL to a random one of two, at a random time."""
   rng, workdir = random.Random(4), tmp_path / "run"
@@ -411,6 +417,7 @@ def test_a_kill_of_one_ends_the_other_and_the_next_run_goes_on_bit_for_bit(start
   assert Checkpoints(str(workdir), build(RunConfig, CONFIG).checkpoint).steps() == [2, 4, 6, 8, 10]
 
 
+@pytest.mark.full
 def test_damage_that_one_process_finds_takes_all_back(start, pair, tmp_path, cases):
   """Both go back to the step before, and do the last ones again."""
   workdir = tmp_path / "run"
@@ -424,6 +431,7 @@ def test_damage_that_one_process_finds_takes_all_back(start, pair, tmp_path, cas
   cases("damaged checkpoints that both processes pass over")
 
 
+@pytest.mark.full
 def test_a_stopped_process_ends_the_other(start, tmp_path, cases):
   """R9: nothing of it runs, not even its heart."""
   both = start(tmp_path / "run")
@@ -437,6 +445,7 @@ def test_a_stopped_process_ends_the_other(start, tmp_path, cases):
   cases("R9: peers stopped, stuck, never started")
 
 
+@pytest.mark.full
 def test_a_stuck_process_ends_both_and_their_stacks_tell_where(start, tmp_path, cases):
   """R9: alive, and in step with nobody. jax would wait for ever."""
   workdir = tmp_path / "run"
@@ -450,6 +459,7 @@ def test_a_stuck_process_ends_both_and_their_stacks_tell_where(start, tmp_path, 
   cases("R9: peers stopped, stuck, never started")
 
 
+@pytest.mark.full
 def test_a_process_whose_others_never_start_says_so(start, tmp_path, cases):
   """R9: jax would abort."""
   [alone] = start(tmp_path / "run", count=1, flags=["--start_timeout=3"])
@@ -564,6 +574,7 @@ def run(scripts, logs, hosts=None):
   return launch._run([["sh", "-c", s] for s in scripts], hosts, "127.0.0.1:1", logs)
 
 
+@pytest.mark.full
 def test_the_first_failure_ends_all_and_is_the_launchers(tmp_path, capfd, monkeypatch):
   monkeypatch.setattr(launch, "GRACE", 1)
   assert run(["echo hello; sleep 1000", "sleep 0.3; exit 7"], tmp_path) == 7
@@ -573,6 +584,7 @@ def test_the_first_failure_ends_all_and_is_the_launchers(tmp_path, capfd, monkey
   assert "hello" in text and f"llmarch: process 1 ended with code 7; its log is {tmp_path}/1.log" in text
 
 
+@pytest.mark.full
 def test_no_process_outlives_the_launcher(tmp_path):
   """Neither SIGTERM, which it hands on, nor SIGKILL leaves one behind."""
   child = f"echo $$ > {tmp_path}/pid; trap 'exit 143' TERM; sleep 1000 & wait"
@@ -612,6 +624,7 @@ def test_hosts_are_reached_over_ssh_with_every_word_as_it_was(tmp_path, monkeypa
   assert "process 0 on user@a ended with code 5" in capfd.readouterr().err
 
 
+@pytest.mark.full
 def test_a_refused_config_is_one_sentence_and_code_2(environ, config_file, tmp_path):
   train = ["train", f"--config={config_file}", "--config.mesh=data=1"]
   done = command("launch", "--local=2", f"--workdir={tmp_path / 'run'}", "--", *train, environ=environ)
@@ -658,6 +671,7 @@ def test_a_task_ends_as_its_command_does():
   assert codes(tasks, within=30) == [0, 70, 137, 143, 0]
 
 
+@pytest.mark.full
 def test_a_task_whose_time_is_over_saves_first(tmp_path):
   """submitit calls `checkpoint` in its handler of SIGUSR2, which Slurm sends to the command as well."""
   submitit = pytest.importorskip("submitit", reason="SUBMITIT IS NOT INSTALLED")
@@ -700,6 +714,7 @@ def slurm(environ, config_file):
   return submit
 
 
+@pytest.mark.full
 def test_a_slurm_job_trains_as_processes_do(slurm, pair, tmp_path, cases):
   """sbatch, srun, two tasks that find each other."""
   look = slurm(tmp_path / "run", ["--minutes=5"])
@@ -708,6 +723,7 @@ def test_a_slurm_job_trains_as_processes_do(slurm, pair, tmp_path, cases):
   cases("jobs of Slurm")
 
 
+@pytest.mark.full
 def test_a_slurm_job_whose_time_is_over_saves_and_goes_on_when_it_is_queued_again(slurm, tmp_path, cases):
   """20 s before the end of its minute; then, told to end by scancel, it saves once more."""
   endless = ["--config.train.steps=1000000", "--config.train.log_every=1000", "--config.eval.every=0"]

@@ -14,6 +14,7 @@ import pytest
 import spaces
 import test_layouts
 from flax import nnx
+from tiers import plain_if
 
 import llmarch
 from llmarch.__main__ import main
@@ -243,7 +244,10 @@ def decoded(params):
   return jax.tree.map(lambda p: p.replace(p.get_value().astype(jnp.float32)), params, is_leaf=is_param)
 
 
-@pytest.mark.parametrize("name, format", [("wide", "int8"), ("wide", "nf4"), ("gpt2", "int8"), ("t5", "int8")])
+QUANTISED = [("wide", "int8"), ("wide", "nf4"), ("gpt2", "int8"), ("t5", "int8")]
+
+
+@pytest.mark.parametrize("name, format", plain_if(lambda case: case[0] == "wide", QUANTISED))
 def test_a_quantised_model_is_the_model_of_its_decoded_weights(name, format):
   config = WIDE if name == "wide" else spaces.HAND[name]
   params = quantize_params(drawn(config), format)
@@ -313,6 +317,7 @@ def test_bytes_of_a_quantised_state_are_the_formulas(state):
   "weights, layout",
   [("int8", "ws_2d+batch_xyz"), ("int4", "wg_xy+heads")],
 )
+@pytest.mark.full
 def test_a_format_over_a_mesh_equals_it_on_one_device(weights, layout, monkeypatch):
   config = dataclasses.replace(WIDE, stack="a b")
   params = quantize_params(decoding_params(config, drawn(config)), weights)
@@ -324,6 +329,7 @@ def test_a_format_over_a_mesh_equals_it_on_one_device(weights, layout, monkeypat
   jax.tree.map(close, got, want)
 
 
+@pytest.mark.full
 def test_decoding_with_codes_over_a_mesh_writes_the_text_of_one_device():
   config = dataclasses.replace(WIDE, stack="a b", precision=Precision(state="int8_channel"))
   params = quantize_params(decoding_params(config, drawn(config)), "int8")
@@ -359,6 +365,7 @@ def run(tmp_path_factory) -> str:
   return folder
 
 
+@pytest.mark.full
 def test_loss_of_a_trained_model_rises_by_less_than_published(run):
   text = pathlib.Path(argparse.__file__).read_text()[: 32 * 128]
 
@@ -375,6 +382,7 @@ def test_loss_of_a_trained_model_rises_by_less_than_published(run):
   assert 0 < abs(loss("int4") - plain) < 0.1
 
 
+@pytest.mark.full
 def test_generate_takes_formats(run, capsys):
   arguments = ["generate", f"--from={run}", "--prompt=import ", "--max_new_tokens=8", "--json"]
   assert main([*arguments, "--weights=int8", "--kv=int8_channel"]) == 0

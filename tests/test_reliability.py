@@ -1,7 +1,8 @@
 """No fault loses a step or changes a bit: kills, damage, full disks, stuck steps, bad numbers, spikes, wrong devices.
 
-Every test prints its count (`cases`), so that a skipped one cannot pass for a passed one. `--nightly` multiplies the
-counts. Seeds are fixed; REPRODUCE=n draws others.
+Every test prints its count (`cases`), so that a skipped one cannot pass for a passed one. Plain `pytest` has what needs
+no other process, `--full` has every fault, and `--nightly` multiplies the counts. Seeds are fixed; REPRODUCE=n draws
+others.
 """
 # ruff: noqa: B023  what a turn of a loop defines is used in that turn
 
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trainee
+from tiers import plain_if
 from trainee import Data, experiment, run
 
 from llmarch import files
@@ -157,6 +159,7 @@ def whole(server, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------- R1, R2
 
 
+@pytest.mark.full
 def test_r1_the_same_run_again_gives_the_same_bits(tmp_path, server, whole, cases, times):
   for axes in ("", "data=2", "data=2,fsdp=2"):
     sizes = parse_mesh(axes)
@@ -199,17 +202,27 @@ def stopped_after(workdir, step, target):
       return
 
 
-def test_r2_a_run_resumed_after_any_step_ends_in_the_same_bits(every_step, tmp_path, cases):
+FEW = (1, 7, 18, 19)  # the first step, one in the middle, and the last two
+
+
+STEPS = [
+  pytest.param(step, marks=[] if step == 7 else pytest.mark.full if step in FEW else pytest.mark.nightly)
+  for step in range(1, 20)
+]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_r2_a_run_resumed_after_any_step_ends_in_the_same_bits(every_step, tmp_path, cases, step):
   config, workdir = every_step
-  for step in range(1, 20):
-    stopped_after(workdir, step, tmp_path / str(step))
-    run(config, tmp_path / str(step))
-    assert rows(tmp_path / str(step)) == rows(workdir), step
-    assert fingerprints_of(tmp_path / str(step), 20) == fingerprints_of(workdir, 20), step
-    cases("R2 resumed after every step")
+  stopped_after(workdir, step, tmp_path / "run")
+  run(config, tmp_path / "run")
+  assert rows(tmp_path / "run") == rows(workdir)
+  assert fingerprints_of(tmp_path / "run", 20) == fingerprints_of(workdir, 20)
+  cases("R2 resumed after a step")
 
 
 @pytest.mark.parametrize("lost", ["opt_state", "step", "ema", "params", "batch", "skips"])
+@pytest.mark.full
 def test_r2_a_run_resumed_without_any_one_item_does_not(every_step, tmp_path, lost, monkeypatch, cases):
   """The negative control: the comparison above notices whatever is lost."""
   config, workdir = every_step
@@ -231,11 +244,12 @@ def test_r2_a_run_resumed_without_any_one_item_does_not(every_step, tmp_path, lo
 # ------------------------------------------------------------------------------------------------------ R3
 
 
+@pytest.mark.full
 def test_r3_kill_9_at_any_time_tears_nothing_and_changes_nothing(tmp_path, server, whole, cases, times):
   reference, seconds = whole
   by_step = {row["step"]: row for row in rows(reference)}
   rng, kills, runs, replayed = random.Random(SEED), 0, 0, []
-  while kills < times(30, 300):
+  while kills < times(10, 300):
     workdir, last, known = tmp_path / f"run-{runs}", 0, 0
     runs += 1
     while True:
@@ -332,7 +346,7 @@ def test_r5_a_damaged_checkpoint_is_never_restored_wrongly(two_steps, tmp_path, 
   shutil.copytree(workdir, tmp_path / "run")
   newest, older = (tmp_path / "run" / "checkpoints" / str(step) for step in (20, 18))
   abstract_state, seen = _made(config).abstract_state, collections.Counter()
-  for case in range(times(300, 5000)):
+  for case in range(times(100, 5000)):
     what = damage(random.Random(f"{SEED} {case}"), newest, older)
     said = []
     with Checkpoints(str(tmp_path / "run"), config.checkpoint) as saved:
@@ -371,6 +385,7 @@ def test_r5_a_placeholder_in_the_place_of_an_array_is_damage(two_steps, tmp_path
   cases("R5 damaged checkpoints, refused and the one before restored")
 
 
+@pytest.mark.full
 def test_r5_without_fingerprints_damage_would_be_restored(two_steps, tmp_path, monkeypatch, cases):
   """The negative control: orbax gives changed bits back as numbers."""
   config, workdir, sound = two_steps
@@ -391,6 +406,7 @@ def test_r5_without_fingerprints_damage_would_be_restored(two_steps, tmp_path, m
   cases("R5 wrong restores that only the fingerprint prevents, of 40 flips", wrong)
 
 
+@pytest.mark.full
 def test_r5_where_all_checkpoints_are_damaged_the_run_ends_and_nothing_is_moved(two_steps, tmp_path, cases):
   config, workdir, _ = two_steps
   for case in range(6):
@@ -478,6 +494,7 @@ def no_file_above(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.full
 def test_r6_a_full_disk_leaves_the_last_good_step_and_says_so_within_a_step(tmp_path, cases, times):
   config = experiment(every=1, keep=3)
   state, abstract_state = _made(config).init(), _made(config).abstract_state
@@ -488,7 +505,7 @@ def test_r6_a_full_disk_leaves_the_last_good_step_and_says_so_within_a_step(tmp_
     saved.save(1, state, {}, None)
     saved.wait()
     largest = max(p.stat().st_size for p in saved.folder.rglob("*") if p.is_file())
-    sizes = np.linspace(0, 1.1 * largest, times(60, 300)).astype(int)
+    sizes = np.linspace(0, 1.1 * largest, times(30, 300)).astype(int)
     for step, size in enumerate(sizes, 2):
       try:
         with no_file_above(int(size) + saved.journal.path.stat().st_size * (step % 3 > 0)):
@@ -536,8 +553,9 @@ def test_r6_a_folder_that_is_gone_or_no_folder_is_a_sentence(tmp_path, cases):
 
 
 @pytest.mark.parametrize("where", ["writer", "disk", "journal"])
+@pytest.mark.full
 def test_r7_a_failed_background_save_ends_the_run_within_one_step_of_it(tmp_path, where, monkeypatch, cases, times):
-  for case in range(times(4, 17)):
+  for case in range(times(2, 17)):
     workdir, at = tmp_path / str(case), 2 * (case % 4) + 4
     data = Data()
     with monkeypatch.context() as patch:
@@ -600,10 +618,11 @@ def test_r7_a_slow_save_is_waited_for_and_a_second_save_of_a_step_is_an_error(tm
 # -------------------------------------------------------------------------------------------------- R8, R9
 
 
+@pytest.mark.full
 def test_r8_sigterm_saves_the_step_it_comes_in_and_loses_none(tmp_path, server, whole, cases, times):
   reference, _ = whole
   rng = random.Random(SEED)
-  for case in range(times(8, 40)):
+  for case in range(times(4, 40)):
     workdir = tmp_path / str(case)
     pid = server.start(workdir, fault={"what": "", "at": -1, "pace": 0.05}, config={"every": 1000})
     _until(lambda: any(row["event"] == "stepping" for row in files.read_lines(workdir / "journal.jsonl")))
@@ -620,6 +639,7 @@ def test_r8_sigterm_saves_the_step_it_comes_in_and_loses_none(tmp_path, server, 
     assert fingerprints_of(workdir, 20) == fingerprints_of(reference, 20)
 
 
+@pytest.mark.full
 def test_r8_a_second_sigterm_or_the_end_of_the_grace_ends_it_at_once(tmp_path, server, cases):
   workdir = tmp_path / "run"
   pid = server.start(workdir, fault={"what": "stuck", "at": 5})
@@ -651,6 +671,7 @@ def _until(true, seconds=60):
 
 
 @pytest.mark.parametrize("what, code", [("stuck", 75), ("gil", 1)])
+@pytest.mark.full
 def test_r9_a_stuck_process_ends_with_its_stacks_in_the_workdir(tmp_path, server, what, code, cases, times):
   for case in range(times(2, 10)):
     workdir, limit = tmp_path / str(case), 2.0
@@ -668,6 +689,7 @@ def test_r9_a_stuck_process_ends_with_its_stacks_in_the_workdir(tmp_path, server
     cases("R9 stuck processes")
 
 
+@pytest.mark.full
 def test_r9_an_error_in_the_loader_ends_the_run_and_names_it(tmp_path, server, cases):
   assert server.wait(server.start(tmp_path / "run", fault={"what": "error", "at": 6})) == 1
   assert "the loader broke" in (tmp_path / "run.log").read_text()
@@ -718,14 +740,18 @@ def poisoned(config, place, at, value):
 MU, NU = "opt_state/1/mu", "opt_state/1/nu"
 
 
-@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-@pytest.mark.parametrize("place", ["batch", "params", MU, NU, "ema"])
+BAD_NUMBERS = [(place, how) for place in ("batch", "params", MU, NU, "ema") for how in ("stop", "skip")]
+
+
+@pytest.mark.parametrize(
+  "place, on_nonfinite", plain_if(lambda case: case in (("batch", "skip"), ("params", "stop")), BAD_NUMBERS)
+)
 def test_r16_a_bad_number_is_noticed_in_its_step_and_never_saved(
   tmp_path, place, on_nonfinite, monkeypatch, cases, times
 ):
   config = experiment(every=1, keep=50, ema=0.9, on_nonfinite=on_nonfinite, steps=12)
   rng = random.Random(f"{SEED} {place} {on_nonfinite}")
-  for case in range(times(4, 40)):
+  for case in range(times(2, 40)):
     at, value, workdir = rng.randrange(1, 10), rng.choice([np.nan, np.inf, -np.inf]), tmp_path / str(case)
     monkeypatch.setattr(loop, "make_train_step", lambda *_: poisoned(config, place, {at}, value))
     if place == "batch" and on_nonfinite == "skip":
@@ -747,6 +773,7 @@ def test_r16_a_bad_number_is_noticed_in_its_step_and_never_saved(
     cases(f"R16 bad numbers, {on_nonfinite}")
 
 
+@pytest.mark.full
 def test_r16_three_in_a_row_end_the_run_and_two_do_not(tmp_path, monkeypatch, cases):
   config = experiment(every=1, keep=50, on_nonfinite="skip", steps=12)
   for at, ends in (({3, 4}, False), ({3, 4, 6, 7}, False), ({3, 4, 5}, True)):
@@ -762,6 +789,7 @@ def test_r16_three_in_a_row_end_the_run_and_two_do_not(tmp_path, monkeypatch, ca
     cases("R16 bad numbers in a row")
 
 
+@pytest.mark.full
 def test_r16_a_gradient_that_is_not_finite_under_a_finite_loss_is_left_out(tmp_path, monkeypatch, cases):
   from llmarch.train import step as step_module
 
@@ -857,6 +885,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", ["never", "decided", "half moved", "moved", "later"])
+@pytest.mark.full
 def test_r17_a_rollback_survives_a_kill_at_any_moment(spike_far_back, tmp_path, at, monkeypatch, cases):
   """Killed right after the decision, between the moves, after them, and some steps after."""
   config, reference = spike_far_back
@@ -894,6 +923,7 @@ def test_r17_a_rollback_survives_a_kill_at_any_moment(spike_far_back, tmp_path, 
   cases("R17 rollbacks")
 
 
+@pytest.mark.full
 def test_r17_a_spike_that_three_rollbacks_do_not_get_past_ends_the_run(tmp_path, cases):
   with pytest.raises(Fault, match="a spike, as at 3 tries before"):
     run(spiking(), tmp_path / "run", Data(bad=range(25, 200)))
@@ -901,6 +931,7 @@ def test_r17_a_spike_that_three_rollbacks_do_not_get_past_ends_the_run(tmp_path,
   cases("R17 rollbacks")
 
 
+@pytest.mark.full
 def test_r17_a_spike_before_any_checkpoint_starts_the_run_anew(tmp_path, cases):
   config = dataclasses.replace(spiking(), checkpoint=dataclasses.replace(spiking().checkpoint, every=40))
   run(config, tmp_path / "run", Data(bad=(25,)))
@@ -919,11 +950,12 @@ def flipped(x, rng):
   return jax.device_put(data, x.sharding)
 
 
+@pytest.mark.full
 def test_r18_a_flipped_bit_in_a_step_is_found_by_doing_it_again(tmp_path, monkeypatch, cases, times):
   config = experiment(replay_every=2, steps=6)
   real = _made(config)
   rng = np.random.default_rng(SEED)
-  for case in range(times(24, 200)):
+  for case in range(times(12, 200)):
     calls, on = [], 1 + 3 * int(rng.integers(2)) + int(rng.integers(2))  # either of the two times, of step 2 or 4
 
     def step(state, batch, *, telemetry=False, calls=calls, on=on):
@@ -942,8 +974,9 @@ def test_r18_a_flipped_bit_in_a_step_is_found_by_doing_it_again(tmp_path, monkey
     cases("R18 flipped bits found")
 
 
+@pytest.mark.full
 def test_r18_sound_steps_raise_no_alarm(tmp_path, cases, times):
-  steps = times(60, 500)
+  steps = times(30, 500)
   run(experiment(replay_every=1, steps=steps, every=0), tmp_path / "run")
   run(experiment(replay_every=0, steps=steps, every=0), tmp_path / "plain")
   assert rows(tmp_path / "run") == rows(tmp_path / "plain")
@@ -968,6 +1001,7 @@ def test_r18_copies_that_differ_between_devices_are_found(cases, times):
 # ----------------------------------------------------------------------------------------------------- R19
 
 
+@pytest.mark.full
 def test_r19_a_second_process_is_refused_with_the_first_ones_number_and_a_dead_ones_lock_is_taken(
   tmp_path, server, cases, times
 ):
@@ -1003,6 +1037,7 @@ def test_r19_a_clock_that_jumps_changes_nothing_but_the_account(tmp_path, monkey
 # ----------------------------------------------------------------------------------------------------- R22
 
 
+@pytest.mark.full
 def test_r22_a_long_run_grows_neither_in_memory_nor_in_files_threads_or_programs(tmp_path, monkeypatch, cases, times):
   steps = times(2000, 50_000)
   every = steps // 50
@@ -1083,6 +1118,7 @@ sys.exit(code)
     ([(-9, False), (-9, False), (-9, True), (-9, False), (0, False)], 5, 0),
   ],
 )
+@pytest.mark.full
 def test_the_supervisor_starts_again_by_exit_code_and_stops_without_progress(
   tmp_path, monkeypatch, codes, starts, code
 ):
@@ -1095,6 +1131,7 @@ def test_the_supervisor_starts_again_by_exit_code_and_stops_without_progress(
   assert json.loads((tmp_path / "run" / "goodput.json").read_text())["starts"] == starts
 
 
+@pytest.mark.full
 def test_r3_a_supervised_command_that_is_killed_twice_ends_as_one_that_was_not(tmp_path, cases):
   config = dataclasses.replace(
     experiment(steps=400, every=20, log_every=20), data=DataConfig(source=Copy(length=2, num_symbols=9))
@@ -1124,6 +1161,7 @@ def test_r3_a_supervised_command_that_is_killed_twice_ends_as_one_that_was_not(t
   assert min(parts) >= 0 and sum(parts) == pytest.approx(account["wall"])
 
 
+@pytest.mark.full
 def test_nothing_of_a_supervised_run_outlives_its_supervisor(tmp_path):
   child = "import os, sys, time; os.fork(); open(sys.argv[1] + str(os.getpid()), 'w').close(); time.sleep(1000)"
   code = (

@@ -5,6 +5,7 @@ test_pipeline.py.)
 """
 
 import functools
+import itertools
 import subprocess
 import sys
 import types
@@ -28,6 +29,7 @@ from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm
 from llmarch.layers.param import flatten
 from llmarch.layers.position import ALiBi, Learned, T5Bias
+from llmarch.mesh import TRAINING as AXES
 from llmarch.models.decoder import abstract
 from llmarch.ops import attention, blockwise
 from llmarch.ops.attention import Keys
@@ -89,7 +91,20 @@ CASES = [  # each axis alone, and products; the models and options in turn, each
   ("data=2,tensor=4", "mha_sandwich", "dots"),
   ("expert=2,fsdp=2,tensor=2", "experts", ""),
   ("data=2,expert=2,context=2", "experts_full", ""),
+  ("data=2,expert=2,sequence=2", "experts", ""),
 ]
+PLAIN_MESHES = {"data=2,fsdp=2,tensor=2", "context=2,sequence=2,tensor=2", "data=2,expert=2,context=2"}
+# Their pairs of axes are in other products too.
+NIGHTLY_MESHES = {
+  "context=4,tensor=2", "sequence=4,tensor=2", "fsdp=4,tensor=2", "fsdp=2,context=4", "data=4,sequence=2",
+  "data=2,tensor=4",
+}  # fmt: skip
+
+
+def in_tiers(cases: list, plain: set[str], nightly: set[str]) -> list:
+  """Marks cases that begin with a mesh: none of `plain`, those of `nightly` as nightly, the others as full."""
+  tier = lambda mesh: [] if mesh in plain else [pytest.mark.nightly if mesh in nightly else pytest.mark.full]
+  return [pytest.param(*case, marks=tier(case[0])) for case in cases]
 
 
 def experiment(name: str, option: str = "", mesh: str = "", **changes) -> RunConfig:
@@ -136,7 +151,7 @@ def assert_near(actual, expected, what: str):
     np.testing.assert_allclose(a, e, rtol=0, atol=bound, err_msg=f"{what} {jax.tree_util.keystr(path)}")
 
 
-@pytest.mark.parametrize("text, name, option", CASES)
+@pytest.mark.parametrize("text, name, option", in_tiers(CASES, PLAIN_MESHES, NIGHTLY_MESHES))
 def test_a_train_step_equals_one_device(text, name, option, cases):
   start, state, metrics, functions, _ = outcome(name, option, text)
   alone_start, alone, alone_metrics, *_ = outcome(name, option)
@@ -156,6 +171,16 @@ def test_a_train_step_equals_one_device(text, name, option, cases):
   cases("training mesh == one device: start (bitwise), loss, gradients, update")
 
 
+def test_each_axis_alone_and_each_pair_of_axes_is_in_a_mesh_of_the_tiers():
+  """Of the axes without `stage`, whose pairs are in test_pipeline.py; plain `pytest` has every axis."""
+  axes = [axis for axis in AXES if axis != "stage"]
+  meshes = [set(parse_mesh(text)) for text, *_ in CASES if text not in NIGHTLY_MESHES]
+  assert all({axis} in meshes for axis in axes)
+  pairs = {frozenset(pair) for pair in itertools.combinations(axes, 2)}
+  assert pairs == {frozenset(pair) for mesh in meshes for pair in itertools.combinations(mesh, 2)}
+  assert set(axes) == {axis for text in PLAIN_MESHES for axis in parse_mesh(text)}
+
+
 def optax_moments(opt_state) -> dict:
   (found,) = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
   return {"mu": found.mu, "nu": found.nu}
@@ -170,7 +195,9 @@ DECLARED = {
 CUT = {"kv_heads", "vocab"}  # whole where they cannot be split
 
 
-@pytest.mark.parametrize("text, name", [CASES[6][:2], CASES[18][:2]], ids=lambda value: value)
+@pytest.mark.parametrize(
+  "text, name", in_tiers([CASES[6][:2], CASES[18][:2]], PLAIN_MESHES, set()), ids=lambda value: value
+)
 def test_parameters_and_moments_lie_as_declared(text, name):
   option = next(o for t, n, o in CASES if (t, n) == (text, name))
   state = outcome(name, option, text)[1]
@@ -185,6 +212,7 @@ def test_parameters_and_moments_lie_as_declared(text, name):
       assert {s.data.shape for s in array.addressable_shards} == {local}, key
 
 
+@pytest.mark.full
 def test_fsdp_holds_an_nth_of_every_matrix_and_its_moments():
   state = outcome("gqa_window", "", "fsdp=8")[1]
   moments = optax_moments(state["opt_state"])
@@ -195,6 +223,7 @@ def test_fsdp_holds_an_nth_of_every_matrix_and_its_moments():
     assert sum(a.nbytes for a in tree.values()) - here * 8 < 0.02 * here * 8  # norms, which are whole everywhere
 
 
+@pytest.mark.full
 def test_each_axis_has_its_own_collectives():
   """Data alone reduces; fsdp gathers weights, and no activation; sequence exchanges; context passes on."""
   kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")

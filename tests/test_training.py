@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import plain_if
 
 import llmarch
 from llmarch.build import build, override, to_dict
@@ -149,7 +150,7 @@ def test_training_is_bit_reproducible(reference, tmp_path):
   assert_bitwise(saved_state(config, tmp_path / "again", 12), saved_state(config, workdir, 12))
 
 
-@pytest.mark.parametrize("stopped_at", [3, 6, 9])
+@pytest.mark.parametrize("stopped_at", plain_if(lambda step: step == 6, [3, 6, 9]))
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(reference, tmp_path, stopped_at):
   config, workdir = reference
   shutil.copytree(workdir, tmp_path / "run")
@@ -307,12 +308,14 @@ def test_a_config_of_a_workdir_that_is_damaged_is_a_sentence(reference, tmp_path
       run(config, tmp_path)
 
 
+@pytest.mark.full
 def test_garbled_metrics_do_not_stop_a_resumed_run(tmp_path):
   (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\x00\n{"step": 2}\n{"step": 3')
   MetricsWriter(str(tmp_path), 2).close()
   assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+@pytest.mark.full
 def test_best_checkpoints_are_kept_by_eval_loss(tmp_path):
   losses = [5.0, 1.0, 4.0, 2.0, 3.0]
   config = experiment()
@@ -332,7 +335,9 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch():
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a["params"], b["params"])
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize(
+  "shape", [(2, 4), *(pytest.param(shape, marks=pytest.mark.full) for shape in [(8, 1), (4, 2), (1, 8)])]
+)
 def test_a_train_step_on_a_mesh_equals_one_device(shape):
   model = _without_dropout(MODEL)
   wide = lambda b: dataclasses.replace(b, mixer=dataclasses.replace(b.mixer, num_heads=8, num_kv_heads=2))
@@ -356,6 +361,7 @@ def _same_sharding(x, want):
   assert x.sharding.is_equivalent_to(want, x.ndim), (x.sharding, want)
 
 
+@pytest.mark.full
 def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
   config = experiment()
   four, one = make_train_step(config, make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])), make_train_step(config)
