@@ -11,7 +11,7 @@ from llmarch.config import (
   check_rate,
   config_dataclass,
 )
-from llmarch.mesh import check_training
+from llmarch.experiment_checks import check_training
 
 # ------------------------------------------------------------------------------------------------ data
 
@@ -371,7 +371,7 @@ class ExperimentConfig:
   train: TrainConfig = TrainConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
-  mesh: str = ""  # sizes of the axes of mesh.TRAINING, such as "fsdp=2,tensor=4"; "" is one device
+  mesh: str = ""  # sizes of the axes of sharding.TRAINING, such as "fsdp=2,tensor=4"; "" is one device
 
   def __post_init__(self):
     check_at_least(self, 0, "seed")

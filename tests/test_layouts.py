@@ -34,7 +34,7 @@ from llmarch.sharding import (
   ATTENTION,
   FEED_FORWARD,
   LAYOUTS,
-  LOOPS,
+  RING_FORMS,
   find_layout,
   make_mesh,
   parse_mesh,
@@ -268,7 +268,7 @@ def test_heads_that_know_their_number_are_not_padded(mixer):
     pad_heads(model(block(2, heads=6, **mixer)), 8)
 
 
-@pytest.mark.parametrize("form", LOOPS)
+@pytest.mark.parametrize("form", RING_FORMS)
 @pytest.mark.parametrize("layout", ["ws_1d+heads", "ws_2d+batch_xyz", "wg_x+batch_z"])
 def test_looped_collective_einsum_equals_one_device(layout, form, cases):
   """And there are hops in place of gathers: of all, where one axis gathers each x; of one axis in three in ws_1d."""

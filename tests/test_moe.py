@@ -22,11 +22,10 @@ from llmarch.layers.context import make_context
 from llmarch.layers.ffn import MLP, MLPConfig
 from llmarch.layers.moe import ExpertChoice, Groups, MoE, MoEConfig, TopK
 from llmarch.layers.param import Maker, flatten, unflatten
-from llmarch.mesh import parse_mesh
 from llmarch.models.decoder import abstract, unstack
 from llmarch.ops import moe as ops
 from llmarch.ops import quant
-from llmarch.sharding import LAYOUTS, make_mesh, shardings, use_layout
+from llmarch.sharding import LAYOUTS, make_mesh, parse_mesh, shardings, sum_over_mesh, use_layout
 from llmarch.train.step import make_train_step
 
 B, T, D, E, F = 3, 7, 12, 5, 10
@@ -115,11 +114,13 @@ def test_padding_takes_no_place_from_real_tokens():
   config = MoEConfig(num_experts=E, expert=MLPConfig(d_ff=F), router=TopK(k=2, capacity_factor=0.8))
   moe, x = layer(config), normal(1, 6, D)
   alone, aux = moe(x, context([np.arange(6)]), None)
+  alone = sum_over_mesh(alone)
   at = np.array([1, 2, 5, 6, 8, 9])
   padded = normal(1, 11, D, seed=5).at[:, at].set(x)
   positions = np.full((1, 11), -1)
   positions[0, at] = np.arange(6)
   y, padded_aux = moe(padded, context(positions), None)
+  y = sum_over_mesh(y)
   np.testing.assert_allclose(y[:, at], alone, atol=1e-6)
   assert aux["router_dropped"] > 0
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), padded_aux, aux)
@@ -136,7 +137,8 @@ def test_identical_experts_with_renormalised_gates_are_one_dense_mlp():
         getattr(mlp, name).set_value(one)
         getattr(moe, name).set_value(jnp.broadcast_to(one, (E, *one.shape)))
     x, here = normal(B, T, D), context(np.tile(np.arange(T), (B, 1)))
-    assert_close(moe(x, here, None)[0], np.asarray(mlp(x, here, None)[0]), str(expert))
+    many, dense = (sum_over_mesh(branch(x, here, None)[0]) for branch in (moe, mlp))
+    assert_close(many, np.asarray(dense), str(expert))
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4_32"])

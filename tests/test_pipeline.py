@@ -22,8 +22,7 @@ from llmarch.experiment import AdamW, Constant, ExperimentConfig, OptimizerConfi
 from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, ScaleNorm
 from llmarch.layers.position import T5Bias
-from llmarch.mesh import parse_mesh
-from llmarch.sharding import make_mesh
+from llmarch.sharding import make_mesh, parse_mesh
 from llmarch.train.pipeline import STAGE, Schedule, deal, exchanges, plan
 from llmarch.train.step import LAYOUT, make_train_step
 

@@ -31,8 +31,7 @@ from trainee import Data, experiment, run
 
 from llmarch.config import UserError, to_dict
 from llmarch.experiment import Copy, DataConfig, SpikeConfig
-from llmarch.mesh import parse_mesh
-from llmarch.sharding import make_mesh
+from llmarch.sharding import make_mesh, parse_mesh
 from llmarch.train import checkpoint, journal, loop, supervise, watch
 from llmarch.train.checkpoint import Checkpoints, Damaged, fingerprints, flatten_state, load_step
 from llmarch.train.faults import Fault, StorageFault

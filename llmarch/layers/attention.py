@@ -24,12 +24,28 @@ from llmarch.layers.position import LogitBias, Mask, Rotary
 from llmarch.ops import attention as ops
 from llmarch.ops import blockwise, cache, kivi
 from llmarch.ops.attention import Keys
-from llmarch.ops.einsum import TOKENS, Product, einsum, einsums
+from llmarch.ops.einsum import einsum, einsums
+from llmarch.ops.matmul import Product
 from llmarch.ops.quant import FORMATS
-from llmarch.sharding import Axis, index, local, mesh_axes, move, parts
+from llmarch.sharding import (
+  ATTENDING,
+  ATTENDING_HEADS,
+  ATTENDING_TOKENS,
+  KEYS,
+  KV,
+  PROJECTED,
+  SCORES,
+  SCORES_OF_ALL_HEADS,
+  WEIGHTS_OF_HEADS,
+  Axis,
+  kv_heads,
+  local,
+  mesh_axes,
+  move,
+  num_parts,
+  part_index,
+)
 
-PROJECTED = (*TOKENS, "act_heads", "head_dim")
-ATTENDING = ("attn_batch", "attn_length", "attn_heads", "head_dim")
 BY_BLOCKS = 512  # from this many queries on, scores are computed block by block
 BY_CHANNEL = "_channel"  # of a state's format: keys share a scale by channel
 
@@ -132,23 +148,27 @@ class Attention(nnx.Module):
   def __call__(self, x: jax.Array, context: Context, state: dict | None, shared, key: jax.Array | None):
     """x [B, T, D]; state {"k", "v"} [B, K, S, H]; shared: the block's T5 table or None.
 
-    -> y [B, T, D], which the block finishes, the new state, aux.
+    -> y, the Partial of a [B, T, D], the new state, aux.
     """
+    # Under ws_2d+batch_xyz, where q is still to move from the heads to the batch, and k and v go there at once:
+    # q     [batch, length, embed.x] @ [embed.x, heads.zy, head_dim]    -> partial over x -> heads.zyx
+    # k, v  [batch, length, embed.x] @ [embed.x, kv_heads.zy, head_dim] -> partial over x -> batch.zyx
     project = lambda name, to: Product("btd,dnh->btnh", getattr(self, name), getattr(self, f"{name}_bias", None), to)
     q, k, v = einsums(x, project("q", PROJECTED), project("k", self.kv_place), project("v", self.kv_place))
     out, state, aux = self.mix(q, k, v, context, state, shared, key)
+    # [batch, length, heads.zyx, head_dim], gathered over x, @ [heads.zy, head_dim, embed.x] -> partial over z, y
     return einsum("btnh,nhd->btd", out, self.o, bias=getattr(self, "o_bias", None), partial=True), state, aux
 
   @property
   def kv_place(self) -> tuple[Axis, ...]:
-    return (*ATTENDING[:2], ("attn_kv_heads", self.config.kv_heads), "head_dim")
+    return KV(self.config.kv_heads)
 
   def mix(self, q, k, v, context: Context, state: dict | None, shared, key: jax.Array | None):
     """What lies between the projections: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H], state, aux."""
     c = self.config
     q = move(q, PROJECTED, ATTENDING)
     if c.qk_norm:
-      q, k = self._normalise(self.q_norm, q, ATTENDING[2]), self._normalise(self.k_norm, k, self.kv_place[2])
+      q, k = self._normalise(self.q_norm, q, *ATTENDING_HEADS), self._normalise(self.k_norm, k, kv_heads(c.kv_heads))
     if c.qkv_clip is not None:
       q, k, v = (jnp.clip(a, -c.qkv_clip, c.qkv_clip) for a in (q, k, v))
     if isinstance(c.position, Rotary):
@@ -166,7 +186,7 @@ class Attention(nnx.Module):
       else:
         state = {name: cache.write(state[name], buffer.slots, kv) for name, kv in (("k", k), ("v", v))}
         k, v = (state[name].astype(q.dtype) for name in ("k", "v"))  # [B, K, S, H]
-    sinks = move(self.sinks[...], self.sinks.axes, ATTENDING[2:3]) if c.sinks else None
+    sinks = move(self.sinks[...], self.sinks.axes, ATTENDING_HEADS) if c.sinks else None
     scale = q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale
     out, aux = attend(c, q, k, v, context, keys, readable, shared, sinks, key, scale=scale, softcap=c.softcap)
     return move(out, ATTENDING, PROJECTED), state, aux
@@ -190,12 +210,12 @@ def attend(
 
   def here(q, k, v, queries, keys, readable, table, sinks):
     k, v = (_of_these_queries(a, c.num_heads, c.kv_heads) for a in (k, v))
-    ring, bias = mesh_axes(ATTENDING[1]), None
+    ring, bias = mesh_axes("attn_length"), None
     if isinstance(c.position, LogitBias):
 
       def bias(table, distance):
         logits = c.position.bias(table, distance, c.num_heads, c.mask == "bidirectional")
-        return move(logits, (ATTENDING[0], None, ATTENDING[1], None), (*ATTENDING[0:3:2], ATTENDING[1], None))
+        return move(logits, SCORES_OF_ALL_HEADS, SCORES)
 
     options = dict(scale=scale, softcap=softcap, entropy=entropy)
     if ring or (q.shape[1] >= BY_BLOCKS and readable is None and key is None):
@@ -209,11 +229,12 @@ def attend(
       bias = bias(table, keys.positions[:, None, :] - queries.positions[:, :, None])
     return ops.attend(q, k, v, seen, bias, sinks, dropout=c.dropout, key=key, **options)
 
-  # (Dropout draws for the whole batch at once, and a state is where it is.)
+  # Not with dropout (one draw covers the global batch) nor with a decoding state (the decoder's shard_map has placed
+  # it).
   if key is None and context.cursor is None:
-    kv = ATTENDING[0], ("attn_kv_heads", c.kv_heads), ATTENDING[1], None
-    tokens = ATTENDING[:2]
-    here = local(here, (ATTENDING, kv, kv, tokens, tokens, (), (), ATTENDING[2:3]), (ATTENDING, ATTENDING[:3]))
+    kv, tokens = KEYS(c.kv_heads), ATTENDING_TOKENS
+    have = ATTENDING, kv, kv, tokens, tokens, (), (), ATTENDING_HEADS
+    here = local(here, have, (ATTENDING, WEIGHTS_OF_HEADS))
   out, h = here(q, k, v, context.queries, keys, readable, table, sinks)
   return out, {"attention_entropy": mean_over(h, context)} if entropy else {}
 
@@ -223,17 +244,17 @@ def _of_these_queries(kv: jax.Array, num_heads: int, num_kv_heads: int) -> jax.A
 
   Where the mesh has more devices than there are key-value heads, devices hold the same ones.
   """
-  queries, held = mesh_axes("attn_heads"), mesh_axes(("attn_kv_heads", num_kv_heads))
-  group, mine = num_heads // num_kv_heads, num_heads // parts(queries)
+  queries, held = mesh_axes("attn_heads"), mesh_axes(kv_heads(num_kv_heads))
+  group, mine = num_heads // num_kv_heads, num_heads // num_parts(queries)
   needed = max(1, mine // group)
   if needed == kv.shape[1]:
     return kv
   check(
     mine % group == 0 or group % mine == 0,
-    f"num_heads={num_heads} over {parts(queries)} devices gives each {mine} heads, which is neither a multiple"
+    f"num_heads={num_heads} over {num_parts(queries)} devices gives each {mine} heads, which is neither a multiple"
     f" nor a divisor of the {group} that share a key-value head; choose another mesh or layout",
   )
-  first = index(queries) * mine // group - index(held) * kv.shape[1]
+  first = part_index(queries) * mine // group - part_index(held) * kv.shape[1]
   return jax.lax.dynamic_slice_in_dim(kv, first, needed, axis=1)
 
 

@@ -8,11 +8,8 @@ from llmarch.layers.context import Context
 from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.layers.registry import FFNS, MIXERS
-from llmarch.ops.einsum import RESIDUAL, finish
 from llmarch.ops.norm import rms
-from llmarch.sharding import move, shard
-
-NORMED = "post_norm_embed"
+from llmarch.sharding import NORMED, RESIDUAL, move, shard, sum_over_mesh
 
 
 class Block(nnx.Module):
@@ -48,12 +45,12 @@ class Block(nnx.Module):
 
     if self.config.residual.startswith("parallel"):
       entered = _enter(x)
-      h = self.mixer_norm(entered, NORMED)
+      h = self.mixer_norm(entered, NORMED[-1])
       if hasattr(self, "fused"):  # layers/fused.py
         y, state, aux = self.fused(h, context, state, shared, keys[0])
       else:
-        y = mixer(h) + ffn(h if self.config.residual == "parallel" else self.ffn_norm(entered, NORMED))
-      x = self._join(x, finish(y, "mlp"), keys[2])
+        y = mixer(h) + ffn(h if self.config.residual == "parallel" else self.ffn_norm(entered, NORMED[-1]))
+      x = self._join(x, sum_over_mesh(y), keys[2])
     else:
       keys_out = [None] * 2 if key is None else jax.random.split(keys[2])
       x = self._branch("mixer", mixer, x, keys_out[0])
@@ -67,8 +64,8 @@ class Block(nnx.Module):
     """One serial branch, its norms where the residual form wants them."""
     norm, form = getattr(self, f"{name}_norm"), self.config.residual
     h = _enter(x)
-    h = norm(h, NORMED) if form in ("pre", "sandwich") else h
-    y = finish(f(h), "heads" if name == "mixer" else "mlp")
+    h = norm(h, NORMED[-1]) if form in ("pre", "sandwich") else h
+    y = sum_over_mesh(f(h))
     if form == "sandwich":
       y = getattr(self, f"{name}_out_norm")(y, RESIDUAL[-1])
     if form == "output":
@@ -88,4 +85,4 @@ class Block(nnx.Module):
 
 def _enter(x: jax.Array) -> jax.Array:
   """The residual stream, where the norms and the first matrices of a branch want it."""
-  return move(x, RESIDUAL, (*RESIDUAL[:2], NORMED))
+  return move(x, RESIDUAL, NORMED)

@@ -9,7 +9,8 @@ from llmarch.config import FFNConfig, check, check_at_least, config_dataclass
 from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
 from llmarch.ops.activation import activate
-from llmarch.ops.einsum import Product, einsum, einsums
+from llmarch.ops.einsum import einsum, einsums
+from llmarch.ops.matmul import Product
 
 Activation = Literal["identity", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "swiglu_oss"]
 
@@ -48,10 +49,12 @@ class MLP(nnx.Module):
       self.down_bias = make.constant("embed", (D,), 0.0)
 
   def __call__(self, x: jax.Array, context: Context, key: jax.Array | None):
-    """x [B, T, D] -> y [B, T, D], which the block finishes, and aux."""
+    """x [B, T, D] -> y, the Partial of a [B, T, D], and aux."""
     names = ("gate", "up") if self.config.gated else ("up",)
+    # Under ws_2d: [batch, length, embed.x] @ [embed.x, mlp.zy] -> partial over x -> [batch, length, mlp.zyx]
     inner = einsums(
       x, *(Product("btd,df->btf", getattr(self, name), getattr(self, f"{name}_bias", None)) for name in names)
     )
     h = activate(self.config.activation, *inner)
+    # [batch, length, mlp.zyx], gathered over x, @ [mlp.zy, embed.x] -> partial over z, y
     return einsum("btf,fd->btd", h, self.down, bias=getattr(self, "down_bias", None), partial=True), {}

@@ -15,7 +15,7 @@ from llmarch.layers.block import Block
 from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
 from llmarch.ops import cache
-from llmarch.sharding import whole
+from llmarch.sharding import replicated
 
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -102,7 +102,7 @@ class Stack(nnx.Module):
 
   def __call__(self, x, context: Context, states, key, remat: str):
     """-> x [B, T, D], states (a list over segments), aux: {name: f32 [L]} from the bottom to the top."""
-    shared = {name: whole(param) for name, param in self.shared.items()}
+    shared = {name: replicated(param) for name, param in self.shared.items()}
     keys = [None] * len(self.segments) if key is None else jax.random.split(key, len(self.segments))
     states = [None] * len(self.segments) if states is None else list(states)
     auxes = []

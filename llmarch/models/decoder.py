@@ -15,8 +15,8 @@ from llmarch.layers.context import make_context
 from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.ops import cache
-from llmarch.ops.einsum import RESIDUAL, einsum, lookup
-from llmarch.sharding import move
+from llmarch.ops.einsum import einsum, lookup
+from llmarch.sharding import NARROW, NORMED, RESIDUAL, move
 
 
 class Decoder(nnx.Module):
@@ -74,8 +74,9 @@ class Decoder(nnx.Module):
     """The embedding: int32 [B, T] each -> [B, T, D], before its dropout."""
     c = self.config
     narrow = c.embed.dim is not None
-    x = lookup(self.embed, tokens, c.precision.compute, (*RESIDUAL[:2], "factor") if narrow else RESIDUAL)  # [B, T, D]
+    x = lookup(self.embed, tokens, c.precision.compute, NARROW if narrow else RESIDUAL)  # [B, T, D]
     if narrow:
+      # Under ws_2d: [batch, length, factor] @ [factor, embed.xzy] -> [batch, length, embed.xzy]
       x = einsum("bte,ed->btd", x, self.embed_in)
     if c.embed.scale != 1:
       x = x * c.embed.scale
@@ -98,13 +99,15 @@ class Decoder(nnx.Module):
   def unembed(self, hidden: jax.Array, table: nnx.Param | None = None) -> jax.Array:
     """The final norm and the head: hidden [B, T, D] -> logits f32 [B, T, V]. table: `self.table`, gathered or not."""
     c = self.config.head
-    hidden = move(hidden, RESIDUAL, (*RESIDUAL[:2], "post_norm_embed"))
+    hidden = move(hidden, RESIDUAL, NORMED)
     if self.config.final_norm:
-      hidden = self.final_norm(hidden, "post_norm_embed")
+      hidden = self.final_norm(hidden, NORMED[-1])
     if self.config.embed.dim is not None:
+      # Under ws_2d: [batch, length, embed.x] @ [embed.x, factor] -> partial over x, summed -> [batch, length, factor]
       hidden = einsum("btd,de->bte", hidden, self.embed_out)
     table = self.table if table is None else table
     bias = self.head_bias if c.bias else None
+    # Under ws_2d: [batch, length, embed.x] @ [vocab.zy, embed.x] -> partial over x -> [batch, length, vocab.zyx]
     logits = einsum("btd,vd->btv", hidden, table, bias=bias, out_dtype=jnp.float32)
     if c.scale != 1:
       logits *= c.scale

@@ -24,12 +24,13 @@ from llmarch.experiment import ExperimentConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import Decoder, abstract
 from llmarch.models.lora import Adapters
-from llmarch.ops.einsum import TOKENS, gathered
+from llmarch.ops.einsum import gathered
 from llmarch.ops.loss import chunked_loss
+from llmarch.sharding import TOKENS
 from llmarch.train import pipeline
 from llmarch.train.optim import make_optimizer, make_schedule
 
-LAYOUT = sharding.LAYOUTS["train"]
+LAYOUT = sharding.TRAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,7 @@ def make_train_step(config: ExperimentConfig, mesh: Mesh | None = None) -> Train
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed, batch_sharding = jax.tree.map(lambda _: device, shapes), None
   else:
-    sharding.check_axes("train", LAYOUT, mesh)
+    sharding.check_axes(LAYOUT, mesh)
     placed = _state_shardings(shapes, named | trained, mesh)
     batch_sharding = NamedSharding(
       mesh, sharding.spec(TOKENS, (c.batch_size // c.grad_accum, c.seq_len), LAYOUT, mesh)
