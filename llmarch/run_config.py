@@ -8,7 +8,7 @@ from typing import Literal
 from llmarch.build import Variant, config_dataclass
 from llmarch.config import ModelConfig
 from llmarch.errors import check, check_above, check_at_least, check_rate
-from llmarch.mesh import check_training
+from llmarch.experiment_checks import check_training
 
 # ------------------------------------------------------------------------------------------------ data
 
@@ -368,7 +368,7 @@ class RunConfig:
   train: TrainConfig = TrainConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
-  mesh: str = ""  # sizes of the axes of mesh.TRAINING, such as "fsdp=2,tensor=4"; "" is one device
+  mesh: str = ""  # sizes of the axes of sharding.TRAINING, such as "fsdp=2,tensor=4"; "" is one device
 
   def __post_init__(self):
     check_at_least(self, 0, "seed")

@@ -18,7 +18,8 @@ import itertools
 import spaces
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from llmarch.config import ModelConfig, Precision, UserError, check
+from llmarch.config import ModelConfig, Precision
+from llmarch.errors import UserError, check
 
 DRAWS = 100  # random configs to choose from and to take parts of
 TRIES = 12  # pairs of models out of which two option values are joined before they are called refused

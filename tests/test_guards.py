@@ -22,14 +22,13 @@ from llmarch.errors import UserError
 from llmarch.infer.decoder import make_decoder
 from llmarch.infer.lm import LM
 from llmarch.layers.param import flatten, unflatten
-from llmarch.mesh import parse_mesh
 from llmarch.models.decoder import Decoder
 from llmarch.ops import cache, rope
 from llmarch.ops.attention import attend
 from llmarch.ops.loss import chunked_loss
 from llmarch.ops.sampling import Sampling
 from llmarch.run_config import DataConfig, RunConfig, TextFiles, TrainConfig
-from llmarch.sharding import make_mesh, spec
+from llmarch.sharding import make_mesh, parse_mesh, spec
 from llmarch.train.checkpoint import Checkpoints, flatten_state, load_step
 from llmarch.train.faults import Fault, StorageFault
 from llmarch.train.step import LAYOUT, make_train_step

@@ -39,7 +39,7 @@ from llmarch.sharding import (
   ATTENTION,
   FEED_FORWARD,
   LAYOUTS,
-  LOOPS,
+  RING_FORMS,
   find_layout,
   make_mesh,
   parse_mesh,
@@ -313,7 +313,7 @@ def test_heads_that_know_their_number_are_not_padded(mixer):
     pad_heads(model(block(2, heads=6, **mixer)), 8)
 
 
-LOOPED = [(layout, form) for layout in ("ws_1d+heads", "ws_2d+batch_xyz", "wg_x+batch_z") for form in LOOPS]
+LOOPED = [(layout, form) for layout in ("ws_1d+heads", "ws_2d+batch_xyz", "wg_x+batch_z") for form in RING_FORMS]
 
 
 @pytest.mark.parametrize("layout, form", plain_if(lambda case: case == LOOPED[-1], LOOPED))

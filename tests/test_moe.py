@@ -24,12 +24,11 @@ from llmarch.infer.lm import check_generates
 from llmarch.layers.ffn import MLP, MLPConfig
 from llmarch.layers.moe import ExpertChoice, Groups, MoE, MoEConfig, TopK
 from llmarch.layers.param import Maker, flatten, unflatten
-from llmarch.mesh import parse_mesh
 from llmarch.models.decoder import abstract, unstack
 from llmarch.ops import moe as ops
 from llmarch.ops import quant
 from llmarch.run_config import OptimizerConfig, RunConfig, TrainConfig
-from llmarch.sharding import LAYOUTS, make_mesh, shardings, use_layout
+from llmarch.sharding import LAYOUTS, make_mesh, parse_mesh, shardings, sum_over_mesh, use_layout
 from llmarch.train.step import make_train_step
 
 B, T, D, E, F = 3, 7, 12, 5, 10
@@ -118,13 +117,13 @@ def test_padding_takes_no_place_from_real_tokens():
   config = MoEConfig(num_experts=E, expert=MLPConfig(d_ff=F), router=TopK(k=2, capacity_factor=0.8))
   moe, x = layer(config), normal(1, 6, D)
   out = moe(x, site([np.arange(6)]))
-  alone, aux = out.y, out.stats
+  alone, aux = sum_over_mesh(out.y), out.stats
   at = np.array([1, 2, 5, 6, 8, 9])
   padded = normal(1, 11, D, seed=5).at[:, at].set(x)
   positions = np.full((1, 11), -1)
   positions[0, at] = np.arange(6)
   out = moe(padded, site(positions))
-  y, padded_aux = out.y, out.stats
+  y, padded_aux = sum_over_mesh(out.y), out.stats
   np.testing.assert_allclose(y[:, at], alone, atol=1e-6)
   assert aux["router_dropped"] > 0
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), padded_aux, aux)
@@ -141,7 +140,8 @@ def test_identical_experts_with_renormalised_gates_are_one_dense_mlp():
         getattr(mlp, name).set_value(one)
         getattr(moe, name).set_value(jnp.broadcast_to(one, (E, *one.shape)))
     x, here = normal(B, T, D), site(np.tile(np.arange(T), (B, 1)))
-    assert_close(moe(x, here).y, np.asarray(mlp(x, here).y), str(expert))
+    many, dense = (sum_over_mesh(branch(x, here).y) for branch in (moe, mlp))
+    assert_close(many, np.asarray(dense), str(expert))
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4_32"])

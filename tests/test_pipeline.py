@@ -24,10 +24,9 @@ from llmarch.layers.mask import Prefix
 from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, ScaleNorm
 from llmarch.layers.position import T5Bias
-from llmarch.mesh import TRAINING as AXES
-from llmarch.mesh import parse_mesh
 from llmarch.run_config import AdamW, Constant, OptimizerConfig, RunConfig, TrainConfig
-from llmarch.sharding import make_mesh
+from llmarch.sharding import TRAINING as AXES
+from llmarch.sharding import make_mesh, parse_mesh
 from llmarch.train.pipeline import STAGE, Schedule, deal, exchanges, plan
 from llmarch.train.step import LAYOUT, make_train_step
 

@@ -34,9 +34,8 @@ from trainee import Data, experiment, run
 from llmarch import files
 from llmarch.build import to_dict
 from llmarch.errors import UserError
-from llmarch.mesh import parse_mesh
 from llmarch.run_config import Copy, DataConfig, SpikeConfig
-from llmarch.sharding import make_mesh
+from llmarch.sharding import make_mesh, parse_mesh
 from llmarch.train import checkpoint, journal, loop, supervise, watch
 from llmarch.train.checkpoint import Checkpoints, Damaged, fingerprints, flatten_state, load_step
 from llmarch.train.faults import Fault, StorageFault

@@ -29,11 +29,11 @@ from llmarch.layers.moe import TopK
 from llmarch.layers.norm import LayerNorm, RMSNorm
 from llmarch.layers.param import flatten
 from llmarch.layers.position import ALiBi, Learned, T5Bias
-from llmarch.mesh import TRAINING as AXES
 from llmarch.models.decoder import abstract
 from llmarch.ops import attention, blockwise
 from llmarch.ops.attention import Keys
 from llmarch.run_config import AdamW, Constant, OptimizerConfig, RunConfig, TrainConfig
+from llmarch.sharding import TRAINING as AXES
 from llmarch.sharding import across_granules, make_mesh, parse_mesh
 from llmarch.train import step
 from llmarch.train.step import make_train_step

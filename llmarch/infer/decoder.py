@@ -24,7 +24,7 @@ from llmarch.infer.quantize import quantize_params
 from llmarch.models.decoder import Decoder, abstract, unstack
 from llmarch.ops import cache
 from llmarch.ops.sampling import Sampling, sample
-from llmarch.sharding import any_of, move
+from llmarch.sharding import NEXT_LOGITS, SAMPLED, any_over_mesh, move
 
 
 class Programs(NamedTuple):
@@ -65,7 +65,7 @@ def make_decoder(
   decode_layout: str = "ws_2d",
   form: Form = unstack,  # of the parameters; stacked, as they are, compile time does not grow with depth
   weights: str | None = None,  # format of the parameters' matrices (see infer/quantize.py)
-  manual: bool = True,  # one shard_map a program (see sharding.py); False leaves the collectives to XLA
+  manual: bool = True,  # one shard_map a program (see sharding/); False leaves the collectives to XLA
 ) -> Programs:
   """Builds the programs; nothing is compiled before it is called. Raises UserError for sizes that cannot be.
 
@@ -79,7 +79,7 @@ def make_decoder(
   model = nnx.eval_shape(lambda: form(Decoder(config, jax.random.key(0))))
   graph = nnx.graphdef(model)
   specs = _carry_specs(model, batch, max_len, chunk, sampling)
-  rows = ("sample_batch", batch)  # sampling deals the rows out to all devices
+  rows = SAMPLED(batch)  # sampling deals the rows out to all devices
 
   def advance(params, carry: dict, tokens: jax.Array, positions: jax.Array) -> dict:
     """Feeds a chunk whose last column holds the newest token of every row; chooses the token after it."""
@@ -87,7 +87,7 @@ def make_decoder(
     both_ways = positions >= 0 if prefix and positions.shape[1] > 1 else None
     hidden, state, _ = model.trunk(tokens, positions, state=carry["state"], prefix=both_ways)
     logits = model.unembed(hidden[:, -1:])[:, 0]
-    logits = move(logits, ("batch", ("act_vocab", config.vocab_size)), (rows, None))  # [B, V]
+    logits = move(logits, NEXT_LOGITS(config.vocab_size), (rows, None))  # [B, V]
     tokens, positions = (move(a, ("batch", "length"), (rows, None)) for a in (tokens, positions))
     seen = carry["seen"]
     if seen is not None:
@@ -114,7 +114,7 @@ def make_decoder(
       step, carry, _ = loop
       alive = (carry["token"] >= 0).any()
       # Every device must take the same turns; each knows only of its own rows.
-      return (step < jnp.minimum(n, max_len)) & any_of(alive, "batch")
+      return (step < jnp.minimum(n, max_len)) & any_over_mesh(alive, "batch")
 
     def body(loop):
       step, carry, out = loop
@@ -171,11 +171,12 @@ def make_decoder(
     before, after = (
       jax.tree.map(lambda s: s.spec, numbers(carry_placed(layout))) for layout in (prefills, decodes)
     )
-    axes = lambda spec: [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+
+    def move_leaf(x, have, want):
+      return sharding.redistribute(x, sharding.axes_of(have), sharding.axes_of(want), mesh.shape)
 
     def run(arrays):
-      with sharding.use_layout(decodes, mesh, manual=True):
-        return jax.tree.map(lambda x, have, want: sharding.relay(x, axes(have), axes(want)), arrays, before, after)
+      return jax.tree.map(move_leaf, arrays, before, after)
 
     moved = jax.shard_map(run, mesh=mesh, in_specs=(before,), out_specs=after, check_vma=False)(numbers(carry))
     return {**moved, "keys": carry["keys"]}

@@ -23,12 +23,28 @@ from llmarch.layers.site import Out, Site
 from llmarch.ops import attention as ops
 from llmarch.ops import blockwise, cache, kivi
 from llmarch.ops.attention import Keys
-from llmarch.ops.einsum import TOKENS, Product, einsum, einsums
+from llmarch.ops.einsum import einsum, einsums
+from llmarch.ops.matmul import Product
 from llmarch.ops.quant import FORMATS
-from llmarch.sharding import Axis, index, local, mesh_axes, move, parts
+from llmarch.sharding import (
+  ATTENDING,
+  ATTENDING_HEADS,
+  ATTENDING_TOKENS,
+  KEYS,
+  KV,
+  PROJECTED,
+  SCORES,
+  SCORES_OF_ALL_HEADS,
+  WEIGHTS_OF_HEADS,
+  Axis,
+  kv_heads,
+  local,
+  mesh_axes,
+  move,
+  num_parts,
+  part_index,
+)
 
-PROJECTED = (*TOKENS, "act_heads", "head_dim")
-ATTENDING = ("attn_batch", "attn_length", "attn_heads", "head_dim")
 BY_BLOCKS = 512  # from this many queries on, scores are computed block by block
 BY_CHANNEL = "_channel"  # of a state's format: keys share a scale by channel
 
@@ -226,7 +242,10 @@ class Attention(nnx.Module):
       self.sinks = make.constant("heads", (N,), 0.0)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y [B, T, D], which the block sums over the mesh."""
+    """x [B, T, D] -> y, the Partial of a [B, T, D]."""
+    # Under ws_2d+batch_xyz, where q is still to move from the heads to the batch, and k and v go there at once:
+    # q     [batch, length, embed.x] @ [embed.x, heads.zy, head_dim]    -> partial over x -> heads.zyx
+    # k, v  [batch, length, embed.x] @ [embed.x, kv_heads.zy, head_dim] -> partial over x -> batch.zyx
     project = lambda name, to: Product("btd,dnh->btnh", getattr(self, name), getattr(self, f"{name}_bias", None), to)
     q = project("q", PROJECTED)
     if self.config.kv_from is None:
@@ -234,12 +253,13 @@ class Attention(nnx.Module):
     else:
       (q,), k, v = einsums(x, q), None, None
     out, rest = self.mix(q, k, v, site)
+    # [batch, length, heads.zyx, head_dim], gathered over x, @ [heads.zy, head_dim, embed.x] -> partial over z, y
     y = einsum("btnh,nhd->btd", out, self.o, bias=getattr(self, "o_bias", None), partial=True)
     return dataclasses.replace(rest, y=y)
 
   @property
   def kv_place(self) -> tuple[Axis, ...]:
-    return (*ATTENDING[:2], ("attn_kv_heads", self.config.kv_heads), "head_dim")
+    return KV(self.config.kv_heads)
 
   def mix(self, q, k, v, site: Site) -> tuple[jax.Array, Out]:
     """What lies between the projections: q [B, T, N, H], k and v [B, T, K, H], None where they are of another layer
@@ -247,15 +267,15 @@ class Attention(nnx.Module):
     c, context = self.config, site.context
     q = move(q, PROJECTED, ATTENDING)
     if c.qk_norm:
-      q = self._normalise(self.q_norm, q, ATTENDING[2])
-      k = k if k is None else self._normalise(self.k_norm, k, self.kv_place[2])
+      q = self._normalise(self.q_norm, q, *ATTENDING_HEADS)
+      k = k if k is None else self._normalise(self.k_norm, k, kv_heads(c.kv_heads))
     if c.qkv_clip is not None:
       q, k, v = (a if a is None else jnp.clip(a, -c.qkv_clip, c.qkv_clip) for a in (q, k, v))
     if isinstance(c.position, Rotary):
       q, k = c.position.turn(q, k, context.queries.positions, context.length)
 
     kv, state = (site.kept[c.kv_from], None) if k is None else self.remember(k, v, q.dtype, site)
-    sinks = move(self.sinks[...], self.sinks.axes, ATTENDING[2:3]) if c.sinks else None
+    sinks = move(self.sinks[...], self.sinks.axes, ATTENDING_HEADS) if c.sinks else None
     scale = q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale
     out, stats = attend(c, q, kv, site, sinks, scale=scale, softcap=c.softcap)
     keep = {} if c.keep_kv is None else {c.keep_kv: kv}
@@ -293,15 +313,15 @@ def attend(
 
   def here(q, k, v, queries, keys, readable, table, sinks, layer):
     k, v = (_of_these_queries(a, c.num_heads, c.kv_heads) for a in (k, v))
-    ring, bias = mesh_axes(ATTENDING[1]), None
+    ring, bias = mesh_axes("attn_length"), None
     which = None
     if c.mask.reads & {"head", "layer"}:
-      which = Heads(index(mesh_axes(ATTENDING[2])) * q.shape[2] + jnp.arange(q.shape[2]), layer)
+      which = Heads(part_index(mesh_axes("attn_heads")) * q.shape[2] + jnp.arange(q.shape[2]), layer)
     if isinstance(c.position, LogitBias):
 
       def bias(table, distance):
         logits = c.position.bias(table, distance, c.num_heads, c.mask.ahead)
-        return move(logits, (ATTENDING[0], None, ATTENDING[1], None), (*ATTENDING[0:3:2], ATTENDING[1], None))
+        return move(logits, SCORES_OF_ALL_HEADS, SCORES)
 
     options = dict(scale=scale, softcap=softcap, entropy=entropy)
     if ring or (q.shape[1] >= BY_BLOCKS and readable is None and key is None):
@@ -315,12 +335,12 @@ def attend(
       bias = bias(table, keys.positions[:, None, :] - queries.positions[:, :, None])
     return ops.attend(q, k, v, seen, bias, sinks, dropout=c.dropout, key=key, **options)
 
-  # (Dropout draws for the whole batch at once, and a state is where it is.)
+  # Not with dropout (one draw covers the global batch) nor with a decoding state (the decoder's shard_map has placed
+  # it).
   if key is None and context.cursor is None:
-    kv_place = ATTENDING[0], ("attn_kv_heads", c.kv_heads), ATTENDING[1], None
-    tokens = ATTENDING[:2]
-    places = ATTENDING, kv_place, kv_place, tokens, tokens, (), (), ATTENDING[2:3], ()
-    here = local(here, places, (ATTENDING, ATTENDING[:3]))
+    tokens = ATTENDING_TOKENS
+    have = ATTENDING, KEYS(c.kv_heads), KEYS(c.kv_heads), tokens, tokens, (), (), ATTENDING_HEADS, ()
+    here = local(here, have, (ATTENDING, WEIGHTS_OF_HEADS))
   layer = jnp.asarray(site.layer, jnp.int32)
   out, h = here(q, kv.k, kv.v, context.queries, kv.keys, kv.readable, site.shared, sinks, layer)
   return out, {"attention_entropy": mean_over(h, context)} if entropy else {}
@@ -331,17 +351,17 @@ def _of_these_queries(kv: jax.Array, num_heads: int, num_kv_heads: int) -> jax.A
 
   Where the mesh has more devices than there are key-value heads, devices hold the same ones.
   """
-  queries, held = mesh_axes("attn_heads"), mesh_axes(("attn_kv_heads", num_kv_heads))
-  group, mine = num_heads // num_kv_heads, num_heads // parts(queries)
+  queries, held = mesh_axes("attn_heads"), mesh_axes(kv_heads(num_kv_heads))
+  group, mine = num_heads // num_kv_heads, num_heads // num_parts(queries)
   needed = max(1, mine // group)
   if needed == kv.shape[1]:
     return kv
   check(
     mine % group == 0 or group % mine == 0,
-    f"num_heads={num_heads} over {parts(queries)} devices gives each {mine} heads, which is neither a multiple"
+    f"num_heads={num_heads} over {num_parts(queries)} devices gives each {mine} heads, which is neither a multiple"
     f" nor a divisor of the {group} that share a key-value head; choose another mesh or layout",
   )
-  first = index(queries) * mine // group - index(held) * kv.shape[1]
+  first = part_index(queries) * mine // group - part_index(held) * kv.shape[1]
   return jax.lax.dynamic_slice_in_dim(kv, first, needed, axis=1)
 
 

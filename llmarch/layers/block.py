@@ -14,11 +14,8 @@ from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.layers.registry import module_of
 from llmarch.layers.site import Out, Site
-from llmarch.ops.einsum import RESIDUAL, finish
 from llmarch.ops.norm import rms
-from llmarch.sharding import move, shard
-
-NORMED = "post_norm_embed"
+from llmarch.sharding import NORMED, RESIDUAL, move, shard, sum_over_mesh
 
 
 class Block(nnx.Module):
@@ -48,8 +45,7 @@ class Block(nnx.Module):
         one = branch(inputs[name], dataclasses.replace(site, state=state, kept=kept, key=key_of[name].inside))
         y = one.y if y is None else y + one.y
         out = _joined(out, name, one)
-      y = finish(y, "mlp" if "ffn" in group else "heads")
-      out = dataclasses.replace(out, y=c.residual.write(stream, group, out.y, y))
+      out = dataclasses.replace(out, y=c.residual.write(stream, group, out.y, sum_over_mesh(y)))
     if site.context.telemetry:
       out = dataclasses.replace(out, stats={**out.stats, "residual_rms": rms(out.y)})
     return out
@@ -87,11 +83,11 @@ class _Stream(NamedTuple):
 
   def enter(self, x: jax.Array) -> jax.Array:
     """The residual stream, where the norms and the first matrices of a branch want it."""
-    return move(x, RESIDUAL, (*RESIDUAL[:2], NORMED))
+    return move(x, RESIDUAL, NORMED)
 
   def norm_in(self, name: str, h: jax.Array) -> jax.Array:
     """A norm of what has entered."""
-    return getattr(self.block, name)(h, NORMED)
+    return getattr(self.block, name)(h, NORMED[-1])
 
   def norm_out(self, name: str, y: jax.Array) -> jax.Array:
     """A norm of what lies as the residual stream does."""

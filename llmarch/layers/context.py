@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llmarch.ops.attention import Keys
-from llmarch.ops.einsum import TOKENS
-from llmarch.sharding import move
+from llmarch.sharding import ATTENDING_TOKENS, TOKENS, move
 
 
 class Memory(NamedTuple):
@@ -42,7 +41,7 @@ def make_context(positions, segment_ids, prefix, state, memory, telemetry) -> tu
     segment_ids = jnp.zeros_like(positions)
   tokens = positions >= 0, segment_ids, positions
   positions, segment_ids, prefix = (
-    None if a is None else move(a, TOKENS, ("attn_batch", "attn_length"))
+    None if a is None else move(a, TOKENS, ATTENDING_TOKENS)
     for a in (positions, segment_ids, prefix)
   )
   queries = Keys(positions, segment_ids, prefix)

@@ -10,15 +10,16 @@ from llmarch.branches import CrossConfig
 from llmarch.build import config_dataclass
 from llmarch.config import NormConfig
 from llmarch.errors import check, check_above, check_at_least, check_rate
-from llmarch.layers.attention import ATTENDING, BY_CHANNEL, PROJECTED, KeysAndValues, attend
+from llmarch.layers.attention import BY_CHANNEL, KeysAndValues, attend
 from llmarch.layers.mask import Bidirectional
 from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.layers.site import Out, Site
 from llmarch.ops import cache
-from llmarch.ops.einsum import Product, einsum, einsums
+from llmarch.ops.einsum import einsum, einsums
+from llmarch.ops.matmul import Product
 from llmarch.ops.quant import FORMATS
-from llmarch.sharding import move
+from llmarch.sharding import ATTENDING, ATTENDING_HEADS, KV, PROJECTED, kv_heads, move
 
 
 @config_dataclass
@@ -114,12 +115,12 @@ class CrossAttention(nnx.Module):
       self.q_norm, self.k_norm = Norm(config.qk_norm, H, make), Norm(config.qk_norm, H, make)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y [B, T, D], which the block sums over the mesh."""
+    """x [B, T, D] -> y, the Partial of a [B, T, D]."""
     c = self.config
     q = einsum("btd,dnh->btnh", x, self.q, bias=getattr(self, "q_bias", None), to=PROJECTED)
     q = move(q, PROJECTED, ATTENDING)
     if c.qk_norm:
-      q = self.q_norm(q, None, ATTENDING[2])
+      q = self.q_norm(q, None, *ATTENDING_HEADS)
     kv, state = self.memory(q.dtype, site)
     scale = q.shape[-1] ** -0.5 if c.query_scale is None else c.query_scale
     out, stats = attend(c, q, kv, site, None, scale=scale, softcap=None)
@@ -132,10 +133,10 @@ class CrossAttention(nnx.Module):
     memory = site.context.memory
     k = v = None
     if memory is not None:
-      place = (*ATTENDING[:2], ("attn_kv_heads", self.config.kv_heads), "head_dim")
+      place = KV(self.config.kv_heads)
       project = lambda w: Product("btd,dnh->btnh", getattr(self, w), getattr(self, f"{w}_bias", None), to=place)
       k, v = einsums(memory.hidden, project("k"), project("v"))  # [B, S, K, H]
-      k = self.k_norm(k, None, place[2]) if self.config.qk_norm else k
+      k = self.k_norm(k, None, kv_heads(self.config.kv_heads)) if self.config.qk_norm else k
     if site.state is None:
       check(memory is not None, "this model reads an encoder's output; call it with memory=model.encode(...)")
       return KeysAndValues(k.swapaxes(1, 2), v.swapaxes(1, 2), memory.keys, None), None

@@ -12,7 +12,8 @@ from llmarch.errors import check, check_at_least
 from llmarch.layers.param import Maker
 from llmarch.layers.site import Out, Site
 from llmarch.ops.activation import activate
-from llmarch.ops.einsum import Product, einsum, einsums
+from llmarch.ops.einsum import einsum, einsums
+from llmarch.ops.matmul import Product
 
 Activation = Literal["identity", "relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "swiglu_oss"]
 
@@ -64,10 +65,12 @@ class MLP(nnx.Module):
       self.down_bias = make.constant("embed", (D,), 0.0)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y [B, T, D], which the block sums over the mesh."""
+    """x [B, T, D] -> y, the Partial of a [B, T, D]."""
     names = ("gate", "up") if self.config.gated else ("up",)
+    # Under ws_2d: [batch, length, embed.x] @ [embed.x, mlp.zy] -> partial over x -> [batch, length, mlp.zyx]
     inner = einsums(
       x, *(Product("btd,df->btf", getattr(self, name), getattr(self, f"{name}_bias", None)) for name in names)
     )
     h = activate(self.config.activation, *inner)
+    # [batch, length, mlp.zyx], gathered over x, @ [mlp.zy, embed.x] -> partial over z, y
     return Out(einsum("btf,fd->btd", h, self.down, bias=getattr(self, "down_bias", None), partial=True))

@@ -13,13 +13,15 @@ from flax import nnx
 
 from llmarch.config import BlockConfig
 from llmarch.errors import check
-from llmarch.layers.attention import PROJECTED, Attention, AttentionConfig
+from llmarch.layers.attention import Attention, AttentionConfig
 from llmarch.layers.block import Block
 from llmarch.layers.ffn import MLP, MLPConfig
 from llmarch.layers.site import Out, Site
 from llmarch.ops.activation import activate
-from llmarch.ops.einsum import Product, einsum, einsums
+from llmarch.ops.einsum import einsum, einsums
+from llmarch.ops.matmul import Product
 from llmarch.residual import Parallel
+from llmarch.sharding import PROJECTED
 
 REPLACED = {Attention: ("q", "k", "v", "o"), MLP: ("gate", "up", "down")}
 
@@ -41,15 +43,19 @@ class Fused(nnx.Module):
     self.mixer, self.ffn = _without_matrices(mixer), _without_matrices(ffn)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y [B, T, D] of both branches, which the block sums over the mesh, and the mixer's new state."""
+    """x [B, T, D] -> y of both branches, the Partial of a [B, T, D], and the new state of the mixer."""
+    # Under ws_2d+batch_xyz; "fused" is a head's query and its share of the feed-forward, or its key and value:
+    # [batch, length, embed.x] @ [embed.x, heads.zy, fused]    -> partial over x -> heads.zyx
+    # [batch, length, embed.x] @ [embed.x, kv_heads.zy, fused] -> partial over x -> batch.zyx
     into, kv = einsums(
       x,
-      Product("btd,dnc->btnc", self.into, to=(*PROJECTED[:3], None)),
+      Product("btd,dnc->btnc", self.into, to=PROJECTED),
       Product("btd,dnc->btnc", self.kv, to=self.mixer.kv_place),
     )
     q, *inner = self._parts(into)
     out, rest = self.mixer.mix(q, *jnp.split(kv, 2, axis=-1), site)
     h = jnp.concatenate([out, activate(self.ffn.config.activation, *inner)], axis=-1)
+    # [batch, length, heads.zyx, fused], gathered over x, @ [heads.zy, fused, embed.x] -> partial over z, y
     return dataclasses.replace(rest, y=einsum("btnc,ncd->btd", h, self.out, partial=True))
 
   def _parts(self, into: jax.Array) -> list[jax.Array]:

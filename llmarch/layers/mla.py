@@ -19,7 +19,7 @@ from llmarch.branches import MixerConfig
 from llmarch.build import config_dataclass
 from llmarch.config import NormConfig, PositionConfig
 from llmarch.errors import check, check_above, check_at_least, check_rate
-from llmarch.layers.attention import ATTENDING, BY_CHANNEL, PROJECTED, KeysAndValues, attend, mean_over
+from llmarch.layers.attention import BY_CHANNEL, KeysAndValues, attend, mean_over
 from llmarch.layers.mask import Causal
 from llmarch.layers.norm import Norm, RMSNorm
 from llmarch.layers.param import Maker
@@ -27,11 +27,10 @@ from llmarch.layers.position import RoPE, Rotary, YaRN
 from llmarch.layers.site import Out, Site
 from llmarch.ops import attention as ops
 from llmarch.ops import cache
-from llmarch.ops.einsum import Product, einsum, einsums
+from llmarch.ops.einsum import einsum, einsums
+from llmarch.ops.matmul import Product
 from llmarch.ops.quant import FORMATS
-from llmarch.sharding import move
-
-LATENT = (*ATTENDING[:2], None)  # no heads to split: only attention over the batch divides the cache
+from llmarch.sharding import ATTENDING, ATTENDING_TOKENS, LATENT, PROJECTED, ROWS, move
 
 
 @config_dataclass
@@ -174,16 +173,21 @@ class MLA(nnx.Module):
     self.o = make.weight("o", "heads head_dim embed", (N, V, D), "heads head_dim", init_scale * output_scale)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D]; the state's leaves are "latent" [B, 1, S, C] and "rope" [B, 1, S, R] -> y [B, T, D], which the block
-    sums over the mesh."""
+    """x [B, T, D] -> y, the Partial of a [B, T, D]. The leaves of its state are "latent" [B, 1, S, C] and "rope"
+    [B, 1, S, R]."""
     c, context, state = self.config, site.context, site.state
+    # The comments show ws_2d+batch_xyz, under which attention splits the batch and the cache over z, y and x.
     if c.q_lora_rank is None:
+      # [batch, length, embed.x] @ [embed.x, heads.zy, head_dim] -> partial over x -> heads.zyx
       queries = Product("btd,dnh->btnh", self.q, to=PROJECTED)
     else:
-      queries = Product("btd,dc->btc", self.q_down, to=(*PROJECTED[:2], None))
+      # [batch, length, embed.x] @ [embed.x, rank.zy] -> partial over x -> [batch, length, rank]
+      queries = Product("btd,dc->btc", self.q_down, to=ROWS)
+    # [batch, length, embed.x] @ [embed.x, rank.zy] -> partial over x -> [batch.zyx, length, rank]
     into = (Product("btd,dc->btc", w, to=LATENT) for w in (self.kv_down, self.k_rope))
     q, latent, k_rope = einsums(x, queries, *into)
     if c.q_lora_rank is not None:
+      # [batch, length, latent] @ [latent, heads.zyx, head_dim] -> [batch, length, heads.zyx, head_dim]
       q = einsum("btc,cnh->btnh", self.q_norm(q, None), self.q_up, to=PROJECTED)
     latent = self.kv_norm(latent, None)
 
@@ -193,7 +197,8 @@ class MLA(nnx.Module):
     absorb = slots is not None and absorbing_is_cheaper(x.shape[1], slots, c.kv_lora_rank, inner)
     R = c.qk_rope_head_dim
     if absorb:
-      nope = einsum("btnh,cnh->btnc", q[..., :-R], self.k, to=(*PROJECTED[:3], None))
+      # [batch, length, heads.zyx, head_dim] @ [latent, heads.zyx, head_dim] -> [batch, length, heads.zyx, latent]
+      nope = einsum("btnh,cnh->btnc", q[..., :-R], self.k, to=PROJECTED)
       q = jnp.concatenate([nope, q[..., -R:]], axis=-1)
     q = move(q, PROJECTED, ATTENDING)
     nope, rope = q[..., :-R], q[..., -R:]
@@ -216,13 +221,16 @@ class MLA(nnx.Module):
       options |= dict(dropout=c.dropout, key=site.key, entropy=context.telemetry)
       out, entropy = ops.attend(nope, latent, latent, seen, turned, None, **options)
       stats = {"attention_entropy": mean_over(entropy, context)} if context.telemetry else {}
+      # [batch, length, heads.zyx, latent] @ [latent, heads.zyx, head_dim] -> [batch, length, heads.zyx, head_dim]
       out = einsum("btnc,cnh->btnh", move(out, ATTENDING, PROJECTED), self.v, to=PROJECTED)
     else:
-      place = dict(tokens=LATENT[:2], to=ATTENDING)
+      # [batch.zyx, length, latent] @ [latent, heads, head_dim] -> [batch.zyx, length, heads, head_dim]
+      place = dict(tokens=ATTENDING_TOKENS, to=ATTENDING)
       k, v = einsums(latent[:, 0], *(Product("btc,cnh->btnh", w, **place) for w in (self.k, self.v)))
       k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, N, S, P], [B, N, S, V]
       k = jnp.concatenate([k, jnp.broadcast_to(k_rope, (*k.shape[:3], R))], axis=-1)
       q = jnp.concatenate([nope, rope], axis=-1)
       out, stats = attend(c, q, KeysAndValues(k, v, keys, None), site, None, **options)
       out = move(out, ATTENDING, PROJECTED)
+    # [batch, length, heads.zyx, head_dim], gathered over x, @ [heads.zy, head_dim, embed.x] -> partial over z, y
     return Out(einsum("btnh,nhd->btd", out, self.o, partial=True), state, stats=stats)

@@ -191,7 +191,7 @@ class MoE(nnx.Module):
       self.shared_gate = make.weight("shared_gate", "embed one", (D, 1), fan_in="embed")
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y [B, T, D], which the block sums over the mesh."""
+    """x [B, T, D] -> y, the Partial of a [B, T, D]."""
     keys = (None, None) if site.key is None else jax.random.split(site.key)
     route = self._tokens_choose if isinstance(self.config.router, TopK) else self._experts_choose
     routes, stats, loss = route(x, site.context, keys[0])
@@ -200,13 +200,15 @@ class MoE(nnx.Module):
     if self.config.shared:
       shared = self.shared(x, dataclasses.replace(site, key=keys[1])).y
       if self.config.shared_gate:
+        # [batch, length, embed.x] @ [embed.x, 1] -> partial over x, summed -> [batch, length, 1]
         gate = einsum("btd,dg->btg", x.astype(jnp.float32), self.shared_gate)
-        shared = shared * jax.nn.sigmoid(gate).astype(shared.dtype)
+        shared = shared.scaled(jax.nn.sigmoid(gate).astype(shared.value.dtype))
       y = y + shared
     return Out(y, stats=stats, loss=loss)
 
   def _logits(self, x: jax.Array) -> jax.Array:
-    """f32 [B, T, E]."""
+    """f32 [B, T, E], of all experts on every device that has the token."""
+    # Under ws_2d: [batch, length, embed.x] @ [embed.x, router] -> partial over x, summed -> [batch, length, router]
     return einsum("btd,de->bte", x.astype(jnp.float32), self.router, bias=getattr(self, "router_bias", None))
 
   def _tokens_choose(self, x: jax.Array, context: Context, key: jax.Array | None):

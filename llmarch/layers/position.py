@@ -16,8 +16,8 @@ from llmarch.errors import check, check_above, check_at_least
 from llmarch.layers.param import Maker
 from llmarch.ops import attention as ops
 from llmarch.ops import rope
-from llmarch.ops.einsum import RESIDUAL, lookup
-from llmarch.sharding import move
+from llmarch.ops.einsum import lookup
+from llmarch.sharding import RESIDUAL, move
 
 # ---------------------------------------------------------------------------------------- at the embedding
 

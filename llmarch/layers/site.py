@@ -28,7 +28,7 @@ class Site:
 class Out:
   """What a branch gives back."""
 
-  y: Any  # [B, T, D], which may still be partial over the mesh: the block sums it
+  y: Any  # the Partial (sharding.Partial) of a [B, T, D]: the block sums it over the mesh; of a block, the stream
   state: Any = None  # the new state, in the form of the one that came in
   keep: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # values for later layers, by name
   stats: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)  # f32 scalars, for telemetry

@@ -19,7 +19,7 @@ from llmarch.layers.context import Context
 from llmarch.layers.param import Maker
 from llmarch.layers.site import Out, Site
 from llmarch.ops import cache
-from llmarch.sharding import whole
+from llmarch.sharding import replicated
 
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -129,7 +129,7 @@ class Stack(nnx.Module):
 
   def __call__(self, x, context: Context, states, key, remat: str) -> tuple[jax.Array, list, Aux]:
     """x [B, T, D], states (a list over segments, or None) -> x, the new states, Aux."""
-    shared = {name: whole(param) for name, param in self.shared.items()}
+    shared = {name: replicated(param) for name, param in self.shared.items()}
     keys = [None] * len(self.segments) if key is None else jax.random.split(key, len(self.segments))
     states = [None] * len(self.segments) if states is None else list(states)
     layer, kept, outs = 0, {}, []

@@ -16,8 +16,8 @@ from llmarch.layers.norm import Norm
 from llmarch.layers.param import Maker
 from llmarch.ops import cache
 from llmarch.ops.attention import Keys
-from llmarch.ops.einsum import RESIDUAL, einsum, lookup
-from llmarch.sharding import move
+from llmarch.ops.einsum import einsum, lookup
+from llmarch.sharding import NARROW, RESIDUAL, move
 
 
 class Decoder(nnx.Module):
@@ -92,8 +92,9 @@ class Decoder(nnx.Module):
     """The embedding: int32 [B, T] each -> [B, T, D], before its dropout."""
     c = self.config
     narrow = c.embed.dim is not None
-    x = lookup(self.embed, tokens, c.precision.compute, (*RESIDUAL[:2], "factor") if narrow else RESIDUAL)  # [B, T, D]
+    x = lookup(self.embed, tokens, c.precision.compute, NARROW if narrow else RESIDUAL)  # [B, T, D]
     if narrow:
+      # Under ws_2d: [batch, length, factor] @ [factor, embed.xzy] -> [batch, length, embed.xzy]
       x = einsum("bte,ed->btd", x, self.embed_in)
     if c.embed.scale != 1:
       x = x * c.embed.scale
@@ -118,9 +119,11 @@ class Decoder(nnx.Module):
     c = self.config.head
     hidden = self.finish(hidden)
     if self.config.embed.dim is not None:
+      # Under ws_2d: [batch, length, embed.x] @ [embed.x, factor] -> partial over x, summed -> [batch, length, factor]
       hidden = einsum("btd,de->bte", hidden, self.embed_out)
     table = self.table if table is None else table
     bias = self.head_bias if c.bias else None
+    # Under ws_2d: [batch, length, embed.x] @ [vocab.zy, embed.x] -> partial over x -> [batch, length, vocab.zyx]
     logits = einsum("btd,vd->btv", hidden, table, bias=bias, out_dtype=jnp.float32)
     if c.scale != 1:
       logits *= c.scale

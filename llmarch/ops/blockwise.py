@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmarch.ops.attention import Extent, Keys, visible
-from llmarch.sharding import automatic, bound
+from llmarch.sharding import is_automatic, with_active_layout
 
 
 def block_length(length: int) -> int:
@@ -110,7 +110,7 @@ def _in_blocks(q, k, v, queries: Keys, keys: Keys, sinks, table, block: int, whi
   sinks = jnp.repeat(sinks.reshape(K, group), block, axis=1)[..., None]  # [K, R, 1]
   options = _Options(**options)
   # Over a mesh, in automatic mode, the devices would have to agree on what to skip, in a collective for each block.
-  options = options._replace(bias=options.bias and bound(options.bias), skip=not automatic())
+  options = options._replace(bias=options.bias and with_active_layout(options.bias), skip=not is_automatic())
   out, _, entropy = _attend(options, q, held, _tokens(queries, block), sinks, table, which)
 
   def from_rows(x):

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from llmarch import sharding
 from llmarch.ops.activation import activate
-from llmarch.ops.einsum import TOKENS, at_tokens, summed
+from llmarch.ops.matmul import value_of
+from llmarch.ops.placed import weight_at_tokens
 from llmarch.ops.quant import QTensor
+from llmarch.sharding import NORMED, TOKENS, Partial, sum_over_mesh
 
 # ------------------------------------------------------------------------------------------------- the choice
 
@@ -192,16 +194,20 @@ def _feed_forward(x, w: Experts, activation: str, matmul, bias_of, whole) -> jax
   return add(matmul(activate(activation, *inner), w.down), w.down_bias)
 
 
-def experts(x: jax.Array, routes: Routes | Buffers, w: Experts, activation: str) -> jax.Array:
-  """The gated sum of each token's experts.  [B, T, D] -> [B, T, D].
+def experts(x: jax.Array, routes: Routes | Buffers, w: Experts, activation: str) -> Partial:
+  """The gated sum of each token's experts.  [B, T, D] -> [B, T, D], whose sum over the mesh is left to do.
 
-  w holds Params (arrays where there is no layout). In manual mode the sum over the mesh is left to `finish`.
+  w holds Params (arrays where there is no layout).
   """
-  if sharding.manual():
-    return _manual(x, routes, w, activation)
-  if sharding.automatic():
-    return _over_mesh(x, routes, w, activation)
-  return _apply(x, routes, _each(lambda p: p.get_value() if hasattr(p, "get_value") else p, w), activation)
+  match sharding.mode():
+    case None:
+      return Partial(_apply(x, routes, _each(value_of, w), activation))
+    case "constraints" | "local":
+      return Partial(_expert_parallel(x, routes, w, activation))
+    case "manual":
+      return _held_here(x, routes, w, activation)
+    case "rings":  # in which all that is added to it has been summed
+      return Partial(sum_over_mesh(_held_here(x, routes, w, activation)))
 
 
 def _each(f: Callable, w: Experts) -> Experts:
@@ -214,36 +220,46 @@ def _apply(x, routes: Routes | Buffers, w: Experts, activation: str, **options) 
 
 def _once(w: Experts, axes: tuple[str, ...]) -> Experts:
   """With the last bias on one of the devices whose outputs are summed over these mesh axes."""
-  here = sharding.index(axes) == 0
+  here = sharding.part_index(axes) == 0
   return w if w.down_bias is None else w._replace(down_bias=jnp.where(here, w.down_bias, 0))
 
 
-def _manual(x, routes: Routes | Buffers, w: Experts, activation: str) -> jax.Array:
-  """Each device puts all its tokens through the experts (or parts of experts) that it holds."""
-  of, embed, hidden = at_tokens(w.up)[1]
-  x = sharding.relay(x, [sharding.mesh_axes(a) for a in (*TOKENS, "post_norm_embed")], [
-    *(sharding.mesh_axes(a) for a in TOKENS), embed
-  ])  # fmt: skip
-  here = _once(_each(lambda p: at_tokens(p)[0], w), hidden)
+def _held_here(x, routes: Routes | Buffers, w: Experts, activation: str) -> Partial:
+  """In manual mode each device puts all its tokens through the experts (or parts of experts) that it holds.
+
+  Under ws_2d, where all experts of a device are whole:
+    x    [batch, length, embed.x]
+    up   [experts.zy, embed.x, expert_mlp]    the inner product is summed over x at once, for an activation follows
+    down [experts.zy, expert_mlp, embed.x] -> [batch, length, embed.x], partial over z, y
+  """
+  of, embed, hidden = weight_at_tokens(w.up)[1]
+  have = [sharding.mesh_axes(a) for a in NORMED]
+  x = sharding.redistribute(x, have, [*map(sharding.mesh_axes, TOKENS), embed], sharding.mesh_sizes())
+  here = _once(_each(lambda p: weight_at_tokens(p)[0], w), hidden)
   whole = lambda y: jax.lax.psum(y, embed) if embed else y
-  y = _apply(x, routes, here, activation, first=sharding.index(of) * here.up.shape[0], whole=whole)
-  return summed(y, "mlp") if sharding.loop() else y
+  y = _apply(x, routes, here, activation, first=sharding.part_index(of) * here.up.shape[0], whole=whole)
+  return Partial(y, of + hidden)
 
 
-def _over_mesh(x, routes: Routes | Buffers, w: Experts, activation: str) -> jax.Array:
-  """Expert parallelism: one `shard_map`, its oracle the same function on one device.
+def _expert_parallel(x, routes: Routes | Buffers, w: Experts, activation: str) -> jax.Array:
+  """Expert parallelism in automatic mode: one `shard_map`, its oracle the same function on one device.
 
   Where mesh axes split both the tokens and the experts, buffers go to their experts and back in two all-to-alls
-  (2006.16668). Without a capacity nobody knows how many tokens will come, and buffers for all of them would be as
-  much as the tokens themselves, which are gathered over those axes, and outputs scattered. Hidden units may be split
-  over other axes; the width is gathered.
+  (2006.16668). Dropless routing has no bound on an expert's tokens, so tokens are gathered over these axes and outputs
+  reduce-scattered. Hidden units may be split over other axes; the width is gathered.
+
+  Under "train", with the axis expert E that splits the batch too, on buffers [B, E, C, D]:
+    there  [batch.E, experts, places, embed] -> [batch, experts.E, places, embed]             all-to-all
+    up     [experts.E, embed, expert_mlp.tensor]
+    down   [experts.E, expert_mlp.tensor, embed] -> partial over tensor                       all-reduce at the end
+    back   [batch, experts.E, places, embed] -> [batch.E, experts, places, embed]             all-to-all
   """
-  layout, mesh = sharding.active()
+  layout, mesh = sharding.active_layout()
   length = None if isinstance(routes, Buffers) else TOKENS[1]
   tokens = sharding.spec((TOKENS[0], length, None), x.shape, layout, mesh)
-  names = lambda entry: (entry,) if isinstance(entry, str) else tuple(entry or ())
-  rows, busy = names(tokens[0]), names(tokens[0]) + names(tokens[1])
-  stored = dict(zip(w.up.axes, map(names, sharding.spec(w.up.axes, w.up.sizes, layout, mesh)), strict=True))
+  rows, columns, _ = sharding.axes_of(tokens)
+  busy = rows + columns
+  stored = dict(zip(w.up.axes, sharding.axes_of(sharding.spec(w.up.axes, w.up.sizes, layout, mesh)), strict=True))
   both = tuple(a for a in stored["experts"] if a in rows)
   of = both or tuple(a for a in stored["experts"] if a not in busy)
   hidden = tuple(a for a in stored["expert_mlp"] if a not in busy)
@@ -262,7 +278,7 @@ def _over_mesh(x, routes: Routes | Buffers, w: Experts, activation: str) -> jax.
     else:
       gather = lambda a: jax.lax.all_gather(a, both, axis=0, tiled=True) if both else a
       x, routes = jax.tree.map(gather, (x, routes))
-      y = _apply(x, routes, w, activation, first=sharding.index(of) * w.up.shape[0])
+      y = _apply(x, routes, w, activation, first=sharding.part_index(of) * w.up.shape[0])
       y = jax.lax.psum_scatter(y, both, scatter_dimension=0, tiled=True) if both else y
     pending = hidden if both else of + hidden
     return jax.lax.psum(y, pending) if pending else y
@@ -270,9 +286,8 @@ def _over_mesh(x, routes: Routes | Buffers, w: Experts, activation: str) -> jax.
   # Cast before anything is sent.
   values = _each(lambda p: p.get_value() if isinstance(p.get_value(), QTensor) else p.get_value().astype(x.dtype), w)
   of_routes = jax.tree.map(lambda a: PartitionSpec(*tokens[:2], None), routes)
-  free = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
   return jax.shard_map(
-    body, mesh=mesh, axis_names=free, check_vma=False, out_specs=tokens,
+    body, mesh=mesh, axis_names=sharding.automatic_axes(mesh), check_vma=False, out_specs=tokens,
     in_specs=(tokens, of_routes, Experts(*(None if p is None else spec(p, v) for p, v in zip(w, values, strict=True)))),
   )(x, routes, values)  # fmt: skip
 

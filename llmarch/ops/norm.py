@@ -1,12 +1,12 @@
 """Normalisations over the last dimension, statistics in f32, result in the dtype of x.
 
-`axis` is that dimension's logical name: in manual mode (sharding.py) a device may hold a part of it.
+`axis` is that dimension's logical name: in manual mode (sharding/) a device may hold a part of it.
 """
 
 import jax
 import jax.numpy as jnp
 
-from llmarch.sharding import Axis, full_size, mean
+from llmarch.sharding import Axis, mean_over_mesh, size_over_mesh
 
 
 def rms(x: jax.Array) -> jax.Array:
@@ -17,7 +17,7 @@ def rms(x: jax.Array) -> jax.Array:
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, axis: Axis = None) -> jax.Array:
   """x / sqrt(mean(x^2) + eps) * scale  (1910.07467, eq. 4).  x [..., D], scale [D] or [1]."""
   y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(mean(y * y, axis) + eps)
+  y = y * jax.lax.rsqrt(mean_over_mesh(y * y, axis) + eps)
   return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -27,8 +27,8 @@ def layer_norm(
   """(x - mean) / sqrt(var + eps) * scale + bias  (1607.06450).  x [..., D], scale and bias [D]."""
   y = x.astype(jnp.float32)
   # Centred first: E[x^2] - E[x]^2 cancels where the mean is large.
-  y = y - mean(y, axis)
-  y = y * jax.lax.rsqrt(mean(y * y, axis) + eps)
+  y = y - mean_over_mesh(y, axis)
+  y = y * jax.lax.rsqrt(mean_over_mesh(y * y, axis) + eps)
   if scale is not None:
     y = y * scale.astype(jnp.float32)
   if bias is not None:
@@ -39,5 +39,5 @@ def layer_norm(
 def scale_norm(x: jax.Array, scale: jax.Array, *, eps: float, axis: Axis = None) -> jax.Array:
   """g x / |x| with one scalar g  (1910.05895).  x [..., D], scale [1]."""
   y = x.astype(jnp.float32)
-  norm = jnp.sqrt(full_size(y, axis) * mean(y * y, axis) + eps)
+  norm = jnp.sqrt(size_over_mesh(y, axis) * mean_over_mesh(y * y, axis) + eps)
   return (scale.astype(jnp.float32) * y / norm).astype(x.dtype)

@@ -21,14 +21,13 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from llmarch import sharding
+from llmarch.experiment_checks import plan_pipeline
 from llmarch.layers import stack as stacks
 from llmarch.layers.context import make_context
 from llmarch.layers.site import Out, Site
-from llmarch.mesh import plan_pipeline
 from llmarch.models.decoder import Decoder
-from llmarch.ops.einsum import RESIDUAL
 from llmarch.run_config import RunConfig
-from llmarch.sharding import Layout
+from llmarch.sharding import RESIDUAL, Layout
 
 STAGE = "stage"
 CONTEXT = ("positions", "segment_ids", "prefix")  # what the layers ask of tokens
@@ -72,7 +71,7 @@ class Pipeline(NamedTuple):
 
   @property
   def parts(self) -> int:
-    return math.prod(self.mesh.shape.get(axis, 1) for axis in self.layout["batch"] if axis != STAGE)
+    return math.prod(self.mesh.shape.get(axis, 1) for axis in self.layout.mesh_axes("batch") if axis != STAGE)
 
   def arrange(self, batch: dict) -> dict:
     """Arrays [B, T] with their rows by part, microbatch (those of `microbatches`), row: then the devices' pieces,
@@ -95,7 +94,7 @@ class Pipeline(NamedTuple):
     keys = None if key is None else jax.random.split(key, self.schedule.microbatches)
     context = {name: self.by_microbatch(batch[name]) for name in CONTEXT if name in batch}
     graph, stack = nnx.split(model.stack)
-    inside = {name: tuple(axis for axis in axes if axis != STAGE) for name, axes in self.layout.items()}
+    inside = self.layout.without(STAGE)
 
     def part(stack, x, context, keys):
       D, *_ = x.shape
@@ -150,7 +149,7 @@ class _Run(NamedTuple):
       mine = jax.lax.dynamic_slice_in_dim(first, jax.lax.axis_index(STAGE) * len(x), len(x))
       x = jax.vmap(drop)(x, mine)
       each = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, len(segments)))(keys), 1, 0)
-    shared = {name: sharding.whole(param) for name, param in stack.shared.items()}
+    shared = {name: sharding.replicated(param) for name, param in stack.shared.items()}
     layer, outs = 0, []
     for segment, keys in zip(segments, each, strict=True):
       out = self.segment(segment, layer, x, shared, keys)

@@ -23,13 +23,14 @@ from llmarch.adapt.lora import Adapters
 from llmarch.config import ModelConfig
 from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import Decoder, abstract
-from llmarch.ops.einsum import TOKENS, gathered
+from llmarch.ops.einsum import gathered
 from llmarch.ops.loss import chunked_loss
 from llmarch.run_config import RunConfig
+from llmarch.sharding import TOKENS
 from llmarch.train import pipeline
 from llmarch.train.optim import make_optimizer, make_schedule
 
-LAYOUT = sharding.LAYOUTS["train"]
+LAYOUT = sharding.TRAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed, batch_sharding = jax.tree.map(lambda _: device, shapes), None
   else:
-    sharding.check_axes("train", LAYOUT, mesh)
+    sharding.check_axes(LAYOUT, mesh)
     placed = _state_shardings(shapes, named | trained, mesh)
     batch_sharding = NamedSharding(
       mesh, sharding.spec(TOKENS, (c.batch_size // c.grad_accum, c.seq_len), LAYOUT, mesh)
