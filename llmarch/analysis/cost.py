@@ -15,6 +15,7 @@ from llmarch.errors import check
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.cross import CrossAttentionConfig
 from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.linear import LinearConfig
 from llmarch.layers.mla import MLAConfig
 from llmarch.layers.moe import MoEConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
@@ -97,6 +98,20 @@ def mla(c: MLAConfig, d_model: int) -> Cost:
   )
 
 
+def linear(c: LinearConfig, d_model: int) -> Cost:
+  """4 D N H parameters; 2 N H (H + 1) multiply-adds a token with the state, which it reads and writes, and 2 N H for
+  each key of its chunk (as many as there are, if the row is shorter; a masked half is computed); N H (H + 1) f32
+  numbers of state (2006.16236, section 3.2)."""
+  D, N, H = d_model, c.num_heads, c.dim(d_model)
+  pairs = lambda length: N * (2 * H + 1) * min(c.chunk, length)
+  return Cost(
+    matrices=4 * D * N * H,
+    vectors=0,
+    mixing=lambda length, dense: 2 * N * H * (H + 1) + pairs(length),
+    state=lambda max_len, chunk, dtype: 4 * (N * H * (H + 1) + 1),
+  )
+
+
 def kv_state(dim: int, window: int | None, max_len: int, chunk: int, dtype: str) -> int:
   """Bytes of the keys and values of one row and head, dim H, in S slots.
 
@@ -137,6 +152,7 @@ def moe(c: MoEConfig, d_model: int) -> Cost:
 COMPONENTS = {
   AttentionConfig: attention,
   MLAConfig: mla,
+  LinearConfig: linear,
   CrossAttentionConfig: cross_attention,
   MLPConfig: mlp,
   MoEConfig: moe,

@@ -55,6 +55,7 @@ _MODULE_OF = {
   "WEIGHTS_OF_HEADS": "places",
   "SCORES": "places",
   "SCORES_OF_ALL_HEADS": "places",
+  "RECURRING": "places",
   "LATENT": "places",
   "kv_heads": "places",
   "KV": "places",

@@ -89,6 +89,11 @@ SCORES_OF_ALL_HEADS: Place = ("attn_batch", None, "attn_length", None)  # biases
 # megatron:        [batch.data, -, length, -]
 # train:           [batch.data*fsdp*expert, -, length.context, -]
 
+RECURRING: Place = ("attn_batch", None, "attn_heads", "head_dim")  # heads of a recurrence, which reads whole rows
+# ws_2d+batch_xyz: [batch.zyx, -, heads, head_dim]
+# megatron:        [batch.data, -, heads.tensor, head_dim]
+# train:           [batch.data*fsdp*expert, -, heads.tensor*sequence, head_dim]
+
 LATENT: Place = ("attn_batch", "attn_length", None)  # MLA's keys and values: of no head, so only tokens split them
 # ws_2d+batch_xyz: [batch.zyx, length, -]
 # megatron:        [batch.data, length, -]
