@@ -164,13 +164,16 @@ def sees(mixer, m: int, n: int, same_segment: bool, key_is_prefix: bool) -> bool
   """The query at position m sees the key at position n."""
   if m < 0 or n < 0 or not same_segment:
     return False
+  if mixer.mask is None:  # no attention: all that came before
+    return n <= m
   if mixer.window is not None and abs(m - n) >= mixer.window:
     return False
   return n <= m or mixer.mask.kind == "bidirectional" or (mixer.mask.kind == "prefix" and key_is_prefix)
 
 
-def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
-  """Grouped softmax attention (1706.03762, 2305.13245) of one row; `table` is T5's [num_buckets, N]."""
+def attention(c, p: dict, xs: list[np.ndarray], row, table, kept: dict) -> list[np.ndarray]:
+  """Grouped softmax attention (1706.03762, 2305.13245) of one row; `table` is T5's [num_buckets, N], `kept` the keys
+  and values that earlier layers left by name (2405.12981)."""
   N, K = c.num_heads, c.num_kv_heads or c.num_heads
   H = p["q"].shape[-1]
 
@@ -189,8 +192,12 @@ def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
 
   cut = lambda y: y if c.qkv_clip is None else np.array([[min(max(e, -c.qkv_clip), c.qkv_clip) for e in h] for h in y])
   qs = [cut(norm("q_norm", project("q", x))) for x in xs]
-  ks = [cut(norm("k_norm", project("k", x))) for x in xs]
-  vs = [cut(project("v", x)) for x in xs]
+  if c.kv_from is None:
+    ks, vs = [cut(norm("k_norm", project("k", x))) for x in xs], [cut(project("v", x)) for x in xs]
+  else:
+    ks, vs = kept[c.kv_from]
+  if c.keep_kv is not None:
+    kept[c.keep_kv] = ks, vs
   scale = 1 / math.sqrt(H) if c.query_scale is None else c.query_scale
   kind = c.position.kind if c.position else None
   slopes = alibi_slopes(N, c.position.max_bias) if kind == "alibi" else None
@@ -225,7 +232,7 @@ def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
   return ys
 
 
-def mla(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
+def mla(c, p: dict, xs: list[np.ndarray], row, table, kept: dict) -> list[np.ndarray]:
   """Multi-head latent attention of one row (2405.04434, equations 9 to 19), every head's keys and values made."""
   N, P = c.num_heads, c.qk_nope_head_dim
   norm = lambda name, y: normalise(c.latent_norm, p.get(name, {}), y)
@@ -256,7 +263,22 @@ def mla(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
   return ys
 
 
-MIXERS = {"attention": attention, "mla": mla}
+def linear(c, p: dict, xs: list[np.ndarray], row, table, kept: dict) -> list[np.ndarray]:
+  """Causal linear attention of one row: the sums of 2006.16236, equation 9, over the pairs themselves."""
+  feature = lambda x: np.array([e + 1 if e > 0 else math.exp(e) for e in x])
+  ys = []
+  for t, m in enumerate(row.positions):
+    y = np.zeros(p["o"].shape[-1])
+    before = [s for s in range(t + 1) if row.positions[s] >= 0 and row.segments[s] == row.segments[t]]
+    for n in range(c.num_heads) if m >= 0 else ():
+      q = feature(xs[t] @ p["q"][:, n])
+      weights = [q @ feature(xs[s] @ p["k"][:, n]) for s in before]
+      y += sum(w * (xs[s] @ p["v"][:, n]) for w, s in zip(weights, before, strict=True)) / sum(weights) @ p["o"][n]
+    ys.append(y)
+  return ys
+
+
+MIXERS = {"attention": attention, "mla": mla, "linear": linear}
 
 
 def mlp(c, p: dict, x: np.ndarray) -> np.ndarray:
@@ -342,10 +364,10 @@ FFNS = {"mlp": lambda c, p, xs, row: [mlp(c, p, x) for x in xs], "moe": moe}
 # ---------------------------------------------------------------------------------------- blocks and model
 
 
-def block(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
+def block(c, p: dict, xs: list[np.ndarray], row, table, kept: dict) -> list[np.ndarray]:
   """The residual forms of BlockConfig."""
   norms = lambda name, vs: [normalise(c.norm, p.get(name, {}), v) for v in vs]
-  mixer = lambda vs: MIXERS[c.mixer.kind](c.mixer, p["mixer"], vs, row, table)
+  mixer = lambda vs: MIXERS[c.mixer.kind](c.mixer, p["mixer"], vs, row, table, kept)
   ffn = lambda vs: FFNS[c.ffn.kind](c.ffn, p["ffn"], vs, row)
   add = lambda xs, *ys: [c.skip_scale * x + c.branch_scale * sum(y) for x, *y in zip(xs, *ys, strict=True)]
 
@@ -412,8 +434,9 @@ def logits(config, params: dict, tokens, positions=None, segments=None, prefix=N
   segment_params = p["stack"]["segments"]
   layers = [segment_params[s]["blocks"][b] for s in sorted(segment_params, key=int)
             for b in sorted(segment_params[s]["blocks"], key=int)]  # fmt: skip
+  kept = {}
   for name, layer in zip(c.layers, layers, strict=True):
-    xs = block(c.blocks[name], layer, xs, row, p["stack"].get("shared", {}).get(name))
+    xs = block(c.blocks[name], layer, xs, row, p["stack"].get("shared", {}).get(name), kept)
 
   if c.final_norm:
     xs = [normalise(c.final_norm, p.get("final_norm", {}), x) for x in xs]

@@ -20,6 +20,7 @@ from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelCon
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.context import make_context
 from llmarch.layers.ffn import Activation, MLPConfig
+from llmarch.layers.linear import LinearConfig
 from llmarch.layers.mask import Bidirectional, Causal, Prefix
 from llmarch.layers.mla import MLAConfig
 from llmarch.layers.moe import ExpertChoice, Groups, MoEConfig, TopK
@@ -224,6 +225,16 @@ HAND: dict[str, ModelConfig] = {
     block(mla(q_lora_rank=None, query_scale=0.5, position=RoPE(), latent_norm=LayerNorm()), ffn=None),
     block(attention(window=3), residual=Parallel()),
     stack="2*(a b) c",
+  ),
+  "linear_attention": model(
+    block(LinearConfig(num_heads=3, head_dim=10, chunk=5)), block(LinearConfig(num_heads=2), ffn=None), block()
+  ),
+  "shared_kv": model(
+    block(attention(keep_kv="low", qk_norm=QKNorm(norm=RMSNorm(), per_head=True), qkv_bias=True)),
+    block(attention(kv_from="low", window=4, num_heads=4, qk_norm=QKNorm(norm=RMSNorm(), per_head=True))),
+    block(attention(keep_kv="high", window=6, position=ALiBi()), ffn=None),
+    block(attention(kv_from="high", window=3, position=ALiBi(), qkv_bias=True)),
+    stack="2*(a b) c 2*(d b)",
   ),
   "mixtral": model(block(ffn=moe()), stack="3*a"),
   # No expert runs out of places: that a state drops nothing makes no difference. tests/test_moe.py has what is dropped.

@@ -167,7 +167,8 @@ class Toy:
 
   def masks(self) -> set[str]:
     causal = all(block.ffn is None or block.ffn.causal for block in self.config.blocks.values())
-    return {block.mixer.mask.kind for block in self.config.blocks.values()} | (set() if causal else {"bidirectional"})
+    masks = {block.mixer.mask.kind for block in self.config.blocks.values() if block.mixer.mask}
+    return masks | (set() if causal else {"bidirectional"})
 
   def depends_on_length(self) -> bool:
     return any(c.__class__.__name__ in ("DynamicNTK", "LongRoPE") for c in spaces.components(self.config))

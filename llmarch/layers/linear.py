@@ -1,4 +1,4 @@
-"""Causal linear attention (2006.16236): a state of fixed size in place of a cache. docs/add_a_mixer.md walks through it.
+"""Causal linear attention (2006.16236), whose state does not grow. docs/add_a_mixer.md walks through this file.
 
 B batch, T length, D model, N heads, H head dim.
 """
