@@ -19,14 +19,14 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 
+import pytest
+
 # One folder of compiled programs for all workers and for processes that tests start: references are compiled once, not
 # once a worker. The first process of a session makes it, the others find its name in their environment.
 MADE_HERE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 if MADE_HERE:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llmarch-programs-")
 os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-
-import pytest
 
 
 def pytest_unconfigure(config):
