@@ -113,6 +113,7 @@ class Single:
 
 
 def singles(config: ModelConfig) -> list[Single]:
+  """A model of one block for each block of a model."""
   return [Single(dataclasses.replace(config, blocks={"a": b}, stack="2*a")) for b in config.blocks.values()]
 
 
@@ -141,7 +142,7 @@ class Parts:
         host, donor = hosts[i % len(hosts)], donors[i // 2 % len(donors)]
         for (mine, _), (its, chain) in (((host, one), (donor, other)), ((donor, other), (host, one))):
           try:
-            made = mine if chain[-1][0] in mine.kinds and {u, v} <= mine.values else mine.taking(chain, its)
+            made = mine if {u, v} <= mine.values else mine.taking(chain, its)
           except UserError as e:
             sentence = str(e)
             continue
@@ -165,6 +166,7 @@ class Left:
     self.alive = self.mask(values)
 
   def mask(self, values) -> int:
+    """The number with the bits of these values."""
     return sum(self.bit[value] for value in values)
 
   def gain(self, mask: int) -> int:
@@ -176,10 +178,12 @@ class Left:
     return total
 
   def drop(self, mask: int):
+    """Notes that all pairs among a set of values have been found."""
     self.rows = [row & ~mask if mask >> i & 1 else row for i, row in enumerate(self.rows)]
     self.alive = sum(1 << i for i, row in enumerate(self.rows) if row)
 
   def first(self) -> tuple[str, str] | None:
+    """Some pair that no chosen config has, or None where there is none left."""
     for i, row in enumerate(self.rows):
       if row:
         return self.values[i], self.values[row.bit_length() - 1]
@@ -217,6 +221,7 @@ def climb(single: Single, parts: Parts, left: Left, shared: bool) -> Single:
 
 @functools.cache
 def draws(n: int) -> tuple[ModelConfig, ...]:
+  """About n configs that hypothesis draws, the same on every run of one commit."""
   found = {}
 
   @seed(0)
@@ -239,7 +244,12 @@ class Choice:
 
 @functools.cache
 def choice() -> Choice:
-  """The chosen configs, the same on every run of one commit; takes some seconds, once a process."""
+  """The chosen configs, the same on every run of one commit; takes some seconds, once a process.
+
+  Each begins with the random model of one block that has most new pairs, or, once those bring few, with a model that is
+  made to hold some pair that is left; parts of it are exchanged for parts of others while that brings more; and up to
+  two more blocks are added that bring some. It ends when no pair is left.
+  """
   found = [single for config in (*draws(DRAWS), *spaces.HAND.values()) for single in singles(config)]
   parts = Parts(found)
   values = sorted(parts.where)
