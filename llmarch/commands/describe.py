@@ -1,4 +1,5 @@
-"""`llmarch describe`: what a config builds and what it costs, by formula; nothing is built."""
+"""`llmarch describe`: what a config builds and what it costs, by formula; or what a layout places where, and the
+collectives of one layer under it. Nothing is built."""
 
 import dataclasses
 import json
@@ -7,21 +8,37 @@ from collections import Counter
 from absl import flags
 
 from llmarch.commands.common import load_config, parse_flags, print_table, short, short_bytes, split_overrides
-from llmarch.config import to_dict
+from llmarch.config import check, to_dict
 
-USAGE = "llmarch describe --config=FILE|PRESET|RUN [--config.a.b=value ...] [--json]"
+USAGE = """llmarch describe --config=FILE|PRESET|RUN [--config.a.b=value ...] [--json]
+       llmarch describe --layout=NAME [--mesh=x=2,y=2,z=2] [--config=FILE|PRESET|RUN ...] [--json]"""
 
 
 def _define(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "config", None, "config file (FILE.py or FILE.py:argument), preset or run folder", flag_values=values
   )
+  flags.DEFINE_string(
+    "layout", None, "describe this layout: train, megatron, or one for inference such as ws_2d+batch_xyz; of the blocks"
+    " of --config, or of a small one", flag_values=values
+  )  # fmt: skip
+  flags.DEFINE_string("mesh", None, "with --layout: the mesh; by default 8 devices", flag_values=values)
   flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
 
 
 def main(argv: list[str]) -> int:
   argv, overrides = split_overrides(argv)
   args = parse_flags(argv, _define, USAGE)
+  if args.layout is not None:
+    from llmarch.commands.describe_layout import describe_layout, print_layout
+
+    found = describe_layout(args.layout, args.mesh, load_config(args.config, overrides) if args.config else None)
+    if args.json:
+      print(json.dumps(found, indent=1))
+    else:
+      print_layout(found)
+    return 0
+  check(args.mesh is None, "--mesh says where a layout is described; give --layout too, such as --layout=ws_2d")
   config = load_config(args.config, overrides)
   costs = describe(config)
   if args.json:
