@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmarch import sharding
 from llmarch.__main__ import main
 from llmarch.analysis import hlo, layer
-from llmarch.commands.describe_layout import describe_layout, small_model
+from llmarch.analysis.layer import describe_layout, small_model
 from llmarch.sharding import LAYOUTS, RESIDUAL, TRAIN, Layout, Partial, find_layout, make_mesh, parse_mesh, use_layout
 
 # ------------------------------------------------------------------------------------------ table and places

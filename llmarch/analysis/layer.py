@@ -1,4 +1,5 @@
-"""The collectives of one layer under a layout, in order, read from its traced program; nothing is compiled.
+"""A layout in words: its row, its places, and the collectives of one layer in order, read from the layer's traced
+program; nothing is compiled.
 
 A layer is what a second layer adds to a model of one. In manual mode every collective is in the program. In automatic
 mode there are those of its local programs (`sharding.local`), and those that XLA must add where an array is
@@ -7,6 +8,7 @@ constrained to another place than it has: the place follows the array through op
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,9 +18,21 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llmarch import sharding
-from llmarch.config import ModelConfig
+from llmarch.config import BlockConfig, ModelConfig
+from llmarch.experiment import ExperimentConfig
+from llmarch.experiment_checks import check_training, plan_pipeline
+from llmarch.layers.attention import AttentionConfig
+from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.norm import RMSNorm
+from llmarch.layers.position import RoPE
 from llmarch.models.decoder import Decoder, unstack
 from llmarch.sharding import Layout
+from llmarch.sharding.mesh_text import LENGTH
+
+MESHES = {"train": "fsdp=2,sequence=2,tensor=2", "megatron": "data=2,tensor=4"}  # by default
+MESH = "x=2,y=2,z=2"
+PLACES = ("RESIDUAL", "NORMED", "BRANCH", "PROJECTED", "ATTENDING", "SCORES", "LATENT")
+
 
 KINDS = {  # of jax's primitives, in the words of HLO
   "all_gather": "all-gather",
@@ -40,6 +54,56 @@ class Collective(NamedTuple):
   count: int
   where: str  # the module of layers/ that asks for it
   implied: bool = False  # XLA adds it, to bring an array to another place
+
+
+def describe_layout(name: str, mesh: str | None = None, config: ExperimentConfig | None = None) -> dict:
+  """The row, the places and the collectives, as plain data.
+
+  mesh: None is one of 8 devices. config: its blocks are described; None is one small block that the mesh divides.
+  Raises UserError.
+  """
+  text = MESHES.get(name.split("+")[0], MESH) if mesh is None else mesh
+  sizes = sharding.parse_mesh(text)
+  devices = abstract_mesh(sizes)
+  training = name == sharding.TRAIN.name
+  layout = sharding.TRAIN if training else sharding.find_layout(name, devices)
+  sharding.check_axes(layout, devices)
+  n = math.prod(sizes.values())
+  batch, length = n * math.ceil(8 / n), 16
+  if training:
+    length *= math.prod(sizes[axis] for axis in LENGTH)
+    if config is not None:
+      check_training(text, config.model, config.train)
+      batch, length = config.train.batch_size // config.train.grad_accum, config.train.seq_len
+      if stages := plan_pipeline(sizes, config.model, config.train):
+        batch //= stages[1]  # a layer works on one microbatch
+  model = small_model(n, length) if config is None else config.model
+  present = lambda axes: [a for a in axes if sizes[a] > 1]
+  collectives = {
+    block: layer_collectives(model, block, layout, devices, batch, length) for block in model.blocks
+  }
+  return {
+    "layout": layout.name,
+    "mesh": {axis: size for axis, size in sizes.items() if size > 1},
+    "products": layout.products if training else ("rings" if layout.ring else "manual"),
+    "axes": {
+      part: {axis: present(layout.mesh_axes(axis)) for axis in names.split()} for part, names in sharding.AXES.items()
+    },
+    "places": {place: sharding.notation(getattr(sharding, place), layout, sizes) for place in PLACES},
+    "tokens": [batch, length],
+    "collectives": {block: [c._asdict() for c in found] for block, found in collectives.items()},
+  }
+
+
+def small_model(devices: int, length: int) -> ModelConfig:
+  """A model with one block, attention and a gated feed-forward, whose sizes any mesh of so many devices divides."""
+  heads = devices * math.ceil(8 / devices)
+  block = BlockConfig(
+    mixer=AttentionConfig(num_heads=heads, head_dim=16, position=RoPE()), ffn=MLPConfig(d_ff=32 * heads), norm=RMSNorm()
+  )
+  return ModelConfig(
+    d_model=8 * heads, vocab_size=8 * heads, max_seq_len=length, blocks={"layer": block}, stack="1*layer"
+  )
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
@@ -122,7 +186,7 @@ class _Reader:
         for v in eqn.invars:
           yield Collective(KINDS[name], axes, v.aval.shape, str(v.aval.dtype), count, where)
       elif name == "sharding_constraint":
-        want = _constrained(here[0], eqn.params["sharding"].spec, eqn.invars[0].aval.ndim)
+        want = _place_after(here[0], eqn.params["sharding"].spec, eqn.invars[0].aval.ndim)
         yield from self._implied(eqn.invars[0].aval, here[0], want, count, where)
         known[eqn.outvars[0]] = Place(want)
       elif name == "shard_map":
@@ -164,7 +228,7 @@ def _padded(spec, ndim: int) -> list[tuple[str, ...]]:
   return axes + [()] * (ndim - len(axes))
 
 
-def _constrained(have: Place | None, spec, ndim: int) -> list[tuple[str, ...]]:
+def _place_after(have: Place | None, spec, ndim: int) -> list[tuple[str, ...]]:
   """Where a constraint puts an array: a dimension that it leaves free stays as it is."""
   free = [entry is PartitionSpec.UNCONSTRAINED for entry in spec]
   want = _padded([None if f else entry for f, entry in zip(free, spec, strict=True)], ndim)
