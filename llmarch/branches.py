@@ -104,7 +104,7 @@ class CrossConfig(BranchConfig):
   kv_heads: int | None = None
   dropout = 0.0  # on attention weights
 
-  def check_memory(self, d_model: int, memory_dim: int) -> None:
+  def check_memory(self, memory_dim: int) -> None:
     """Raises UserError, beginning with a field, unless it can read an encoder's output of this width."""
 
 

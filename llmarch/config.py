@@ -214,7 +214,7 @@ class ModelConfig:
         )
         try:
           if branch.reads_memory:
-            branch.check_memory(self.d_model, self.encoder.d_model)
+            branch.check_memory(self.encoder.d_model)
           branch.check_against(self.d_model, self.max_seq_len)
           branch.check_state(self.precision.state)
         except UserError as e:

@@ -78,7 +78,7 @@ class Single:
   """A model of one block, as a tree of parts that can be exchanged for parts of others."""
 
   def __init__(self, config: ModelConfig):
-    self.config, (self.block,) = config, config.blocks.values()
+    self.config, self.block = config, config.blocks["a"]
     self.labels = labels(self.block) + labels(config)
     self.kinds = {path: label for path, _, label in self.labels}
     self.values = {name for _, name, _ in self.labels}
@@ -104,7 +104,7 @@ class Single:
       return Single(put(self.config, path))
     block = put(self.block, path)
     check(spaces.drops_nothing(block), "an expert could run out of places, which a decoding state does not know")
-    return Single(dataclasses.replace(self.config, blocks={"a": block}))
+    return Single(spaces.completed(self.config, {"a": block}, "2*a"))
 
   def taking(self, chain, donor: "Single") -> "Single":
     """The same with that part of a donor that holds an option value, which lies at the end of the chain."""
@@ -114,7 +114,7 @@ class Single:
 
 def singles(config: ModelConfig) -> list[Single]:
   """A model of one block for each block of a model."""
-  return [Single(dataclasses.replace(config, blocks={"a": b}, stack="2*a")) for b in config.blocks.values()]
+  return [Single(spaces.completed(config, {"a": block}, "2*a")) for block in config.blocks.values()]
 
 
 class Parts:
@@ -272,14 +272,14 @@ def choice() -> Choice:
     for _ in range(2):
       for other in sorted(found, key=lambda s: -left.gain(own[id(s)] | frame))[:4]:
         with contextlib.suppress(UserError):
-          added = climb(Single(dataclasses.replace(model.config, blocks={"a": other.block})), parts, left, shared=False)
+          added = climb(Single(spaces.completed(model.config, {"a": other.block}, "2*a")), parts, left, shared=False)
           if left.gain(left.mask(added.values)) >= 8:
             left.drop(left.mask(added.values))
             blocks.append(added.block)
             break
     names = "abc"[: len(blocks)]
     stack = spaces.STACKS[names][len(chosen) % len(spaces.STACKS[names])]
-    chosen.append(dataclasses.replace(model.config, blocks=dict(zip(names, blocks, strict=True)), stack=stack))
+    chosen.append(spaces.completed(model.config, dict(zip(names, blocks, strict=True)), stack))
   return Choice(tuple(chosen), refused)
 
 

@@ -21,7 +21,7 @@ from flax import nnx
 from tiers import plain_if
 
 from llmarch.analysis import cost
-from llmarch.branches import FFNConfig, MixerConfig
+from llmarch.branches import CrossConfig, FFNConfig, MixerConfig
 from llmarch.config import (
   EmbedConfig,
   HeadConfig,
@@ -159,7 +159,10 @@ class Toy:
     tokens, prefix = self.batch.tokens[row, at], self.batch.prefix[row, at]
     ends = np.cumsum(ROWS[row][0])
     pieces = zip(np.split(tokens, ends)[:-1], np.split(prefix, ends)[:-1], strict=True)
-    return np.concatenate([oracle.logits(self.config, params, t, prefix=p) for t, p in pieces])
+    sources = source_batch().of(row)
+    return np.concatenate(
+      [oracle.logits(self.config, params, t, prefix=p, source=s) for (t, p), s in zip(pieces, sources, strict=True)]
+    )
 
   @functools.cached_property
   def expected(self) -> list[np.ndarray]:
@@ -174,13 +177,44 @@ class Toy:
     return any(c.__class__.__name__ in ("DynamicNTK", "LongRoPE") for c in spaces.components(self.config))
 
 
+class SourceBatch:
+  """What an encoder reads for the documents of ROWS: 3 tokens for the first of a row, 2 for the second; S = 7."""
+
+  def __init__(self):
+    draws = np.random.default_rng(11)
+    self.tokens = draws.integers(0, 30, (B, 7)).astype(np.int32)
+    self.positions, self.segments = np.full((B, 7), -1, np.int32), np.zeros((B, 7), np.int32)
+    self.at = []
+    for row, (documents, *_) in enumerate(ROWS):
+      self.at.append([np.arange(3) + row % 3, np.array([5, 6])][: len(documents)])
+      for i, at in enumerate(self.at[-1]):
+        self.positions[row, at], self.segments[row, at] = np.arange(len(at)), i + 1
+
+  def of(self, row: int) -> list[np.ndarray]:
+    """The tokens of each document's source."""
+    return [self.tokens[row, at] for at in self.at[row]]
+
+
+@functools.cache
+def source_batch() -> SourceBatch:
+  return SourceBatch()
+
+
+def memory_of(model, rows=slice(None)) -> dict:
+  """The `memory` option of a call of a model that has an encoder, for these rows of the sources."""
+  source = source_batch()
+  arrays = (a[rows] for a in (source.tokens, source.positions, source.segments))
+  return {"memory": model.encode(*arrays)} if model.config.encoder else {}
+
+
 def forward(model):
   """The jitted forward of a model: (tokens, positions, segments, prefix) -> logits."""
   graph = nnx.graphdef(model)
 
   @jax.jit
   def run(params, tokens, positions, segments, prefix):
-    return nnx.merge(graph, params)(tokens, positions, segments, prefix=prefix)[0]
+    model = nnx.merge(graph, params)
+    return model(tokens, positions, segments, prefix=prefix, **memory_of(model))[0]
 
   return lambda *arrays: np.asarray(run(nnx.state(model), *arrays))
 
@@ -207,6 +241,9 @@ def decode(model, batch: Batch, groups: list[np.ndarray], chunk: int) -> list[np
     model = nnx.merge(graph, params)
     state = cache.allocate(model.state_spec(B, T, chunk))
     state["length"] = jnp.asarray(lengths)
+    if model.config.encoder:  # the source comes first, beside nothing but padding
+      nothing = jnp.full((B, chunk), -1)
+      state = model(jnp.zeros_like(nothing), nothing, state=state, **memory_of(model))[1]
 
     def call(state, x):
       tokens, positions, segments, prefix = x
@@ -441,7 +478,8 @@ def test_the_list_by_hand_holds_every_option():
   ]
   assert not missing
   kinds = {type(c) for config in spaces.HAND.values() for c in spaces.components(config)}
-  families = (NormConfig, PositionConfig, ScalingConfig, MixerConfig, FFNConfig, InitConfig, MaskConfig, ResidualConfig)
+  parts = (NormConfig, PositionConfig, ScalingConfig, InitConfig, MaskConfig, ResidualConfig)
+  families = (*parts, MixerConfig, CrossConfig, FFNConfig)
   assert {kind for family in families for kind in family.variants.values()} <= kinds
 
 
@@ -467,7 +505,7 @@ def test_low_precision_follows_the_oracle_and_its_own_decoding(cases):
 def losses(model, batch: Batch, chunk: int, **options):
   """The mean next-token loss, its logits made `chunk` tokens at a time."""
   tokens, positions, segments, prefix = batch.arrays()
-  hidden, _, _ = model.trunk(tokens, positions, segments, prefix=prefix, **options)
+  hidden, _, _ = model.trunk(tokens, positions, segments, prefix=prefix, **memory_of(model), **options)
   weights = jnp.asarray(positions >= 0, jnp.float32)
   total, _ = chunked_loss(
     model.unembed, hidden, jnp.roll(tokens, -1, 1), weights, chunk=chunk, label_smoothing=0.1, z_loss=1e-2
@@ -497,7 +535,11 @@ def test_gradients_equal_the_slope_of_the_oracle(name, cases):
   @jax.jit
   def gradient(params):
     tokens, positions, segments, prefix = batch.arrays()
-    run = lambda p: jnp.sum(nnx.merge(toy.graph, p)(tokens, positions, segments, prefix=prefix)[0] * pull)
+
+    def run(p):
+      model = nnx.merge(toy.graph, p)
+      return jnp.sum(model(tokens, positions, segments, prefix=prefix, **memory_of(model))[0] * pull)
+
     return jax.grad(run)(params)
 
   gradients = nnx.state(unstack(nnx.merge(toy.graph, jax.device_get(gradient(toy.params)))))
@@ -730,7 +772,8 @@ def program(config: ModelConfig) -> bytes:
   batch = make_batch(config.vocab_size, prefix_lengths(3), 0)
 
   def run(params, tokens, positions, segments, prefix, key):
-    logits, _, aux = nnx.merge(graph, params)(tokens, positions, segments, prefix=prefix, key=key)
+    model = nnx.merge(graph, params)
+    logits, _, aux = model(tokens, positions, segments, prefix=prefix, key=key, **memory_of(model))
     return logits, aux
 
   def init(key):

@@ -67,7 +67,7 @@ def cross_attention(c: CrossAttentionConfig, d_model: int) -> Cost:
   """D N H of queries and as many of the output, 2 M K H of keys and values of a memory of width M, and biases; 2 K H
   elements of state for each token of a source, of which there is room for max_source_len. How long sources are is not
   known here: the multiply-adds between tokens, and those of a source's keys and values, are counted for none."""
-  D, M, N, K, H = d_model, c.memory_dim or d_model, c.num_heads, c.kv_heads, c.dim(d_model)
+  D, M, N, K, H = d_model, c.memory_dim, c.num_heads, c.kv_heads, c.dim(d_model)
   return Cost(
     matrices=2 * D * N * H + 2 * M * K * H,
     vectors=c.bias * (N + 2 * K) * H + c.out_bias * D + 2 * norm(c.qk_norm, H),
