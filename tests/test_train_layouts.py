@@ -6,6 +6,7 @@ test_pipeline.py.)
 
 import functools
 import itertools
+import math
 import subprocess
 import sys
 import types
@@ -32,6 +33,7 @@ from llmarch.layers.position import ALiBi, Learned, T5Bias
 from llmarch.models.decoder import abstract
 from llmarch.ops import attention, blockwise
 from llmarch.ops.attention import Keys
+from llmarch.residual import ResidualConfig
 from llmarch.run_config import AdamW, Constant, OptimizerConfig, RunConfig, TrainConfig
 from llmarch.sharding import TRAINING as AXES
 from llmarch.sharding import across_granules, make_mesh, parse_mesh
@@ -43,6 +45,7 @@ B, T, V = 8, 32, 42
 
 def block(kv_heads: int, *, form="pre", ffn=None, norm=None, **mixer):
   mixer = spaces.attention(**{"num_heads": 8, "num_kv_heads": kv_heads, "head_dim": 6} | mixer)
+  form = build(ResidualConfig, form, "residual")
   return spaces.block(mixer, ffn=ffn or MLPConfig(d_ff=40), residual=form, norm=norm or RMSNorm())
 
 
@@ -127,7 +130,8 @@ def batch():
 
 
 def mesh_of(text: str) -> Mesh:
-  return make_mesh(parse_mesh(text))
+  sizes = parse_mesh(text)
+  return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
 @functools.cache
