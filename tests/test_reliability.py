@@ -344,7 +344,7 @@ def test_r5_a_damaged_checkpoint_is_never_restored_wrongly(two_steps, tmp_path, 
   shutil.copytree(workdir, tmp_path / "run")
   newest, older = (tmp_path / "run" / "checkpoints" / str(step) for step in (20, 18))
   abstract_state, seen = _made(config).abstract_state, collections.Counter()
-  for case in range(times(100, 5000)):
+  for case in range(times(60, 5000)):
     what = damage(random.Random(f"{SEED} {case}"), newest, older)
     said = []
     with Checkpoints(str(tmp_path / "run"), config.checkpoint) as saved:
@@ -742,7 +742,7 @@ BAD_NUMBERS = [(place, how) for place in ("batch", "params", MU, NU, "ema") for 
 
 
 @pytest.mark.parametrize(
-  "place, on_nonfinite", plain_if(lambda case: case in (("batch", "skip"), ("params", "stop")), BAD_NUMBERS)
+  "place, on_nonfinite", plain_if(lambda case: case == ("params", "stop"), BAD_NUMBERS)
 )
 def test_r16_a_bad_number_is_noticed_in_its_step_and_never_saved(
   tmp_path, place, on_nonfinite, monkeypatch, cases, times
@@ -847,6 +847,7 @@ def spike_case(tmp_path_factory):
   return workdir, data
 
 
+@pytest.mark.full
 def test_r17_a_spike_takes_the_run_back_and_past_its_batches(spike_case, tmp_path, cases):
   workdir, data = spike_case
   (event,) = [row for row in Journal(workdir).events if row["event"] == "rollback"]
