@@ -1019,6 +1019,7 @@ def test_r19_a_second_process_is_refused_with_the_first_ones_number_and_a_dead_o
     cases("R19 second and next processes", 2)
 
 
+@pytest.mark.full
 def test_r19_a_clock_that_jumps_changes_nothing_but_the_account(tmp_path, monkeypatch, cases):
   real = time.time
   for jump in (-1e6, 1e6):
