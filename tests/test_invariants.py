@@ -362,7 +362,7 @@ def check_one_forward(config: ModelConfig, seed: int, chunk: int, step: int, cas
 
 
 SHARES = 64  # tests between which the covering choice is divided: about one config each
-PLAIN = 24  # of them are in every run: the configs that bring most pairs come first
+PLAIN = 16  # of them are in every run: the configs that bring most pairs come first
 
 
 @pytest.mark.parametrize("share", plain_if(lambda share: share < PLAIN, range(SHARES)))
@@ -388,7 +388,7 @@ def test_every_pair_of_options_meets_in_a_chosen_config_or_is_refused(cases):
   assert all(choice.refused.values()) and not held & choice.refused.keys()
   assert len(held) > 9000 and len(choice.refused) < 30, (len(held), choice.refused)
   first = set().union(*map(covering.pairs, choice.configs[:PLAIN]))
-  assert len(first) > 0.95 * len(held)
+  assert len(first) > 0.9 * len(held)
   cases("pairs of option values that meet", len(held))
   cases("pairs of option values that are refused", len(choice.refused))
 
@@ -565,7 +565,7 @@ def test_gradients_equal_the_slope_of_the_oracle(name, cases):
   cases("1 gradients == slope of the oracle")
 
 
-@pytest.mark.parametrize("name", ["gemma2", "t5", "hybrid"])
+@pytest.mark.parametrize("name", plain_if(lambda name: name == "gemma2", ["gemma2", "t5", "hybrid"]))
 def test_loss_in_chunks_of_1_3_and_all_agree_in_value_and_gradient(name, cases):
   toy = Toy(spaces.HAND[name], 4, 3)
   run = jax.jit(lambda params: [value_and_grad(toy.model, toy.batch, chunk)(params) for chunk in (T, 1, 3, 5)])
@@ -575,7 +575,7 @@ def test_loss_in_chunks_of_1_3_and_all_agree_in_value_and_gradient(name, cases):
     cases("5 loss in chunks == whole, values and gradients")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "hybrid"])
+@pytest.mark.parametrize("name", plain_if(lambda name: name == "gpt2", ["gpt2", "t5", "hybrid"]))
 def test_rematerialised_and_unstacked_gradients_agree(name, cases):
   toy, key = Toy(spaces.HAND[name], 5, 3), jax.random.key(0)
 
