@@ -104,7 +104,8 @@ def test_it_is_described_listed_shrunk_trained_and_sampled_by_the_commands(tmp_p
     "  c.model.blocks.layer.mixer = {'kind': 'running_mean', 'width': 32}\n"
     "  return c\n"
   )
-  small = [f"--config.{key}" for key in ("train.steps=2", "train.batch_size=2", "train.seq_len=32", "eval.every=0")]
+  keys = ("train.steps=2", "train.batch_size=2", "train.seq_len=32", "eval.every=0", "optimizer.schedule.warmup=1")
+  small = [f"--config.{key}" for key in keys]
   assert main(["describe", f"--config={config}"]) == 0
   said = capsys.readouterr().out
   assert "mixer: running_mean(width=32)" in said and re.search(r"running_mean +\d", said)
@@ -221,7 +222,8 @@ def test_nothing_outside_of_layers_asks_what_a_branch_is():
   """By hasattr, getattr, isinstance, type() or .kind; the answers are facts of branches.py. Words for a person (a kind
   in a message or a table) are no questions, and a table of formulas is looked up by type in one place each."""
   branch = r"[\w.\[\]\"']*\b(mixer|ffn|cross|branch)"
-  asks = re.compile(rf"\b(hasattr|getattr|isinstance)\({branch}[,)]|[^{{]type\({branch}\)|{branch}\.kind (==|!=|in|not in) ")
+  compared = rf"{branch}\.kind (==|!=|in|not in) "
+  asks = re.compile(rf"\b(hasattr|getattr|isinstance)\({branch}[,)]|[^{{]type\({branch}\)|{compared}")
   rows = {"analysis/cost.py": "COMPONENTS.get(type(branch))", "analysis/comm.py": "type(branch) in KNOWN"}
   found = []
   for path in sorted(ROOT.rglob("*.py")):
