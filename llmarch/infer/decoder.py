@@ -8,6 +8,7 @@ B batch, T tokens of a call, V vocabulary. A row is a sequence; rows never depen
   until no row is alive or there is enough text:       carry, tokens, steps = decode(params, carry, n)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from llmarch.infer.quantize import quantize_params
 from llmarch.models.decoder import Decoder, abstract, unstack
 from llmarch.ops import cache
 from llmarch.ops.sampling import Sampling, sample
-from llmarch.sharding import NEXT_LOGITS, SAMPLED, any_over_mesh, move
+from llmarch.sharding import NEXT_LOGITS, SAMPLED, Layout, any_over_mesh, move
 
 
 class Programs(NamedTuple):
@@ -77,120 +78,157 @@ def make_decoder(
   for i in stop_ids:
     check(0 <= i < config.vocab_size, f"stop: {i} is not a token id; ids are below vocab_size={config.vocab_size}")
   model = nnx.eval_shape(lambda: form(Decoder(config, jax.random.key(0))))
-  graph = nnx.graphdef(model)
   specs = _carry_specs(model, batch, max_len, chunk, sampling)
-  rows = SAMPLED(batch)  # sampling deals the rows out to all devices
+  loop = _Loop(config, nnx.graphdef(model), specs, batch, max_len, sampling, stop_ids, prefix)
+  if mesh is None:
+    jitted = functools.partial(jax.jit, donate_argnums=1)
+    return Programs(jax.jit(loop.start), jitted(loop.advance), _stay, jitted(loop.decode), specs)
+  params = nnx.state(model)
+  if weights:
+    params = jax.eval_shape(lambda p: quantize_params(p, weights), params)
+  prefills, decodes = (sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout))
+  for layout in (prefills, decodes):
+    _check_sizes(config, layout, mesh)
+  places = _Places(mesh, specs, params, batch, prefills, decodes, manual)
+  check(
+    places.params == sharding.shardings(params, decodes, mesh),
+    f"prefill layout {prefill_layout!r} and decode layout {decode_layout!r} store weights in different places;"
+    " ws_1d goes with ws_1d alone",
+  )
+  return Programs(
+    jax.jit(loop.start, out_shardings=places.carry(prefills)),
+    places.jit(loop.advance, prefills, ("params", "carry", "rows", "rows"), ("carry",)),
+    places.switch(),
+    places.jit(loop.decode, decodes, ("params", "carry", "one"), ("carry", "rows", "one")),
+    specs,
+  )
 
-  def advance(params, carry: dict, tokens: jax.Array, positions: jax.Array) -> dict:
+
+def _stay(carry: dict) -> dict:
+  """The carry where it is: prefill and decode have one layout."""
+  return carry
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes its methods
+class _Loop:
+  """The functions of arrays that `make_decoder` jits. Their arguments and results are those of `Programs`."""
+
+  config: ModelConfig
+  graph: nnx.GraphDef
+  specs: dict
+  batch: int
+  max_len: int
+  sampling: Sampling
+  stop_ids: tuple[int, ...]
+  prefix: bool
+
+  def start(self, keys: jax.Array, lengths: jax.Array) -> dict:
+    """An empty carry."""
+    carry = cache.allocate({name: spec for name, spec in self.specs.items() if name != "keys"})
+    return {**carry, "keys": keys, "state": {**carry["state"], "length": lengths}}
+
+  def advance(self, params, carry: dict, tokens: jax.Array, positions: jax.Array) -> dict:
     """Feeds a chunk whose last column holds the newest token of every row; chooses the token after it."""
-    model = nnx.merge(graph, params)
-    both_ways = positions >= 0 if prefix and positions.shape[1] > 1 else None
+    model = nnx.merge(self.graph, params)
+    both_ways = positions >= 0 if self.prefix and positions.shape[1] > 1 else None
     hidden, state, _ = model.trunk(tokens, positions, state=carry["state"], prefix=both_ways)
-    logits = model.unembed(hidden[:, -1:])[:, 0]
-    logits = move(logits, NEXT_LOGITS(config.vocab_size), (rows, None))  # [B, V]
+    logits = model.unembed(hidden[:, -1:])[:, 0]  # [B, V]
+    return {**carry, **self.choose(carry, logits, tokens, positions), "state": state}
+
+  def choose(self, carry: dict, logits: jax.Array, tokens: jax.Array, positions: jax.Array) -> dict:
+    """The next token of every row, and what the carry knows of the rows. Sampling deals the rows out to all devices."""
+    rows = SAMPLED(self.batch)
+    logits = move(logits, NEXT_LOGITS(self.config.vocab_size), (rows, None))
     tokens, positions = (move(a, ("batch", "length"), (rows, None)) for a in (tokens, positions))
-    seen = carry["seen"]
-    if seen is not None:
-      seen = see(seen, tokens, positions)
+    seen = None if carry["seen"] is None else self.see(carry["seen"], tokens, positions)
     alive, position = positions[:, -1] >= 0, positions[:, -1] + 1
     bad = move(carry["bad"], ("batch",), (rows,)) | (alive & ~jnp.isfinite(logits).all(axis=-1))
     # Keyed by row and position: neither neighbours, nor padding, nor slices of the loop change a row's draws.
-    token = sample(logits, seen, jax.vmap(jax.random.fold_in)(carry["keys"], position), sampling=sampling)
-    ended = ~alive | bad | (token[:, None] == jnp.asarray(stop_ids, jnp.int32)).any(axis=-1)
+    token = sample(logits, seen, jax.vmap(jax.random.fold_in)(carry["keys"], position), sampling=self.sampling)
+    ended = ~alive | bad | (token[:, None] == jnp.asarray(self.stop_ids, jnp.int32)).any(axis=-1)
     token = jnp.where(ended, -1, token)
     token, position, bad = (move(a, (rows,), ("batch",)) for a in (token, position, bad))
-    return {**carry, "token": token, "position": position, "bad": bad, "seen": seen, "state": state}
+    return {"token": token, "position": position, "bad": bad, "seen": seen}
 
-  def see(seen, tokens, positions):
-    tokens = jnp.where(positions >= 0, tokens, config.vocab_size)
+  def see(self, seen: jax.Array, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    """Marks the real tokens of a chunk as seen, bool [B, V]."""
+    tokens = jnp.where(positions >= 0, tokens, self.config.vocab_size)
     return seen.at[jnp.arange(seen.shape[0])[:, None], tokens].set(True, mode="drop")
 
-  def start(keys, lengths):
-    carry = cache.allocate({name: spec for name, spec in specs.items() if name != "keys"})
-    return {**carry, "keys": keys, "state": {**carry["state"], "length": lengths}}
+  def decode(self, params, carry: dict, n: jax.Array) -> tuple[dict, jax.Array, jax.Array]:
+    """Feeds each row its newest token, n times at most."""
 
-  def decode(params, carry, n):
     def running(loop):
       step, carry, _ = loop
       alive = (carry["token"] >= 0).any()
       # Every device must take the same turns; each knows only of its own rows.
-      return (step < jnp.minimum(n, max_len)) & any_over_mesh(alive, "batch")
+      return (step < jnp.minimum(n, self.max_len)) & any_over_mesh(alive, "batch")
 
     def body(loop):
       step, carry, out = loop
       token, alive = carry["token"][:, None], carry["token"][:, None] >= 0
       position = jnp.where(alive, carry["position"][:, None], -1)
-      carry = advance(params, carry, jnp.maximum(token, 0), position)
+      carry = self.advance(params, carry, jnp.maximum(token, 0), position)
       return step + 1, carry, jax.lax.dynamic_update_slice(out, carry["token"][:, None], (0, step))
 
-    out = jnp.full((carry["token"].shape[0], max_len), -1, jnp.int32)
+    out = jnp.full((carry["token"].shape[0], self.max_len), -1, jnp.int32)
     steps, carry, out = jax.lax.while_loop(running, body, (jnp.int32(0), carry, out))
     return carry, out, steps
 
-  stay = lambda carry: carry
-  if mesh is None:
-    jitted = functools.partial(jax.jit, donate_argnums=1)
-    return Programs(jax.jit(start), jitted(advance), stay, jitted(decode), specs)
 
-  prefills, decodes = (sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout))
-  for layout in (prefills, decodes):
-    _check_sizes(config, layout, mesh)
-  params = nnx.state(model)
-  if weights:
-    params = jax.eval_shape(lambda p: quantize_params(p, weights), params)
-  stored = sharding.shardings(params, prefills, mesh)
-  check(
-    stored == sharding.shardings(params, decodes, mesh),
-    f"prefill layout {prefill_layout!r} and decode layout {decode_layout!r} store weights in different places;"
-    " ws_1d goes with ws_1d alone",
-  )
+class _Places:
+  """Where parameters and carries lie on a mesh, for prefill and for decode."""
 
-  def placed(function, layout, inputs: tuple[str, ...], outputs: tuple[str, ...]):
-    """The function jitted over the mesh in this layout; inputs and outputs by what they are."""
-    row = NamedSharding(mesh, sharding.spec(("batch",), (batch,), layout, mesh))
-    one = NamedSharding(mesh, PartitionSpec())
-    what = {"params": stored, "carry": sharding.shardings(specs, layout, mesh), "rows": row, "one": one}
+  def __init__(self, mesh: Mesh, specs: dict, params, batch: int, prefills: Layout, decodes: Layout, manual: bool):
+    self.mesh, self.specs, self.batch, self.manual = mesh, specs, batch, manual
+    self.prefills, self.decodes = prefills, decodes
+    self.params = sharding.shardings(params, prefills, mesh)
+
+  def carry(self, layout: Layout) -> dict:
+    """The shardings of a carry."""
+    return sharding.shardings(self.specs, layout, self.mesh)
+
+  def jit(self, function: Callable, layout: Layout, inputs: tuple[str, ...], outputs: tuple[str, ...]):
+    """The function jitted over the mesh in this layout; inputs and outputs by what they are: "params", "carry", "rows"
+    (an array [B, ...]) or "one" (a number)."""
+    rows = NamedSharding(self.mesh, sharding.spec(("batch",), (self.batch,), layout, self.mesh))
+    one = NamedSharding(self.mesh, PartitionSpec())
+    what = {"params": self.params, "carry": self.carry(layout), "rows": rows, "one": one}
     get = lambda names: tuple(what[name] for name in names) if len(names) > 1 else what[names[0]]
 
     def run(*args):
-      with sharding.use_layout(layout, mesh, manual=manual):
+      with sharding.use_layout(layout, self.mesh, manual=self.manual):
         return function(*args)
 
-    if manual:
-      placed_specs = lambda names: jax.tree.map(lambda s: s.spec, get(names))
-      run = jax.shard_map(
-        run, mesh=mesh, in_specs=placed_specs(inputs), out_specs=placed_specs(outputs), check_vma=False
-      )
+    if self.manual:
+      specs = lambda names: jax.tree.map(lambda s: s.spec, get(names))
+      run = jax.shard_map(run, mesh=self.mesh, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
     return jax.jit(run, in_shardings=get(inputs), out_shardings=get(outputs), donate_argnums=1)
 
-  carry_placed = lambda layout: sharding.shardings(specs, layout, mesh)
+  def switch(self) -> Callable[[dict], dict]:
+    """A function from a carry in prefill's layout to the same in decode's."""
+    if self.prefills == self.decodes:
+      return _stay
+    return jax.jit(self.redistribute if self.manual else _stay, out_shardings=self.carry(self.decodes))
 
-  def switch(carry):
-    """By our own collectives: XLA replicates a cache to take it from heads to rows."""
+  def redistribute(self, carry: dict) -> dict:
+    """Moves a carry by our own collectives: XLA replicates a cache to take it from heads to rows."""
     numbers = lambda tree: {name: value for name, value in tree.items() if name != "keys"}
     before, after = (
-      jax.tree.map(lambda s: s.spec, numbers(carry_placed(layout))) for layout in (prefills, decodes)
+      jax.tree.map(lambda s: s.spec, numbers(self.carry(layout))) for layout in (self.prefills, self.decodes)
     )
 
     def move_leaf(x, have, want):
-      return sharding.redistribute(x, sharding.axes_of(have), sharding.axes_of(want), mesh.shape)
+      return sharding.redistribute(x, sharding.axes_of(have), sharding.axes_of(want), self.mesh.shape)
 
     def run(arrays):
       return jax.tree.map(move_leaf, arrays, before, after)
 
-    moved = jax.shard_map(run, mesh=mesh, in_specs=(before,), out_specs=after, check_vma=False)(numbers(carry))
+    moved = jax.shard_map(run, mesh=self.mesh, in_specs=(before,), out_specs=after, check_vma=False)(numbers(carry))
     return {**moved, "keys": carry["keys"]}
 
-  return Programs(
-    jax.jit(start, out_shardings=carry_placed(prefills)),
-    placed(advance, prefills, ("params", "carry", "rows", "rows"), ("carry",)),
-    stay if prefills == decodes else jax.jit(switch if manual else stay, out_shardings=carry_placed(decodes)),
-    placed(decode, decodes, ("params", "carry", "one"), ("carry", "rows", "one")),
-    specs,
-  )
 
-
-def _check_sizes(config: ModelConfig, layout: sharding.Layout, mesh: Mesh) -> None:
+def _check_sizes(config: ModelConfig, layout: Layout, mesh: Mesh) -> None:
   """Raises UserError, before anything is compiled, for activations that the mesh does not divide."""
   sizes = {("act_embed", config.d_model)}
   for block in config.blocks.values():

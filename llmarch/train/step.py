@@ -22,6 +22,7 @@ from llmarch import sharding
 from llmarch.adapt.lora import Adapters
 from llmarch.config import ModelConfig
 from llmarch.layers.param import flatten, unflatten
+from llmarch.layers.stack import Aux
 from llmarch.models.decoder import Decoder, abstract
 from llmarch.ops.einsum import gathered
 from llmarch.ops.loss import chunked_loss
@@ -47,37 +48,93 @@ class TrainStep:
 
 def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
   """Builds init, step and evaluate for this config, sharded over the mesh (None: one device)."""
-  c = config.train
-  graph, abstract_params = nnx.split(abstract(config.model))
-  named = flatten(abstract_params, variables=True)
-  lora = Adapters(c.lora, config.model) if c.lora else None
-  trained = lora.params if lora else named
-  # Biases of routers go against the sign of their gradient, and past the optimizer (layers/moe.py).
-  rates = {name: p.balance_rate for name, p in trained.items() if hasattr(p, "balance_rate")}
-  optimizer = make_optimizer(config.optimizer, c.steps, trained)
-  stages = pipeline.plan(config, LAYOUT, mesh)
-  # Each chunk of the loss has tokens of every device, and as many logits on each as without a mesh.
-  parts = 1 if mesh is None else sharding.ways("length", LAYOUT, mesh)
-  loss_chunk = min(c.loss_chunk, math.ceil(c.seq_len / parts)) * parts
-  ring = 1 if mesh is None or _in_order(config.model) else sharding.ways("attn_length", LAYOUT, mesh)
-  deal = functools.partial(jax.tree.map, functools.partial(_dealt, ring=ring))
-  schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, c.steps)
+  program = _Program(config, mesh)
+  seed = np.uint32(config.seed)  # an argument, so that one compiled program draws the parameters of every seed
+  shapes = jax.eval_shape(program.init, seed)
+  placed, batch_sharding = program.places(shapes)
+  return TrainStep(
+    init=functools.partial(jax.jit(program.init, out_shardings=placed), seed),
+    step=jax.jit(program.step, donate_argnums=0, static_argnames="telemetry", out_shardings=(placed, None)),
+    evaluate=jax.jit(program.evaluate),
+    export=jax.jit(program.export) if program.lora else program.export,
+    abstract_state=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed),
+    batch_sharding=batch_sharding,
+  )
 
-  def model_of(params: dict, base: dict | None) -> Decoder:
-    return nnx.merge(graph, unflatten(abstract_params, lora.attach(base, params) if lora else params))
 
-  def init(seed: jax.Array, params: dict | None = None) -> dict:
+class _Program:
+  """What a config and a mesh fix, and the functions of arrays that `make_train_step` jits."""
+
+  def __init__(self, config: RunConfig, mesh: Mesh | None):
+    c = config.train
+    self.config, self.train, self.mesh = config, c, mesh
+    self.graph, self.abstract_params = nnx.split(abstract(config.model))
+    self.named = flatten(self.abstract_params, variables=True)
+    self.lora = Adapters(c.lora, config.model) if c.lora else None
+    self.trained = self.lora.params if self.lora else self.named
+    # Biases of routers go against the sign of their gradient, and past the optimizer (layers/moe.py).
+    self.rates = {name: p.balance_rate for name, p in self.trained.items() if hasattr(p, "balance_rate")}
+    self.optimizer = make_optimizer(config.optimizer, c.steps, self.trained)
+    self.schedule = make_schedule(config.optimizer.schedule, config.optimizer.learning_rate, c.steps)
+    self.stages = pipeline.plan(config, LAYOUT, mesh)
+    # Each chunk of the loss has tokens of every device, and as many logits on each as without a mesh.
+    parts = 1 if mesh is None else sharding.ways("length", LAYOUT, mesh)
+    self.loss_chunk = min(c.loss_chunk, math.ceil(c.seq_len / parts)) * parts
+    self.ring = 1 if mesh is None or _in_order(config.model) else sharding.ways("attn_length", LAYOUT, mesh)
+
+  # ------------------------------------------------------------------------------------------------ the functions
+
+  def init(self, seed: jax.Array, params: dict | None = None) -> dict:
+    """A train state. params: all of the model's by name; None draws them from the seed."""
     key = jax.random.key(seed)
-    params = flatten(nnx.state(Decoder(config.model, key))) if params is None else params
+    params = flatten(nnx.state(Decoder(self.config.model, key))) if params is None else params
     base = {}
-    if lora:
-      base, params = {"base": lora.freeze(params)}, lora.draw(key)
-    state = {"params": params, "opt_state": optimizer.init(_f32(params)), "step": jnp.zeros((), jnp.int32)}
-    return state | base | ({"ema": _f32(params)} if c.ema else {})
+    if self.lora:
+      base, params = {"base": self.lora.freeze(params)}, self.lora.draw(key)
+    state = {"params": params, "opt_state": self.optimizer.init(_f32(params)), "step": jnp.zeros((), jnp.int32)}
+    return state | base | ({"ema": _f32(params)} if self.train.ema else {})
 
-  def loss_sum(params, base, batch, key, telemetry):
-    """The sum of weighted token losses, and what the metrics need."""
-    model = model_of(params, base)
+  def step(self, state: dict, batch: dict, *, telemetry: bool = False) -> tuple[dict, dict]:
+    """One update: gradients, the optimizer, metrics, and the old state again where the update is not finite."""
+    with sharding.use_layout(LAYOUT, self.mesh):
+      key = jax.random.fold_in(jax.random.key(self.config.seed), state["step"])  # nothing to restore on resume
+      grads, sums, aux = self.gradients(state["params"], state.get("base"), self.dealt(batch), key, telemetry)
+      weight = jnp.maximum(sums["weight"], 1.0)
+      grads, errors = self.mean_gradients(grads, weight)
+      updates, opt_state = self.optimizer.update(grads, state["opt_state"], _f32(state["params"]))
+      params = self.updated(state["params"], updates, errors)
+      metrics = self.metrics(state, grads, sums, aux, weight)
+      if telemetry:
+        metrics["telemetry"] = self.telemetry(state, sums, aux, weight, updates)
+      new = self.new_state(state, params, opt_state)
+      sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+      new |= {name: _where(sound, new[name], state[name]) for name in ("params", "opt_state", "ema") if name in new}
+      # The incoming state is checked: a check of the new one makes XLA compute the update twice (5.7 % slower).
+      # Checkpoints.save checks what it writes.
+      whole = _finite({name: state[name] for name in state if name != "base"})
+      metrics["finite"] = {"update": sound, "state": whole}
+      return new, metrics
+
+  def evaluate(self, state: dict, batch: dict) -> dict:
+    """{"loss", "weight"}: the sums of weighted token losses and of their weights, without dropout."""
+    with sharding.use_layout(LAYOUT, self.mesh):
+      _, (sums, _) = self.loss_sum(eval_params(state), state.get("base"), self.dealt(batch), None, False)
+      return {"loss": sums["plain_loss"], "weight": sums["weight"]}
+
+  def export(self, state: dict) -> dict:
+    """All parameters of the model by name, averaged and with adapters merged."""
+    return self.lora.merge(state["base"], eval_params(state)) if self.lora else eval_params(state)
+
+  # ------------------------------------------------------------------------------------------- loss and gradients
+
+  def dealt(self, batch: dict) -> dict:
+    """The batch with the tokens of each row in the order in which the devices of a ring hold them."""
+    return jax.tree.map(functools.partial(_dealt, ring=self.ring), batch)
+
+  def loss_sum(self, params: dict, base: dict | None, batch: dict, key, telemetry: bool):
+    """The sum of weighted token losses, and what the metrics need: sums, and an Aux of means over microbatches."""
+    c, stages = self.train, self.stages
+    model = self.model_of(params, base)
     how = {"key": key, "remat": c.remat, "telemetry": telemetry}
     if stages:
       batch = stages.arrange(batch)
@@ -89,104 +146,101 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
       aux = jax.tree.map(lambda x: x[None], aux)
     total, sums = chunked_loss(
       functools.partial(model.unembed, table=gathered(model.table)), hidden, batch["targets"], batch["loss_weights"],
-      chunk=loss_chunk, label_smoothing=c.label_smoothing, z_loss=c.z_loss,
+      chunk=self.loss_chunk, label_smoothing=c.label_smoothing, z_loss=c.z_loss,
     )  # fmt: skip
-    if aux.loss is not None:  # of a mean over a microbatch's tokens, as the loss is once it is divided by their weight
+    if aux.loss is not None:
+      # A branch's loss is a mean over a microbatch's tokens, as the loss is once it is divided by their weight.
       weights = stages.by_microbatch(batch["loss_weights"]) if stages else batch["loss_weights"][None]
       total += jnp.sum(aux.loss.T * jnp.sum(weights, axis=(1, 2)))
     return total, (sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), aux))
 
-  def accumulate(params, base, batch, key, telemetry):
-    """Gradients (f32, of the sum), sums and aux over `grad_accum` micro-batches."""
+  def model_of(self, params: dict, base: dict | None) -> Decoder:
+    """The model of these parameters by name, adapters attached to their base."""
+    params = self.lora.attach(base, params) if self.lora else params
+    return nnx.merge(self.graph, unflatten(self.abstract_params, params))
+
+  def gradients(self, params: dict, base: dict | None, batch: dict, key, telemetry: bool):
+    """Gradients (f32, of the sum), sums and Aux over `grad_accum` micro-batches."""
 
     def grad(params, base, batch, key, telemetry):
       """Gradients in f32 that lie as their parameters, for every micro-batch."""
-      grads, sums = jax.grad(loss_sum, has_aux=True)(params, base, batch, key, telemetry)
-      return {name: sharding.shard(g, *trained[name].axes) for name, g in _f32(grads).items()}, sums
+      grads, sums = jax.grad(self.loss_sum, has_aux=True)(params, base, batch, key, telemetry)
+      return {name: sharding.shard(g, *self.trained[name].axes) for name, g in _f32(grads).items()}, sums
 
-    if c.grad_accum == 1:
+    count = self.train.grad_accum
+    if count == 1:
       grads, (sums, aux) = grad(params, base, batch, key, telemetry)
       return grads, sums, aux
-    micro = {name: pipeline.microbatches(x, c.grad_accum) for name, x in batch.items()}
+    micro = {name: pipeline.microbatches(x, count) for name, x in batch.items()}
 
-    def body(total, piece):
+    def add_one(total, piece):
       batch, key = piece
       grads, (sums, aux) = grad(params, base, batch, key, telemetry)
       return jax.tree.map(jnp.add, total, (grads, sums)), aux
 
-    one = jax.tree.map(lambda x: x[0], micro)
-    like = jax.eval_shape(lambda: grad(params, base, one, key, telemetry))
+    first = jax.tree.map(lambda x: x[0], micro)
+    like = jax.eval_shape(lambda: grad(params, base, first, key, telemetry))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (like[0], like[1][0]))
-    (grads, sums), aux = jax.lax.scan(body, zeros, (micro, jax.random.split(key, c.grad_accum)))
+    (grads, sums), aux = jax.lax.scan(add_one, zeros, (micro, jax.random.split(key, count)))
     return grads, sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
 
-  def step(state: dict, batch: dict, *, telemetry: bool = False) -> tuple[dict, dict]:
-    with sharding.use_layout(LAYOUT, mesh):
-      params, batch = state["params"], deal(batch)
-      key = jax.random.fold_in(jax.random.key(config.seed), state["step"])  # nothing to restore on resume
-      grads, sums, aux = accumulate(params, state.get("base"), batch, key, telemetry)
-      weight = jnp.maximum(sums["weight"], 1.0)
-      grads = jax.tree.map(lambda g: g / weight, grads)
-      errors = {name: grads[name] for name in rates}
-      grads |= {name: jnp.zeros_like(error) for name, error in errors.items()}
-      updates, opt_state = optimizer.update(grads, state["opt_state"], _f32(params))
-      new = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
-      new |= {name: params[name] - rate * jnp.sign(errors[name]) for name, rate in rates.items()}
-      metrics = {
-        "loss": sums["plain_loss"] / weight,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": schedule(state["step"]),
-      }
-      if c.z_loss:
-        metrics["z"] = sums["z"] / weight
-      if aux.loss is not None:
-        metrics["branch_loss"] = jnp.sum(aux.loss)
-      if telemetry:
-        ratio = lambda u, p: jnp.linalg.norm(u) / jnp.maximum(jnp.linalg.norm(p.astype(jnp.float32)), 1e-12)
-        losses = {} if aux.loss is None else {"branch_loss": aux.loss}
-        metrics["telemetry"] = aux.stats | losses | {
-          "logit_rms": sums["logit_rms"] / weight,
-          "update_ratio": jax.tree.map(ratio, updates, params),
-        }
-      out = {"params": new, "opt_state": opt_state, "step": state["step"] + 1}
-      if lora:
-        out["base"] = state["base"]
-      if c.ema:
-        out["ema"] = jax.tree.map(lambda e, p: c.ema * e + (1 - c.ema) * p.astype(jnp.float32), state["ema"], new)
-      sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-      out |= {name: _where(sound, out[name], state[name]) for name in ("params", "opt_state", "ema") if name in out}
-      # Of the state as it came in: what this step writes would be computed twice for it. A save looks at that.
-      whole = _finite({name: state[name] for name in state if name != "base"})
-      metrics["finite"] = {"update": sound, "state": whole}
-      return out, metrics
+  # ------------------------------------------------------------------------------------------------- the update
 
-  def evaluate(state: dict, batch: dict) -> dict:
-    with sharding.use_layout(LAYOUT, mesh):
-      _, (sums, _) = loss_sum(eval_params(state), state.get("base"), deal(batch), None, False)
-      return {"loss": sums["plain_loss"], "weight": sums["weight"]}
+  def mean_gradients(self, grads: dict, weight: jax.Array) -> tuple[dict, dict]:
+    """Gradients of the mean loss, and those of routers' biases apart: the optimizer sees zeros for them."""
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    errors = {name: grads[name] for name in self.rates}
+    return grads | {name: jnp.zeros_like(error) for name, error in errors.items()}, errors
 
-  def export(state: dict) -> dict:
-    return lora.merge(state["base"], eval_params(state)) if lora else eval_params(state)
+  def updated(self, params: dict, updates: dict, errors: dict) -> dict:
+    """The parameters after an update, and routers' biases a step of their rate against their load's error."""
+    new = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
+    return new | {name: params[name] - rate * jnp.sign(errors[name]) for name, rate in self.rates.items()}
 
-  seed = np.uint32(config.seed)  # an argument, so that one compiled program draws the parameters of every seed
-  shapes = jax.eval_shape(init, seed)
-  if mesh is None:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed, batch_sharding = jax.tree.map(lambda _: device, shapes), None
-  else:
-    sharding.check_axes(LAYOUT, mesh)
-    placed = _state_shardings(shapes, named | trained, mesh)
-    batch_sharding = NamedSharding(
-      mesh, sharding.spec(TOKENS, (c.batch_size // c.grad_accum, c.seq_len), LAYOUT, mesh)
-    )
-  return TrainStep(
-    init=functools.partial(jax.jit(init, out_shardings=placed), seed),
-    step=jax.jit(step, donate_argnums=0, static_argnames="telemetry", out_shardings=(placed, None)),
-    evaluate=jax.jit(evaluate),
-    export=jax.jit(export) if lora else export,
-    abstract_state=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed),
-    batch_sharding=batch_sharding,
-  )
+  def new_state(self, state: dict, params: dict, opt_state) -> dict:
+    """The train state after the update."""
+    new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+    if self.lora:
+      new["base"] = state["base"]
+    if self.train.ema:
+      decay = self.train.ema
+      new["ema"] = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), state["ema"], params)
+    return new
+
+  def metrics(self, state: dict, grads: dict, sums: dict, aux: Aux, weight: jax.Array) -> dict:
+    """What each step reports, f32 scalars."""
+    found = {
+      "loss": sums["plain_loss"] / weight,
+      "grad_norm": optax.tree.norm(grads),
+      "learning_rate": self.schedule(state["step"]),
+    }
+    if self.train.z_loss:
+      found["z"] = sums["z"] / weight
+    if aux.loss is not None:
+      found["branch_loss"] = jnp.sum(aux.loss)
+    return found
+
+  def telemetry(self, state: dict, sums: dict, aux: Aux, weight: jax.Array, updates: dict) -> dict:
+    """Statistics by layer and by parameter."""
+    size = lambda x: jnp.linalg.norm(x.astype(jnp.float32))
+    ratio = lambda u, p: jnp.linalg.norm(u) / jnp.maximum(size(p), 1e-12)
+    losses = {} if aux.loss is None else {"branch_loss": aux.loss}
+    return aux.stats | losses | {
+      "logit_rms": sums["logit_rms"] / weight,
+      "update_ratio": jax.tree.map(ratio, updates, state["params"]),
+    }
+
+  # --------------------------------------------------------------------------------------------------- the mesh
+
+  def places(self, shapes: dict) -> tuple[Any, Any]:
+    """The shardings of a train state of these shapes, and that of a batch (None on one device)."""
+    if self.mesh is None:
+      device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      return jax.tree.map(lambda _: device, shapes), None
+    sharding.check_axes(LAYOUT, self.mesh)
+    rows = self.train.batch_size // self.train.grad_accum, self.train.seq_len
+    batch = NamedSharding(self.mesh, sharding.spec(TOKENS, rows, LAYOUT, self.mesh))
+    return _state_shardings(shapes, self.named | self.trained, self.mesh), batch
 
 
 def _dealt(x: jax.Array, ring: int) -> jax.Array:
