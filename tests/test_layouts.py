@@ -34,7 +34,7 @@ from llmarch.models.decoder import Decoder, abstract, fuse, separate, stacked, u
 from llmarch.ops import cache
 from llmarch.ops.sampling import Sampling
 from llmarch.presets import PRESETS
-from llmarch.residual import Parallel
+from llmarch.residual import Parallel, ResidualConfig
 from llmarch.sharding import (
   ATTENTION,
   FEED_FORWARD,
@@ -57,7 +57,7 @@ def block(kv_heads: int, *, d_ff: int = 40, activation="silu", gated=True, bias=
   return spaces.block(
     spaces.attention(**{"num_heads": heads, "num_kv_heads": kv_heads} | mixer),
     ffn=MLPConfig(d_ff=d_ff, activation=activation, gated=gated, bias=bias),
-    residual=form,
+    residual=build(ResidualConfig, form),
     **changes,
   )
 
