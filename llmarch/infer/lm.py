@@ -78,7 +78,7 @@ class LM:
       sharding.shardings(self.params, self._layouts[0], mesh)  # refuses what does not divide
 
   def __repr__(self) -> str:
-    """One line, such as LM(849,792 parameters, float32, 4 layers, d_model 128, vocabulary 264, on cpu:0)."""
+    """One line, such as LM(793,728 parameters, float32, 4 layers, d_model 128, vocabulary 264, on cpu:0)."""
     c, mesh = self.config, self._place["mesh"]
     named = flatten(nnx.state(abstract(c)), variables=True)
     count = sum(math.prod(param.shape) for param in named.values())
