@@ -1,4 +1,4 @@
-"""llmarch: language-model architectures as data, trained, sharded and decoded by one forward (JAX and Flax).
+"""Language-model architectures as data, trained, sharded and decoded by one forward (JAX and Flax).
 
 Use a model:
   load(directory)    returns the LM of a training run, of a saved model or of a checkpoint of transformers

@@ -16,7 +16,8 @@ from llmarch.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = [*PAGES, ROOT / "LOG.md"]
+TEXTS = [*PAGES, ROOT / "LOG.md", ROOT / "experiments/README.md"]
+SCRIPTS = [path for folder in ("configs", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
 name_of = lambda path: str(path.relative_to(ROOT))
 
 
@@ -70,8 +71,10 @@ def test_python_snippets_run_in_order(path, tmp_path, monkeypatch, cases):
 
 
 def commands(path: pathlib.Path) -> list[str]:
-  """Every command line of llmarch in a text: in fenced blocks, and in inline code."""
+  """Every command line of llmarch in a text: in fenced blocks, and in inline code; in a script's docstring."""
   text = path.read_text()
+  if path.suffix == ".py":
+    return re.findall(r"(?:^ +|^Command: )(llmarch .*)$", ast.get_docstring(ast.parse(text)), re.M)
   found = []
   for language, content in fences(text):
     if language in ("", "sh"):
@@ -128,10 +131,10 @@ def check_command(line: str) -> None:
 
 FILES = {"text", "peer", "suite", "file"}  # flags whose value must be there
 OUTPUTS = ("runs/", "/shared/runs/")  # what commands of the documentation write
-CONFIGS = {name_of(path) for folder in ("configs", "benchmarks") for path in (ROOT / folder).glob("*.py")}
+CONFIGS = {name_of(path) for path in SCRIPTS}
 
 
-@pytest.mark.parametrize("path", [path for path in TEXTS if commands(path)], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in TEXTS + SCRIPTS if commands(path)], ids=name_of)
 def test_commands_and_their_flags_exist(path, cases):
   wrong = []
   for line in commands(path):
@@ -180,12 +183,14 @@ def named_files(path: pathlib.Path) -> list[str]:
   """Files of the repository that inline code and tables name: `ops/cache.py`, `configs/tiny.py`, `experiments/`."""
   text = path.read_text()
   spans = re.findall(r"`([^`\n]+)`", without_fences(text))
-  named = [word for word in spans if re.fullmatch(r"[\w/-]+(\.py|\.md|\.toml|/)", word) and not word.startswith("runs/")]
+  named = [word for word in spans if re.fullmatch(r"[\w/-]+(\.py|\.md|\.toml|/)", word)]
+  named = [word for word in named if not word.startswith(OUTPUTS)]
   return named + re.findall(r"\b((?:configs|benchmarks|experiments|tests)/[\w/]+\.(?:py|json|md))\b", text)
 
 
-def exists(name: str) -> bool:
-  return any((folder / name).exists() for folder in (ROOT, ROOT / "llmarch", ROOT / "docs"))
+def exists(name: str, page: pathlib.Path) -> bool:
+  """Seen from the page, from the repository, or from the package."""
+  return any((folder / name).exists() for folder in (page.parent, ROOT, ROOT / "llmarch"))
 
 
 WRITTEN = {"ablation.py", "experiments/width/ablation.py", "quarantine/"}  # by a reader, or by a command
@@ -193,7 +198,7 @@ WRITTEN = {"ablation.py", "experiments/width/ablation.py", "quarantine/"}  # by 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
 def test_files_that_are_named_exist(path, cases):
-  missing = [name for name in named_files(path) if name not in WRITTEN and not exists(name)]
+  missing = [name for name in named_files(path) if name not in WRITTEN and not exists(name, path)]
   assert not missing
   cases("a file that the documentation names", len(named_files(path)))
 
