@@ -67,6 +67,7 @@ class MixerConfig(BranchConfig):
   attends = False  # is softmax attention over keys, with `mask` and `window`
   heads: int | None = None
   kv_heads: int | None = None
+  mask: Any = None  # a MaskConfig, of attention
   window: int | None = None  # tokens at this distance or beyond are not seen
   position: Any = None  # a PositionConfig
   dropout = 0.0  # on attention weights
@@ -103,7 +104,7 @@ class CrossConfig(BranchConfig):
   kv_heads: int | None = None
   dropout = 0.0  # on attention weights
 
-  def check_memory(self, d_model: int, memory_dim: int) -> None:
+  def check_memory(self, memory_dim: int) -> None:
     """Raises UserError, beginning with a field, unless it can read an encoder's output of this width."""
 
 

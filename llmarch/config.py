@@ -214,7 +214,7 @@ class ModelConfig:
         )
         try:
           if branch.reads_memory:
-            branch.check_memory(self.d_model, self.encoder.d_model)
+            branch.check_memory(self.encoder.d_model)
           branch.check_against(self.d_model, self.max_seq_len)
           branch.check_state(self.precision.state)
         except UserError as e:
@@ -228,11 +228,10 @@ class ModelConfig:
   @functools.cached_property
   def handed_on(self) -> tuple[frozenset[str], ...]:
     """For each segment, the names of the kept values that a later segment reads from it."""
-    values = lambda what, pattern: {
-      v for name in pattern for branch in self.blocks[name].branches.values() for v in getattr(branch, what)
-    }
-    read_after = lambda i: set().union(*(values("reads_kept", later) for later, _ in self.segments[i + 1 :]))
-    return tuple(frozenset(values("keeps", p) & read_after(i)) for i, (p, _) in enumerate(self.segments))
+    branches = lambda pattern: [branch for name in pattern for branch in self.blocks[name].branches.values()]
+    kept = [{value for branch in branches(pattern) for value in branch.keeps} for pattern, _ in self.segments]
+    read = [{value for branch in branches(pattern) for value in branch.reads_kept} for pattern, _ in self.segments]
+    return tuple(frozenset(values & set().union(*read[i + 1 :])) for i, values in enumerate(kept))
 
   @functools.cached_property
   def layers(self) -> tuple[str, ...]:

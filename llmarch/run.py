@@ -47,7 +47,6 @@ def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
 
   from llmarch.analysis import cost, hardware
   from llmarch.build import to_dict
-  from llmarch.data.pipeline import make_pipeline
   from llmarch.data.tokenizers import load_tokenizer
   from llmarch.train.loop import train
   from llmarch.train.workdir import check_workdir
@@ -55,17 +54,9 @@ def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
   c = config.train
   if distributed.is_main():  # before the corpus is tokenised
     check_workdir(workdir, config)
-  make = lambda split: make_pipeline(
-    config.data,
-    batch_size=c.batch_size,
-    seq_len=c.seq_len,
-    seed=config.seed if split == "train" else 0,  # runs of all seeds are judged on the same text
-    vocab_size=config.model.vocab_size,
-    split=split,
-    prefix=c.loss == "prefix",
-  )
-  with distributed.main_first("data"):  # which makes the cache of tokens
-    train_data, eval_data = make("train"), make("validation") if config.eval.every else None
+  with distributed.main_first("data"):  # the main process makes the cache of tokens
+    train_data = _batches(config, "train")
+    eval_data = _batches(config, "validation") if config.eval.every else None
   distributed.check_same(config=json.dumps(to_dict(config)), corpus=train_data.hash, version=jax.__version__)
   text = train_data.num_bytes > 0  # a synthetic task has none, nor a tokenizer
   tokenizer = load_tokenizer(config.data.tokenizer) if text else None
@@ -90,6 +81,21 @@ def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
     peak_flops=peak and peak * len(devices),
     tokenizer=tokenizer,
     weights=(lambda: _weights(config, tokenizer)) if c.init_from else None,
+  )
+
+
+def _batches(config, split: str):
+  """The batches of a split, "train" or "validation" (data.pipeline.Pipeline)."""
+  from llmarch.data.pipeline import make_pipeline
+
+  return make_pipeline(
+    config.data,
+    batch_size=config.train.batch_size,
+    seq_len=config.train.seq_len,
+    seed=config.seed if split == "train" else 0,  # runs of all seeds are judged on the same text
+    vocab_size=config.model.vocab_size,
+    split=split,
+    prefix=config.train.loss == "prefix",
   )
 
 

@@ -4,7 +4,9 @@ import collections
 import gc
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 # Before the first import of jax. Most of the suite's time is LLVM's, so it optimises nothing here.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,6 +20,29 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import pytest
+
+# One folder of compiled programs for all workers and for processes that tests start: references are compiled once, not
+# once a worker. The first process of a session makes it, the others find its name in their environment.
+MADE_HERE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if MADE_HERE:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llmarch-programs-")
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
+
+def pytest_unconfigure(config):
+  if MADE_HERE:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def compile_anew():
+  """Keeps the programs of a test out of the shared folder: the compiler says nothing of a program found there."""
+  import jax
+
+  before = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+  yield
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 def pytest_addoption(parser):

@@ -78,7 +78,7 @@ class Single:
   """A model of one block, as a tree of parts that can be exchanged for parts of others."""
 
   def __init__(self, config: ModelConfig):
-    self.config, (self.block,) = config, config.blocks.values()
+    self.config, self.block = config, config.blocks["a"]
     self.labels = labels(self.block) + labels(config)
     self.kinds = {path: label for path, _, label in self.labels}
     self.values = {name for _, name, _ in self.labels}
@@ -104,7 +104,7 @@ class Single:
       return Single(put(self.config, path))
     block = put(self.block, path)
     check(spaces.drops_nothing(block), "an expert could run out of places, which a decoding state does not know")
-    return Single(dataclasses.replace(self.config, blocks={"a": block}))
+    return Single(spaces.completed(self.config, {"a": block}, "2*a"))
 
   def taking(self, chain, donor: "Single") -> "Single":
     """The same with that part of a donor that holds an option value, which lies at the end of the chain."""
@@ -113,7 +113,8 @@ class Single:
 
 
 def singles(config: ModelConfig) -> list[Single]:
-  return [Single(dataclasses.replace(config, blocks={"a": b}, stack="2*a")) for b in config.blocks.values()]
+  """A model of one block for each block of a model."""
+  return [Single(spaces.completed(config, {"a": block}, "2*a")) for block in config.blocks.values()]
 
 
 class Parts:
@@ -141,7 +142,7 @@ class Parts:
         host, donor = hosts[i % len(hosts)], donors[i // 2 % len(donors)]
         for (mine, _), (its, chain) in (((host, one), (donor, other)), ((donor, other), (host, one))):
           try:
-            made = mine if chain[-1][0] in mine.kinds and {u, v} <= mine.values else mine.taking(chain, its)
+            made = mine if {u, v} <= mine.values else mine.taking(chain, its)
           except UserError as e:
             sentence = str(e)
             continue
@@ -165,6 +166,7 @@ class Left:
     self.alive = self.mask(values)
 
   def mask(self, values) -> int:
+    """The number with the bits of these values."""
     return sum(self.bit[value] for value in values)
 
   def gain(self, mask: int) -> int:
@@ -176,10 +178,12 @@ class Left:
     return total
 
   def drop(self, mask: int):
+    """Notes that all pairs among a set of values have been found."""
     self.rows = [row & ~mask if mask >> i & 1 else row for i, row in enumerate(self.rows)]
     self.alive = sum(1 << i for i, row in enumerate(self.rows) if row)
 
   def first(self) -> tuple[str, str] | None:
+    """Some pair that no chosen config has, or None where there is none left."""
     for i, row in enumerate(self.rows):
       if row:
         return self.values[i], self.values[row.bit_length() - 1]
@@ -217,6 +221,7 @@ def climb(single: Single, parts: Parts, left: Left, shared: bool) -> Single:
 
 @functools.cache
 def draws(n: int) -> tuple[ModelConfig, ...]:
+  """About n configs that hypothesis draws, the same on every run of one commit."""
   found = {}
 
   @seed(0)
@@ -239,7 +244,12 @@ class Choice:
 
 @functools.cache
 def choice() -> Choice:
-  """The chosen configs, the same on every run of one commit; takes some seconds, once a process."""
+  """The chosen configs, the same on every run of one commit; takes some seconds, once a process.
+
+  Each begins with the random model of one block that has most new pairs, or, once those bring few, with a model that is
+  made to hold some pair that is left; parts of it are exchanged for parts of others while that brings more; and up to
+  two more blocks are added that bring some. It ends when no pair is left.
+  """
   found = [single for config in (*draws(DRAWS), *spaces.HAND.values()) for single in singles(config)]
   parts = Parts(found)
   values = sorted(parts.where)
@@ -262,14 +272,14 @@ def choice() -> Choice:
     for _ in range(2):
       for other in sorted(found, key=lambda s: -left.gain(own[id(s)] | frame))[:4]:
         with contextlib.suppress(UserError):
-          added = climb(Single(dataclasses.replace(model.config, blocks={"a": other.block})), parts, left, shared=False)
+          added = climb(Single(spaces.completed(model.config, {"a": other.block}, "2*a")), parts, left, shared=False)
           if left.gain(left.mask(added.values)) >= 8:
             left.drop(left.mask(added.values))
             blocks.append(added.block)
             break
     names = "abc"[: len(blocks)]
     stack = spaces.STACKS[names][len(chosen) % len(spaces.STACKS[names])]
-    chosen.append(dataclasses.replace(model.config, blocks=dict(zip(names, blocks, strict=True)), stack=stack))
+    chosen.append(spaces.completed(model.config, dict(zip(names, blocks, strict=True)), stack))
   return Choice(tuple(chosen), refused)
 
 

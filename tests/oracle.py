@@ -164,13 +164,16 @@ def sees(mixer, m: int, n: int, same_segment: bool, key_is_prefix: bool) -> bool
   """The query at position m sees the key at position n."""
   if m < 0 or n < 0 or not same_segment:
     return False
+  if mixer.mask is None:  # no attention: all that came before
+    return n <= m
   if mixer.window is not None and abs(m - n) >= mixer.window:
     return False
   return n <= m or mixer.mask.kind == "bidirectional" or (mixer.mask.kind == "prefix" and key_is_prefix)
 
 
-def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
-  """Grouped softmax attention (1706.03762, 2305.13245) of one row; `table` is T5's [num_buckets, N]."""
+def attention(c, p: dict, xs: list[np.ndarray], row, table, kept: dict) -> list[np.ndarray]:
+  """Grouped softmax attention (1706.03762, 2305.13245) of one row; `table` is T5's [num_buckets, N], `kept` the keys
+  and values that earlier layers left by name (2405.12981)."""
   N, K = c.num_heads, c.num_kv_heads or c.num_heads
   H = p["q"].shape[-1]
 
@@ -189,8 +192,12 @@ def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
 
   cut = lambda y: y if c.qkv_clip is None else np.array([[min(max(e, -c.qkv_clip), c.qkv_clip) for e in h] for h in y])
   qs = [cut(norm("q_norm", project("q", x))) for x in xs]
-  ks = [cut(norm("k_norm", project("k", x))) for x in xs]
-  vs = [cut(project("v", x)) for x in xs]
+  if c.kv_from is None:
+    ks, vs = [cut(norm("k_norm", project("k", x))) for x in xs], [cut(project("v", x)) for x in xs]
+  else:
+    ks, vs = kept[c.kv_from]
+  if c.keep_kv is not None:
+    kept[c.keep_kv] = ks, vs
   scale = 1 / math.sqrt(H) if c.query_scale is None else c.query_scale
   kind = c.position.kind if c.position else None
   slopes = alibi_slopes(N, c.position.max_bias) if kind == "alibi" else None
@@ -225,7 +232,7 @@ def attention(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
   return ys
 
 
-def mla(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
+def mla(c, p: dict, xs: list[np.ndarray], row, table, kept: dict) -> list[np.ndarray]:
   """Multi-head latent attention of one row (2405.04434, equations 9 to 19), every head's keys and values made."""
   N, P = c.num_heads, c.qk_nope_head_dim
   norm = lambda name, y: normalise(c.latent_norm, p.get(name, {}), y)
@@ -256,7 +263,22 @@ def mla(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
   return ys
 
 
-MIXERS = {"attention": attention, "mla": mla}
+def linear(c, p: dict, xs: list[np.ndarray], row, table, kept: dict) -> list[np.ndarray]:
+  """Causal linear attention of one row: the sums of 2006.16236, equation 9, over the pairs themselves."""
+  feature = lambda x: np.array([e + 1 if e > 0 else math.exp(e) for e in x])
+  ys = []
+  for t, m in enumerate(row.positions):
+    y = np.zeros(p["o"].shape[-1])
+    before = [s for s in range(t + 1) if row.positions[s] >= 0 and row.segments[s] == row.segments[t]]
+    for n in range(c.num_heads) if m >= 0 else ():
+      q = feature(xs[t] @ p["q"][:, n])
+      weights = [q @ feature(xs[s] @ p["k"][:, n]) for s in before]
+      y += sum(w * (xs[s] @ p["v"][:, n]) for w, s in zip(weights, before, strict=True)) / sum(weights) @ p["o"][n]
+    ys.append(y)
+  return ys
+
+
+MIXERS = {"attention": attention, "mla": mla, "linear": linear}
 
 
 def mlp(c, p: dict, x: np.ndarray) -> np.ndarray:
@@ -342,21 +364,41 @@ FFNS = {"mlp": lambda c, p, xs, row: [mlp(c, p, x) for x in xs], "moe": moe}
 # ---------------------------------------------------------------------------------------- blocks and model
 
 
-def block(c, p: dict, xs: list[np.ndarray], row, table) -> list[np.ndarray]:
-  """The residual forms of BlockConfig."""
+def cross_attention(c, p: dict, xs: list[np.ndarray], row, memory: list[np.ndarray]) -> list[np.ndarray]:
+  """Softmax attention of one document to all of its source, whose encoded tokens are `memory` (1706.03762)."""
+  N, K = c.num_heads, c.num_kv_heads or c.num_heads
+  bias = lambda name, n: p[f"{name}_bias"][n] if c.bias else 0.0
+  project = lambda name, x: [x @ p[name][:, n] + bias(name, n) for n in range(p[name].shape[1])]
+  norm = lambda name, heads: [normalise(c.qk_norm, p.get(name, {}), h) if c.qk_norm else h for h in heads]
+  ks, vs = [norm("k_norm", project("k", x)) for x in memory], [project("v", x) for x in memory]
+  scale = 1 / math.sqrt(p["q"].shape[-1]) if c.query_scale is None else c.query_scale
+  ys = []
+  for x in xs:
+    y, qs = np.zeros(p["o"].shape[-1]), norm("q_norm", project("q", x))
+    for n in range(N):
+      logits = [scale * (qs[n] @ k[n // (N // K)]) for k in ks]
+      weights = [math.exp(logit - max(logits)) for logit in logits]
+      y += sum(w * v[n // (N // K)] for w, v in zip(weights, vs, strict=True)) / sum(weights) @ p["o"][n]
+    ys.append(y + p["o_bias"] if c.out_bias else y)
+  return ys
+
+
+def block(c, p: dict, xs: list[np.ndarray], row, table, kept: dict, memory) -> list[np.ndarray]:
+  """The residual schemes, by the formulas of residual.py."""
   norms = lambda name, vs: [normalise(c.norm, p.get(name, {}), v) for v in vs]
-  mixer = lambda vs: MIXERS[c.mixer.kind](c.mixer, p["mixer"], vs, row, table)
-  ffn = lambda vs: FFNS[c.ffn.kind](c.ffn, p["ffn"], vs, row)
   add = lambda xs, *ys: [c.skip_scale * x + c.branch_scale * sum(y) for x, *y in zip(xs, *ys, strict=True)]
+  branches = {"mixer": lambda vs: MIXERS[c.mixer.kind](c.mixer, p["mixer"], vs, row, table, kept)}
+  if c.cross:
+    branches["cross"] = lambda vs: cross_attention(c.cross, p["cross"], vs, row, memory)
+  if c.ffn:
+    branches["ffn"] = lambda vs: FFNS[c.ffn.kind](c.ffn, p["ffn"], vs, row)
 
   if c.residual.kind == "parallel":
     h = norms("mixer_norm", xs)
-    return add(xs, mixer(h), ffn(h))
+    return add(xs, *(f(h) for f in branches.values()))
   if c.residual.kind == "parallel_two_norms":
-    return add(xs, mixer(norms("mixer_norm", xs)), ffn(norms("ffn_norm", xs)))
-  for name, f in (("mixer", mixer), ("ffn", ffn)):
-    if name == "ffn" and c.ffn is None:
-      continue
+    return add(xs, *(f(norms(f"{name}_norm", xs)) for name, f in branches.items()))
+  for name, f in branches.items():
     if c.residual.kind == "pre":
       xs = add(xs, f(norms(f"{name}_norm", xs)))
     elif c.residual.kind == "post":
@@ -389,16 +431,33 @@ def as_float64(params) -> dict:
   return np.asarray(params).astype(np.float64)
 
 
-def logits(config, params: dict, tokens, positions=None, segments=None, prefix=None, context=None) -> np.ndarray:
+def logits(
+  config, params: dict, tokens, positions=None, segments=None, prefix=None, context=None, source=None
+) -> np.ndarray:
   """The logits [T, V] of one row of T tokens. `params`: the nested dict of an unstacked model's parameters.
 
-  `positions` counts up from 0, `segments` is one document and `prefix` is empty where they are not given.
+  `positions` counts up from 0, `segments` is one document and `prefix` is empty where they are not given. `source`:
+  the tokens that the encoder reads, if there is one.
   """
+  p = as_float64(params)
+  memory = hidden(config.encoder, p["encoder"], source) if config.encoder else None
+  xs = hidden(config, p, tokens, positions, segments, prefix, context, memory)
+  if config.embed.dim is not None:
+    xs = [x @ p["embed_out"] for x in xs]
+  head = config.head
+  table = p["embed"] if head.tied else p["head"]
+  raw = [head.scale * (table @ x + (p["head_bias"] if head.bias else 0.0)) for x in xs]
+  return np.array([[softcap(v, head.softcap) for v in row] for row in raw])
+
+
+def hidden(
+  c, p: dict, tokens, positions=None, segments=None, prefix=None, context=None, memory=None
+) -> list[np.ndarray]:
+  """What the head reads, [D] for each of the T tokens of a row; p: float64 parameters."""
   T = len(tokens)
   positions = list(range(T)) if positions is None else [int(p) for p in positions]
   segments = [0] * T if segments is None else [int(s) for s in segments]
   row = Row(positions, segments, [False] * T if prefix is None else list(prefix), context)
-  p, c = as_float64(params), config
 
   xs = []
   for token, position in zip(tokens, positions, strict=True):
@@ -409,16 +468,9 @@ def logits(config, params: dict, tokens, positions=None, segments=None, prefix=N
       x = x + p["position"][max(position, 0) + c.embed.position.offset]
     xs.append(normalise(c.embed.norm, p.get("embed_norm", {}), x) if c.embed.norm else x)
 
-  segment_params = p["stack"]["segments"]
+  segment_params, kept = p["stack"]["segments"], {}
   layers = [segment_params[s]["blocks"][b] for s in sorted(segment_params, key=int)
             for b in sorted(segment_params[s]["blocks"], key=int)]  # fmt: skip
   for name, layer in zip(c.layers, layers, strict=True):
-    xs = block(c.blocks[name], layer, xs, row, p["stack"].get("shared", {}).get(name))
-
-  if c.final_norm:
-    xs = [normalise(c.final_norm, p.get("final_norm", {}), x) for x in xs]
-  if c.embed.dim is not None:
-    xs = [x @ p["embed_out"] for x in xs]
-  table = p["embed"] if c.head.tied else p["head"]
-  raw = [c.head.scale * (table @ x + (p["head_bias"] if c.head.bias else 0.0)) for x in xs]
-  return np.array([[softcap(v, c.head.softcap) for v in row] for row in raw])
+    xs = block(c.blocks[name], layer, xs, row, p["stack"].get("shared", {}).get(name), kept, memory)
+  return [normalise(c.final_norm, p.get("final_norm", {}), x) for x in xs] if c.final_norm else xs

@@ -19,7 +19,9 @@ from llmarch.build import to_dict
 from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelConfig, Normal, Xavier
 from llmarch.layers.attention import AttentionConfig, QKNorm
 from llmarch.layers.context import make_context
+from llmarch.layers.cross import CrossAttentionConfig
 from llmarch.layers.ffn import Activation, MLPConfig
+from llmarch.layers.linear import LinearConfig
 from llmarch.layers.mask import Bidirectional, Causal, Prefix
 from llmarch.layers.mla import MLAConfig
 from llmarch.layers.moe import ExpertChoice, Groups, MoEConfig, TopK
@@ -71,6 +73,19 @@ def model(*blocks: BlockConfig, **changes) -> ModelConfig:
   sizes = {"d_model": 18, "vocab_size": 40, "max_seq_len": MAX_LEN, "final_norm": RMSNorm()}
   stack = {"stack": "2*a" if len(blocks) == 1 else " ".join(names)}
   return ModelConfig(blocks=dict(zip(names, blocks, strict=True)), **sizes | stack | changes)
+
+
+def encoder(**changes) -> ModelConfig:
+  """What the cross-attentions of these configs read: of another width than the decoders."""
+  return ModelConfig(
+    d_model=14,
+    vocab_size=30,
+    max_seq_len=MAX_LEN,
+    stack="2*e",
+    blocks={"e": block(attention(num_heads=4, mask=Bidirectional()), ffn=MLPConfig(d_ff=20))},
+    final_norm=RMSNorm(),
+    **changes,
+  )
 
 
 def _rope(**kwargs) -> BlockConfig:
@@ -225,6 +240,30 @@ HAND: dict[str, ModelConfig] = {
     block(attention(window=3), residual=Parallel()),
     stack="2*(a b) c",
   ),
+  "linear_attention": model(
+    block(LinearConfig(num_heads=3, head_dim=10, chunk=5)), block(LinearConfig(num_heads=2), ffn=None), block()
+  ),
+  "shared_kv": model(
+    block(attention(keep_kv="low", qk_norm=QKNorm(norm=RMSNorm(), per_head=True), qkv_bias=True)),
+    block(attention(kv_from="low", window=4, num_heads=4, qk_norm=QKNorm(norm=RMSNorm(), per_head=True))),
+    block(attention(keep_kv="high", window=6, position=ALiBi()), ffn=None),
+    block(attention(kv_from="high", window=3, position=ALiBi(), qkv_bias=True)),
+    stack="2*(a b) c 2*(d b)",
+  ),
+  "encoder_decoder": model(
+    block(cross=CrossAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, memory_dim=14, max_source_len=9)),
+    block(
+      cross=CrossAttentionConfig(
+        num_heads=2, memory_dim=14, bias=True, out_bias=True, qk_norm=RMSNorm(), query_scale=0.3, max_source_len=8
+      ),
+      residual=Post(),
+      dropout=0.1,
+      ffn=None,
+    ),
+    block(cross=CrossAttentionConfig(num_heads=3, memory_dim=14, max_source_len=9, dropout=0.1), residual=Parallel()),
+    encoder=encoder(),
+    stack="2*(a b) c",
+  ),
   "mixtral": model(block(ffn=moe()), stack="3*a"),
   # No expert runs out of places: that a state drops nothing makes no difference. tests/test_moe.py has what is dropped.
   "switch": model(
@@ -280,6 +319,27 @@ HAND: dict[str, ModelConfig] = {
     stack="2*(a a b) c",
   ),
 }
+
+
+
+def completed(config: ModelConfig, blocks: dict[str, BlockConfig], stack: str) -> ModelConfig:
+  """The config with other blocks, and with what these need of others: an encoder, if there is a cross-attention; and
+  for a block that reads kept keys and values, one that keeps them, under it all."""
+  made, under = {}, []
+  for name, block in blocks.items():
+    mixer = block.mixer
+    if mixer.keeps:
+      mixer = dataclasses.replace(mixer, keep_kv=name)  # two blocks may not keep one name
+    if mixer.reads_kept:
+      under.append(f"under_{name}")
+      keeps = dataclasses.replace(mixer, kv_from=None, keep_kv=under[-1])
+      made[under[-1]] = dataclasses.replace(block, mixer=keeps)
+      mixer = dataclasses.replace(mixer, kv_from=under[-1])
+    made[name] = dataclasses.replace(block, mixer=mixer)
+  memory = next((b.cross.memory_dim for b in blocks.values() if b.cross), None)
+  reads = None if memory is None else config.encoder or encoder()
+  return dataclasses.replace(config, blocks=made, stack=" ".join([*under, stack]), encoder=reads)
+
 
 # ---------------------------------------------------------------------------------------- hypothesis draws
 

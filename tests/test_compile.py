@@ -14,6 +14,8 @@ from llmarch.__main__ import main
 from llmarch.analysis import compile as ahead
 from llmarch.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compile_anew")
+
 ahead.prepare()
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 GiB = 2**30

@@ -507,7 +507,7 @@ def test_every_family_has_a_golden_file():
   assert GOLDEN.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("family", plain_if(lambda family: f"{family}-0" in DOZEN, GOLDEN))
+@pytest.mark.parametrize("family", plain_if(("llama", "gpt2", "deepseek_v3").__contains__, GOLDEN))
 def test_logits_equal_those_that_transformers_computed_once(family, tmp_path):
   golden = GOLDEN[family]
   write_drawn(tmp_path / family, golden["config"], golden["shapes"])
@@ -845,6 +845,7 @@ def test_what_lies_beside_sound_weights_is_neither_opened_nor_run(folder):
   assert opened == {folder / "config.json", folder / hf.INDEX, *shards(folder)}
 
 
+@pytest.mark.full
 def test_sound_checkpoint_loads_onto_a_mesh_one_parameter_at_a_time(folder):
   mesh = sharding.make_mesh(sharding.parse_mesh("x=2"), jax.devices()[:2])
   alone, spread = llmarch.load(folder), llmarch.load(folder, mesh=mesh)
@@ -936,7 +937,10 @@ def test_a_model_that_no_family_computes_is_refused(folder, tmp_path, capsys):
 ELSEWHERE = {"mt_nlg", "gpt_3", "glam", "deepseek_moe"}
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith(tuple(ELSEWHERE))])
+SAID = [name for name in PRESETS if not name.startswith(tuple(ELSEWHERE))]
+
+
+@pytest.mark.parametrize("name", plain_if(SAID[::6].__contains__, SAID))
 def test_preset_can_be_said_in_its_family(name):
   family, options = hf.express(PRESETS[name]())
   again = build(ModelConfig, family.read(json.loads(json.dumps(options))), "model")

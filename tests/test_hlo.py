@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from llmarch.analysis import compile as ahead
 from llmarch.analysis import hlo
 
+pytestmark = pytest.mark.usefixtures("compile_anew")
+
 XYZ = ("x", "y", "z")
 
 

@@ -21,7 +21,7 @@ from flax import nnx
 from tiers import plain_if
 
 from llmarch.analysis import cost
-from llmarch.branches import FFNConfig, MixerConfig
+from llmarch.branches import CrossConfig, FFNConfig, MixerConfig
 from llmarch.config import (
   EmbedConfig,
   HeadConfig,
@@ -159,7 +159,10 @@ class Toy:
     tokens, prefix = self.batch.tokens[row, at], self.batch.prefix[row, at]
     ends = np.cumsum(ROWS[row][0])
     pieces = zip(np.split(tokens, ends)[:-1], np.split(prefix, ends)[:-1], strict=True)
-    return np.concatenate([oracle.logits(self.config, params, t, prefix=p) for t, p in pieces])
+    sources = source_batch().of(row)
+    return np.concatenate(
+      [oracle.logits(self.config, params, t, prefix=p, source=s) for (t, p), s in zip(pieces, sources, strict=True)]
+    )
 
   @functools.cached_property
   def expected(self) -> list[np.ndarray]:
@@ -167,10 +170,41 @@ class Toy:
 
   def masks(self) -> set[str]:
     causal = all(block.ffn is None or block.ffn.causal for block in self.config.blocks.values())
-    return {block.mixer.mask.kind for block in self.config.blocks.values()} | (set() if causal else {"bidirectional"})
+    masks = {block.mixer.mask.kind for block in self.config.blocks.values() if block.mixer.mask}
+    return masks | (set() if causal else {"bidirectional"})
 
   def depends_on_length(self) -> bool:
     return any(c.__class__.__name__ in ("DynamicNTK", "LongRoPE") for c in spaces.components(self.config))
+
+
+class SourceBatch:
+  """What an encoder reads for the documents of ROWS: 3 tokens for the first of a row, 2 for the second; S = 7."""
+
+  def __init__(self):
+    draws = np.random.default_rng(11)
+    self.tokens = draws.integers(0, 30, (B, 7)).astype(np.int32)
+    self.positions, self.segments = np.full((B, 7), -1, np.int32), np.zeros((B, 7), np.int32)
+    self.at = []
+    for row, (documents, *_) in enumerate(ROWS):
+      self.at.append([np.arange(3) + row % 3, np.array([5, 6])][: len(documents)])
+      for i, at in enumerate(self.at[-1]):
+        self.positions[row, at], self.segments[row, at] = np.arange(len(at)), i + 1
+
+  def of(self, row: int) -> list[np.ndarray]:
+    """The tokens of each document's source."""
+    return [self.tokens[row, at] for at in self.at[row]]
+
+
+@functools.cache
+def source_batch() -> SourceBatch:
+  return SourceBatch()
+
+
+def memory_of(model, rows=slice(None)) -> dict:
+  """The `memory` option of a call of a model that has an encoder, for these rows of the sources."""
+  source = source_batch()
+  arrays = (a[rows] for a in (source.tokens, source.positions, source.segments))
+  return {"memory": model.encode(*arrays)} if model.config.encoder else {}
 
 
 def forward(model):
@@ -179,7 +213,8 @@ def forward(model):
 
   @jax.jit
   def run(params, tokens, positions, segments, prefix):
-    return nnx.merge(graph, params)(tokens, positions, segments, prefix=prefix)[0]
+    model = nnx.merge(graph, params)
+    return model(tokens, positions, segments, prefix=prefix, **memory_of(model))[0]
 
   return lambda *arrays: np.asarray(run(nnx.state(model), *arrays))
 
@@ -206,6 +241,9 @@ def decode(model, batch: Batch, groups: list[np.ndarray], chunk: int) -> list[np
     model = nnx.merge(graph, params)
     state = cache.allocate(model.state_spec(B, T, chunk))
     state["length"] = jnp.asarray(lengths)
+    if model.config.encoder:  # the source comes first, beside nothing but padding
+      nothing = jnp.full((B, chunk), -1)
+      state = model(jnp.zeros_like(nothing), nothing, state=state, **memory_of(model))[1]
 
     def call(state, x):
       tokens, positions, segments, prefix = x
@@ -324,9 +362,10 @@ def check_one_forward(config: ModelConfig, seed: int, chunk: int, step: int, cas
 
 
 SHARES = 64  # tests between which the covering choice is divided: about one config each
+PLAIN = 16  # of them are in every run: the configs that bring most pairs come first
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("share", plain_if(lambda share: share < PLAIN, range(SHARES)))
 def test_one_forward_serves_all_for_every_pair_of_options(share, cases):
   """And (5): the prefill goes by 1, 3 or 4 tokens."""
   for i in range(share, len(covering.choice().configs), SHARES):
@@ -348,6 +387,8 @@ def test_every_pair_of_options_meets_in_a_chosen_config_or_is_refused(cases):
   assert missing == apart, sorted(set(missing) - set(apart))[:10]
   assert all(choice.refused.values()) and not held & choice.refused.keys()
   assert len(held) > 9000 and len(choice.refused) < 30, (len(held), choice.refused)
+  first = set().union(*map(covering.pairs, choice.configs[:PLAIN]))
+  assert len(first) > 0.9 * len(held)
   cases("pairs of option values that meet", len(held))
   cases("pairs of option values that are refused", len(choice.refused))
 
@@ -388,7 +429,7 @@ def test_one_forward_serves_all_for_shrunk_presets(name, cases):
   check_restack(check_one_forward(spaces.preset(name), 1, 3, 1, cases), cases)
 
 
-@pytest.mark.parametrize("name", spaces.HAND)
+@pytest.mark.parametrize("name", plain_if(lambda name: name in covering.widest(16), spaces.HAND))
 def test_layers_apart_can_be_stacked_again_and_are_as_many_parameters_as_the_formula_says(name, cases):
   """Of every option. This depends on the stack alone, so that it is not done again for each pair of options."""
   toy = Toy(spaces.HAND[name], 2, 3)
@@ -437,7 +478,8 @@ def test_the_list_by_hand_holds_every_option():
   ]
   assert not missing
   kinds = {type(c) for config in spaces.HAND.values() for c in spaces.components(config)}
-  families = (NormConfig, PositionConfig, ScalingConfig, MixerConfig, FFNConfig, InitConfig, MaskConfig, ResidualConfig)
+  parts = (NormConfig, PositionConfig, ScalingConfig, InitConfig, MaskConfig, ResidualConfig)
+  families = (*parts, MixerConfig, CrossConfig, FFNConfig)
   assert {kind for family in families for kind in family.variants.values()} <= kinds
 
 
@@ -463,7 +505,7 @@ def test_low_precision_follows_the_oracle_and_its_own_decoding(cases):
 def losses(model, batch: Batch, chunk: int, **options):
   """The mean next-token loss, its logits made `chunk` tokens at a time."""
   tokens, positions, segments, prefix = batch.arrays()
-  hidden, _, _ = model.trunk(tokens, positions, segments, prefix=prefix, **options)
+  hidden, _, _ = model.trunk(tokens, positions, segments, prefix=prefix, **memory_of(model), **options)
   weights = jnp.asarray(positions >= 0, jnp.float32)
   total, _ = chunked_loss(
     model.unembed, hidden, jnp.roll(tokens, -1, 1), weights, chunk=chunk, label_smoothing=0.1, z_loss=1e-2
@@ -483,7 +525,7 @@ def assert_same_gradients(actual, expected, what: str, tolerance: float = 1e-5):
   assert largest > 0 and error <= tolerance * largest, f"{what}: gradients off by {error / largest:.1e} of the largest"
 
 
-@pytest.mark.parametrize("name", plain_if(lambda name: name in covering.widest(16), spaces.HAND))
+@pytest.mark.parametrize("name", plain_if(lambda name: name in covering.widest(10), spaces.HAND))
 def test_gradients_equal_the_slope_of_the_oracle(name, cases):
   """In a direction in which each parameter's gradient foretells its own share: none can hide behind another."""
   toy, draws = Toy(spaces.HAND[name], 8, 3), np.random.default_rng(8)
@@ -493,7 +535,11 @@ def test_gradients_equal_the_slope_of_the_oracle(name, cases):
   @jax.jit
   def gradient(params):
     tokens, positions, segments, prefix = batch.arrays()
-    run = lambda p: jnp.sum(nnx.merge(toy.graph, p)(tokens, positions, segments, prefix=prefix)[0] * pull)
+
+    def run(p):
+      model = nnx.merge(toy.graph, p)
+      return jnp.sum(model(tokens, positions, segments, prefix=prefix, **memory_of(model))[0] * pull)
+
     return jax.grad(run)(params)
 
   gradients = nnx.state(unstack(nnx.merge(toy.graph, jax.device_get(gradient(toy.params)))))
@@ -519,7 +565,7 @@ def test_gradients_equal_the_slope_of_the_oracle(name, cases):
   cases("1 gradients == slope of the oracle")
 
 
-@pytest.mark.parametrize("name", ["gemma2", "t5", "hybrid"])
+@pytest.mark.parametrize("name", plain_if(lambda name: name == "gemma2", ["gemma2", "t5", "hybrid"]))
 def test_loss_in_chunks_of_1_3_and_all_agree_in_value_and_gradient(name, cases):
   toy = Toy(spaces.HAND[name], 4, 3)
   run = jax.jit(lambda params: [value_and_grad(toy.model, toy.batch, chunk)(params) for chunk in (T, 1, 3, 5)])
@@ -529,7 +575,7 @@ def test_loss_in_chunks_of_1_3_and_all_agree_in_value_and_gradient(name, cases):
     cases("5 loss in chunks == whole, values and gradients")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "hybrid"])
+@pytest.mark.parametrize("name", plain_if(lambda name: name == "gpt2", ["gpt2", "t5", "hybrid"]))
 def test_rematerialised_and_unstacked_gradients_agree(name, cases):
   toy, key = Toy(spaces.HAND[name], 5, 3), jax.random.key(0)
 
@@ -726,7 +772,8 @@ def program(config: ModelConfig) -> bytes:
   batch = make_batch(config.vocab_size, prefix_lengths(3), 0)
 
   def run(params, tokens, positions, segments, prefix, key):
-    logits, _, aux = nnx.merge(graph, params)(tokens, positions, segments, prefix=prefix, key=key)
+    model = nnx.merge(graph, params)
+    logits, _, aux = model(tokens, positions, segments, prefix=prefix, key=key, **memory_of(model))
     return logits, aux
 
   def init(key):
@@ -741,10 +788,18 @@ def program(config: ModelConfig) -> bytes:
   return digest.digest()
 
 
-def test_a_program_traced_again_is_the_same():
+def test_a_program_traced_again_is_the_same_and_one_that_differs_in_an_exempt_field_too():
   """Otherwise every field would count as live."""
   for name in ("mla", "gemma2", "deepseek"):
-    assert len({program.__wrapped__(spaces.HAND[name]) for _ in range(2)}) == 1, name
+    base = spaces.HAND[name]
+    changes = [
+      (field, rebuild(2 * old))
+      for owner, field, old, rebuild in spaces.variations(base)
+      if (type(owner).__name__, field) in EXEMPT and old is not None
+    ]
+    assert {"max_seq_len"} <= {field for field, _ in changes}
+    for field, config in [("none", base), *changes]:
+      assert program.__wrapped__(config) == program(base), (name, field)
 
 
 def sort_of(new) -> str:
@@ -778,10 +833,10 @@ def knobs() -> dict[str, dict]:
 
 
 CHANGES = [(field, sort) for field, sorts in sorted(knobs().items()) for sort in sorted(sorts)]
-FIRST = {field: (field, sort) for field, sort in reversed(CHANGES)}
+THIRD = CHANGES[::3]
 
 
-@pytest.mark.parametrize("field, sort", plain_if(lambda change: change in FIRST.values(), CHANGES))
+@pytest.mark.parametrize("field, sort", plain_if(THIRD.__contains__, CHANGES))
 def test_every_field_of_every_config_is_live(field, sort, cases):
   """Each sort of change to a field changes the program where it can be made first; and of three numbers, each is
   another program (a field that only switches something on is not live)."""

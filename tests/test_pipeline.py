@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import spaces
 from jax.sharding import PartitionSpec as P
-from test_train_layouts import B, T, assert_near, batch, block, in_tiers, optax_moments
+from test_train_layouts import B, T, assert_near, axes_of, batch, block, in_tiers, optax_moments
 from tiers import plain_if
 
 from llmarch.analysis import hlo
@@ -55,8 +55,8 @@ CASES = [  # mesh, model, options of training
   ("data=2,stage=2", "hybrid", {"circuits": 2}),
   ("data=2,stage=2,context=2", "parallel", {"circuits": 2, "remat": "full"}),
   ("fsdp=2,stage=2", "terms", {"microbatches": 2}),
-  ("stage=2,expert=2", "experts", {}),
 ]
+MICRO = {"drops": "data=2,stage=2", "experts": "stage=2,expert=2"}  # models with statistics by microbatch
 PLAIN_MESHES = {"stage=2,sequence=2,tensor=2"}
 NIGHTLY_MESHES = {"stage=2", "stage=2,tensor=2", "stage=2,context=2"}  # their pairs of axes are in other products too
 
@@ -126,7 +126,7 @@ def test_an_evaluation_is_pipelined_too_and_equals_one_device():
 
 
 def test_stages_and_each_other_axis_are_in_a_mesh_of_the_tiers():
-  meshes = [set(parse_mesh(mesh)) for mesh, *_ in CASES if mesh not in NIGHTLY_MESHES]
+  meshes = [axes_of(mesh) for mesh in (*(mesh for mesh, *_ in CASES), *MICRO.values()) if mesh not in NIGHTLY_MESHES]
   assert {"stage"} in meshes and set(AXES) == set().union(*meshes)
 
 
@@ -149,7 +149,7 @@ def test_only_the_stage_axis_carries_permutations(mesh, name, options):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name, mesh", [("drops", "data=2,stage=2"), ("experts", "stage=2")])
+@pytest.mark.parametrize("name, mesh", [*MICRO.items(), pytest.param("experts", "stage=2", marks=pytest.mark.nightly)])
 def test_microbatches_are_the_micro_batches_of_one_device(name, mesh, cases):
   """Dropout's draws, routers' losses and the layers' statistics, which whole batches would have others of."""
   M = 4

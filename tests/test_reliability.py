@@ -345,7 +345,7 @@ def test_r5_a_damaged_checkpoint_is_never_restored_wrongly(two_steps, tmp_path, 
   shutil.copytree(workdir, tmp_path / "run")
   newest, older = (tmp_path / "run" / "checkpoints" / str(step) for step in (20, 18))
   abstract_state, seen = _made(config).abstract_state, collections.Counter()
-  for case in range(times(100, 5000)):
+  for case in range(times(60, 5000)):
     what = damage(random.Random(f"{SEED} {case}"), newest, older)
     said = []
     with Checkpoints(str(tmp_path / "run"), config.checkpoint) as saved:
@@ -743,7 +743,7 @@ BAD_NUMBERS = [(place, how) for place in ("batch", "params", MU, NU, "ema") for 
 
 
 @pytest.mark.parametrize(
-  "place, on_nonfinite", plain_if(lambda case: case in (("batch", "skip"), ("params", "stop")), BAD_NUMBERS)
+  "place, on_nonfinite", plain_if(lambda case: case == ("params", "stop"), BAD_NUMBERS)
 )
 def test_r16_a_bad_number_is_noticed_in_its_step_and_never_saved(
   tmp_path, place, on_nonfinite, monkeypatch, cases, times
@@ -848,6 +848,7 @@ def spike_case(tmp_path_factory):
   return workdir, data
 
 
+@pytest.mark.full
 def test_r17_a_spike_takes_the_run_back_and_past_its_batches(spike_case, tmp_path, cases):
   workdir, data = spike_case
   (event,) = [row for row in Journal(workdir).events if row["event"] == "rollback"]
@@ -1019,6 +1020,7 @@ def test_r19_a_second_process_is_refused_with_the_first_ones_number_and_a_dead_o
     cases("R19 second and next processes", 2)
 
 
+@pytest.mark.full
 def test_r19_a_clock_that_jumps_changes_nothing_but_the_account(tmp_path, monkeypatch, cases):
   real = time.time
   for jump in (-1e6, 1e6):

@@ -6,6 +6,7 @@ test_pipeline.py.)
 
 import functools
 import itertools
+import math
 import subprocess
 import sys
 import types
@@ -32,6 +33,7 @@ from llmarch.layers.position import ALiBi, Learned, T5Bias
 from llmarch.models.decoder import abstract
 from llmarch.ops import attention, blockwise
 from llmarch.ops.attention import Keys
+from llmarch.residual import ResidualConfig
 from llmarch.run_config import AdamW, Constant, OptimizerConfig, RunConfig, TrainConfig
 from llmarch.sharding import TRAINING as AXES
 from llmarch.sharding import across_granules, make_mesh, parse_mesh
@@ -43,6 +45,7 @@ B, T, V = 8, 32, 42
 
 def block(kv_heads: int, *, form="pre", ffn=None, norm=None, **mixer):
   mixer = spaces.attention(**{"num_heads": 8, "num_kv_heads": kv_heads, "head_dim": 6} | mixer)
+  form = build(ResidualConfig, form, "residual")
   return spaces.block(mixer, ffn=ffn or MLPConfig(d_ff=40), residual=form, norm=norm or RMSNorm())
 
 
@@ -101,6 +104,11 @@ NIGHTLY_MESHES = {
 }  # fmt: skip
 
 
+def axes_of(text: str) -> set[str]:
+  """The axes that a mesh splits anything over."""
+  return {axis for axis, size in parse_mesh(text).items() if size > 1}
+
+
 def in_tiers(cases: list, plain: set[str], nightly: set[str]) -> list:
   """Marks cases that begin with a mesh: none of `plain`, those of `nightly` as nightly, the others as full."""
   tier = lambda mesh: [] if mesh in plain else [pytest.mark.nightly if mesh in nightly else pytest.mark.full]
@@ -127,7 +135,8 @@ def batch():
 
 
 def mesh_of(text: str) -> Mesh:
-  return make_mesh(parse_mesh(text))
+  sizes = parse_mesh(text)
+  return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
 @functools.cache
@@ -174,11 +183,11 @@ def test_a_train_step_equals_one_device(text, name, option, cases):
 def test_each_axis_alone_and_each_pair_of_axes_is_in_a_mesh_of_the_tiers():
   """Of the axes without `stage`, whose pairs are in test_pipeline.py; plain `pytest` has every axis."""
   axes = [axis for axis in AXES if axis != "stage"]
-  meshes = [set(parse_mesh(text)) for text, *_ in CASES if text not in NIGHTLY_MESHES]
+  meshes = [axes_of(text) for text, *_ in CASES if text not in NIGHTLY_MESHES]
   assert all({axis} in meshes for axis in axes)
   pairs = {frozenset(pair) for pair in itertools.combinations(axes, 2)}
   assert pairs == {frozenset(pair) for mesh in meshes for pair in itertools.combinations(mesh, 2)}
-  assert set(axes) == {axis for text in PLAIN_MESHES for axis in parse_mesh(text)}
+  assert set(axes) == {axis for text in PLAIN_MESHES for axis in axes_of(text)}
 
 
 def optax_moments(opt_state) -> dict:

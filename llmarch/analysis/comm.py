@@ -5,7 +5,7 @@ E d_model, F d_ff, N query heads, K kv heads, H head dim, B*L tokens of a pass, 
 Two models. `paper_elements` is the volume column of the paper: feed-forwards of two matrices (or three, when
 gated), each collective over several axes as one. `block` is what the manual mode of this code places for a
 whole block, one mesh axis at a time: the prediction that compiled programs are held against. Its formulas do
-not look at sharding.py, whose rows they name, so that each checks the other. Not here: the embedding, the head
+not look at sharding/, whose rows they name, so that each checks the other. Not here: the embedding, the head
 (together below 1 % in PaLM), and parameters and indices that are vectors of heads or of nothing.
 """
 

@@ -15,6 +15,7 @@ from llmarch.errors import check
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.cross import CrossAttentionConfig
 from llmarch.layers.ffn import MLPConfig
+from llmarch.layers.linear import LinearConfig
 from llmarch.layers.mla import MLAConfig
 from llmarch.layers.moe import MoEConfig
 from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
@@ -66,7 +67,7 @@ def cross_attention(c: CrossAttentionConfig, d_model: int) -> Cost:
   """D N H of queries and as many of the output, 2 M K H of keys and values of a memory of width M, and biases; 2 K H
   elements of state for each token of a source, of which there is room for max_source_len. How long sources are is not
   known here: the multiply-adds between tokens, and those of a source's keys and values, are counted for none."""
-  D, M, N, K, H = d_model, c.memory_dim or d_model, c.num_heads, c.kv_heads, c.dim(d_model)
+  D, M, N, K, H = d_model, c.memory_dim, c.num_heads, c.kv_heads, c.dim(d_model)
   return Cost(
     matrices=2 * D * N * H + 2 * M * K * H,
     vectors=c.bias * (N + 2 * K) * H + c.out_bias * D + 2 * norm(c.qk_norm, H),
@@ -94,6 +95,20 @@ def mla(c: MLAConfig, d_model: int) -> Cost:
     growth=C + R,
     # A decode step has its keys and values absorbed: N (2 C + R) multiply-adds a key (section 2.1.2).
     decoding=N * (2 * C + R) - N * (P + R + V),
+  )
+
+
+def linear(c: LinearConfig, d_model: int) -> Cost:
+  """4 D N H parameters; 2 N H (H + 1) multiply-adds a token with the state, which it reads and writes, and 2 N H for
+  each key of its chunk (as many as there are, if the row is shorter; a masked half is computed); N H (H + 1) f32
+  numbers of state (2006.16236, section 3.2)."""
+  D, N, H = d_model, c.num_heads, c.dim(d_model)
+  pairs = lambda length: N * (2 * H + 1) * min(c.chunk, length)
+  return Cost(
+    matrices=4 * D * N * H,
+    vectors=0,
+    mixing=lambda length, dense: 2 * N * H * (H + 1) + pairs(length),
+    state=lambda max_len, chunk, dtype: 4 * (N * H * (H + 1) + 1),
   )
 
 
@@ -137,6 +152,7 @@ def moe(c: MoEConfig, d_model: int) -> Cost:
 COMPONENTS = {
   AttentionConfig: attention,
   MLAConfig: mla,
+  LinearConfig: linear,
   CrossAttentionConfig: cross_attention,
   MLPConfig: mlp,
   MoEConfig: moe,

@@ -1,4 +1,5 @@
-"""`llmarch describe`: what a config builds and what it costs, by formula; nothing is built."""
+"""`llmarch describe`: what a config builds and what it costs, by formula; or what a layout places where, and the
+collectives of one layer under it. Nothing is built."""
 
 import dataclasses
 import json
@@ -8,20 +9,37 @@ from absl import flags
 
 from llmarch.build import to_dict
 from llmarch.commands.common import load_config, parse_flags, print_table, short, short_bytes, split_overrides
+from llmarch.errors import check
 
-USAGE = "llmarch describe --config=FILE|PRESET|RUN [--config.a.b=value ...] [--json]"
+USAGE = """llmarch describe --config=FILE|PRESET|RUN [--config.a.b=value ...] [--json]
+       llmarch describe --layout=NAME [--mesh=x=2,y=2,z=2] [--config=FILE|PRESET|RUN ...] [--json]"""
 
 
 def _define(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "config", None, "config file (FILE.py or FILE.py:argument), preset or run folder", flag_values=values
   )
+  flags.DEFINE_string(
+    "layout", None, "describe this layout: train, megatron, or one for inference such as ws_2d+batch_xyz; of the blocks"
+    " of --config, or of a small one", flag_values=values
+  )  # fmt: skip
+  flags.DEFINE_string("mesh", None, "with --layout: the mesh; by default 8 devices", flag_values=values)
   flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
 
 
 def main(argv: list[str]) -> int:
   argv, overrides = split_overrides(argv)
   args = parse_flags(argv, _define, USAGE)
+  if args.layout is not None:
+    from llmarch.analysis.layer import describe_layout
+
+    found = describe_layout(args.layout, args.mesh, load_config(args.config, overrides) if args.config else None)
+    if args.json:
+      print(json.dumps(found, indent=1))
+    else:
+      _print_layout(found)
+    return 0
+  check(args.mesh is None, "--mesh says where a layout is described; give --layout too, such as --layout=ws_2d")
   config = load_config(args.config, overrides)
   costs = describe(config)
   if args.json:
@@ -102,3 +120,40 @@ def _print_costs(costs: dict) -> None:
 def _table(rows: list[dict]) -> None:
   print()
   print_table(rows, False)
+
+
+def _print_layout(found: dict) -> None:
+  """The row, the places, and a table of collectives for each block."""
+  from llmarch.sharding import split_text
+
+  mesh = ",".join(f"{axis}={size}" for axis, size in found["mesh"].items())
+  ways = {
+    "local": "each product is a manual program of its own",
+    "manual": "the whole step is one manual program",
+    "rings": "the whole step is one manual program, with looped collective einsums",
+  }
+  print(f"layout {found['layout']} on mesh {mesh or 'of one device'}: {ways[found['products']]}\n")
+  for part, axes in found["axes"].items():
+    words = (f"{axis}{split_text(split)}" for axis, split in axes.items())
+    print(f"  {part:<12} {'  '.join(words)}")
+  print()
+  for place, text in found["places"].items():
+    print(f"  {place:<12} {text}")
+  batch, length = found["tokens"]
+  for block, collectives in found["collectives"].items():
+    print()
+    title = f"collectives of one layer {block!r}, on {batch} x {length} tokens"
+    if not collectives:
+      print(f"{title}: none")
+      continue
+    rows = [
+      {
+        "collective": c["kind"],
+        "over": ", ".join(c["axes"]),
+        "sends": f"{c['dtype']}[{','.join(map(str, c['shape']))}]" + (f" x {c['count']}" if c["count"] > 1 else ""),
+        "asked for in": c["where"] + (" (placed by XLA)" if c["implied"] else ""),
+      }
+      for c in collectives
+    ]
+    print_table(rows, False, title=title)
+  print("\nA device's arrays. The compiler may merge collectives, and drop one that repeats another.")

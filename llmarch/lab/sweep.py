@@ -133,6 +133,7 @@ def prepare(folder: Path, trial: Trial) -> None:
 
 
 def command(folder: Path, cores: Sequence[int] = ()) -> list[str]:
+  """The command line of a trial's process, which is to stay on the given cores of this machine (none: on any)."""
   return [sys.executable, "-m", "llmarch.lab.trial", str(folder), *([",".join(map(str, cores))] if cores else [])]
 
 

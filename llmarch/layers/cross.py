@@ -27,9 +27,9 @@ class CrossAttentionConfig(CrossConfig, kind="cross_attention"):
   """softmax(scale q k^T) v over all real tokens of the source that have the query's segment."""
 
   num_heads: int
+  memory_dim: int  # width of the encoder's output
   num_kv_heads: int | None = None  # None: num_heads
   head_dim: int | None = None  # None: d_model / num_heads
-  memory_dim: int | None = None  # width of the encoder's output; None: d_model
   max_source_len: int = 4096  # tokens of a source that a decoding state has room for
   bias: bool = False  # on queries, keys and values
   out_bias: bool = False
@@ -54,8 +54,8 @@ class CrossAttentionConfig(CrossConfig, kind="cross_attention"):
       f"num_heads={self.num_heads} does not divide d_model={d_model}; give head_dim",
     )
 
-  def check_memory(self, d_model: int, memory_dim: int) -> None:
-    mine = self.memory_dim or d_model
+  def check_memory(self, memory_dim: int) -> None:
+    mine = self.memory_dim
     check(mine == memory_dim, f"memory_dim={mine} is not the encoder's d_model={memory_dim}; set it to that")
 
   def check_state(self, dtype: str) -> None:
@@ -82,7 +82,7 @@ class CrossAttentionConfig(CrossConfig, kind="cross_attention"):
     return (("num_heads", "heads", self.num_heads),)
 
   def summed(self, d_model: int) -> list[tuple[int, ...]]:
-    return [(d_model,), (self.memory_dim or d_model,), (self.num_heads, self.dim(d_model))]
+    return [(d_model,), (self.memory_dim,), (self.num_heads, self.dim(d_model))]
 
   def buffer(self, max_len: int, chunk: int, dtype: str) -> cache.Memory:
     return cache.Memory(self.max_source_len)
@@ -100,7 +100,7 @@ class CrossAttention(nnx.Module):
 
   def __init__(self, config: CrossAttentionConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
-    D, M, N, K, H = d_model, config.memory_dim or d_model, config.num_heads, config.kv_heads, config.dim(d_model)
+    D, M, N, K, H = d_model, config.memory_dim, config.num_heads, config.kv_heads, config.dim(d_model)
     self.q = make.weight("q", "embed heads head_dim", (D, N, H), fan_in="embed")
     self.k = make.weight("k", "embed kv_heads head_dim", (M, K, H), fan_in="embed")
     self.v = make.weight("v", "embed kv_heads head_dim", (M, K, H), fan_in="embed", scale=init_scale)

@@ -5,12 +5,14 @@ from llmarch.errors import check
 from llmarch.layers.attention import Attention, AttentionConfig
 from llmarch.layers.cross import CrossAttention, CrossAttentionConfig
 from llmarch.layers.ffn import MLP, MLPConfig
+from llmarch.layers.linear import Linear, LinearConfig
 from llmarch.layers.mla import MLA, MLAConfig
 from llmarch.layers.moe import MoE, MoEConfig
 
 MODULES = {
   AttentionConfig: Attention,
   MLAConfig: MLA,
+  LinearConfig: Linear,
   CrossAttentionConfig: CrossAttention,
   MLPConfig: MLP,
   MoEConfig: MoE,

@@ -3,6 +3,8 @@
 B batch, T tokens of this call, D model, V vocabulary.
 """
 
+from collections.abc import Callable, Iterable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -158,25 +160,33 @@ def stacked(model: Decoder) -> Decoder:
 
 def unstack(model: Decoder) -> Decoder:
   """The same decoder with the layers apart: for decoding, and for weights layer by layer."""
-  return _with_segments(model, [stacks.unstack(segment) for segment in model.stack.segments])
+  return _with_segments(model, lambda model: map(stacks.unstack, model.stack.segments))
 
 
 def restack(model: Decoder) -> Decoder:
   """The inverse of `unstack`."""
-  pairs = zip(model.stack.segments, model.config.segments, strict=True)
-  return _with_segments(model, [stacks.restack(segment, *pattern) for segment, pattern in pairs])
+  pairs = lambda model: zip(model.stack.segments, model.config.segments, strict=True)
+  return _with_segments(model, lambda model: (stacks.restack(s, *pattern) for s, pattern in pairs(model)))
 
 
 def fuse(model: Decoder) -> Decoder:
   """The same decoder with the projections of its parallel blocks fused (layers/fused.py); `separate` undoes it."""
-  return _with_segments(model, [stacks.with_blocks(s, map(fused.fuse, s.blocks)) for s in model.stack.segments])
+  return _with_segments(
+    model, lambda model: (stacks.with_blocks(s, map(fused.fuse, s.blocks)) for s in model.stack.segments)
+  )
 
 
 def separate(model: Decoder) -> Decoder:
-  return _with_segments(model, [stacks.with_blocks(s, map(fused.separate, s.blocks)) for s in model.stack.segments])
+  """The inverse of `fuse`."""
+  return _with_segments(
+    model, lambda model: (stacks.with_blocks(s, map(fused.separate, s.blocks)) for s in model.stack.segments)
+  )
 
 
-def _with_segments(model: Decoder, segments: list) -> Decoder:
+def _with_segments(model: Decoder, segments: Callable[[Decoder], Iterable]) -> Decoder:
+  """A decoder, and its encoder, with what `segments` makes of their segments."""
   model = nnx.merge(*nnx.split(model))  # a new object around the same arrays
-  model.stack.segments = nnx.List(segments)
+  model.stack.segments = nnx.List(segments(model))
+  if model.config.encoder:
+    model.encoder = _with_segments(model.encoder, segments)
   return model

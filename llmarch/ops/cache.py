@@ -176,7 +176,7 @@ class Memory:
 
   @property
   def name(self) -> str:
-    return "memory"
+    return f"memory_{self.capacity}"
 
   def ledger(self, batch: int) -> "MemoryLedger":
     """Its specs, nothing held."""

@@ -20,27 +20,27 @@ def all_gather_einsum(product: Callable, x: jax.Array, axis: str, dim: int, form
   """
   n, me, size = jax.lax.axis_size(axis), jax.lax.axis_index(axis), x.shape[dim]
   add = lambda a, b: jax.tree.map(lambda a, b: a + b, a, b)
-  of = lambda owner: (owner + n) % n * size  # where the part that a device held begins
+  start_of = lambda owner: (owner + n) % n * size  # the first row of the part that a device held in the beginning
 
-  y = product(x, of(me))
+  y = product(x, start_of(me))
   if form == "one_way":
     for hop in range(1, n):
       x = _pass_on(x, axis, -1)
-      y = add(y, product(x, of(me + hop)))
+      y = add(y, product(x, start_of(me + hop)))
   elif form == "throughput":
     half = size // 2
     left, right = jax.lax.slice_in_dim(x, 0, half, axis=dim), jax.lax.slice_in_dim(x, half, size, axis=dim)
     for hop in range(1, n):
       left, right = _pass_on(left, axis, -1), _pass_on(right, axis, 1)
-      y = add(y, add(product(left, of(me + hop)), product(right, of(me - hop) + half)))
+      y = add(y, add(product(left, start_of(me + hop)), product(right, start_of(me - hop) + half)))
   else:
     left = right = x
     for hop in range(1, n // 2 + 1):
       left = _pass_on(left, axis, -1)
-      y = add(y, product(left, of(me + hop)))
+      y = add(y, product(left, start_of(me + hop)))
       if hop != n - hop:
         right = _pass_on(right, axis, 1)
-        y = add(y, product(right, of(me - hop)))
+        y = add(y, product(right, start_of(me - hop)))
   return y
 
 
@@ -52,14 +52,16 @@ def einsum_reduce_scatter(product: Callable, size: int, axis: str, dim: int, for
   n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
   size //= n
 
-  def ring(step: int, hops: int, start: int, length: int, home: bool = True):
-    """Sums that travel `hops` devices in one direction, each to where it belongs; there the last summand is
-    added, if the ring is to bring it `home`."""
+  def ring(step: int, hops: int, start: int, length: int, add_last: bool = True):
+    """Sums that travel `hops` devices in one direction, each to the device that keeps it.
+
+    add_last: whether the receiving device adds its own summand.
+    """
     summand = lambda left: product((me + step * left + n) % n * size + start, length)
     total = summand(hops)
     for left in range(hops - 1, -1, -1):
       total = _pass_on(total, axis, step)
-      if left or home:
+      if left or add_last:
         total += summand(left)
     return total
 
@@ -70,7 +72,7 @@ def einsum_reduce_scatter(product: Callable, size: int, axis: str, dim: int, for
     return jax.lax.concatenate([ring(1, n - 1, 0, half), ring(-1, n - 1, half, size - half)], dim)
   far = n // 2
   total = ring(1, far, 0, size)
-  return total if n - 1 == far else total + ring(-1, n - 1 - far, 0, size, home=False)
+  return total if n - 1 == far else total + ring(-1, n - 1 - far, 0, size, add_last=False)
 
 
 def _pass_on(x: jax.Array, axis: str, step: int) -> jax.Array:

@@ -43,7 +43,7 @@ def einsums(x: jax.Array, *products: Product) -> list[jax.Array | Partial]:
     case "manual":
       return placed.products(x, products)
     case "rings":
-      return placed.products_in_rings(x, products, sharding.active_layout()[0].ring)
+      return placed.products_in_rings(x, products, sharding.ring_form())
 
 
 def lookup(table, ids: jax.Array, dtype: DTypeLike, to: Sequence[Axis] = RESIDUAL) -> jax.Array:

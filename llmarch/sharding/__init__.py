@@ -55,6 +55,7 @@ _MODULE_OF = {
   "WEIGHTS_OF_HEADS": "places",
   "SCORES": "places",
   "SCORES_OF_ALL_HEADS": "places",
+  "RECURRING": "places",
   "LATENT": "places",
   "kv_heads": "places",
   "KV": "places",
@@ -71,7 +72,7 @@ _MODULE_OF = {
   "shardings": "places",  # a tree of named leaves -> NamedShardings
   "ways": "places",  # into how many parts a layout splits an axis
   "notation": "places",  # a place as "[batch, length, embed.xzy]"
-  "shown": "places",  # one dimension of it
+  "split_text": "places",  # how one dimension of it is split
   # the layout in use
   "use_layout": "active",
   "with_active_layout": "active",
@@ -79,6 +80,7 @@ _MODULE_OF = {
   "mode": "active",
   "is_manual": "active",
   "is_automatic": "active",
+  "ring_form": "active",
   "is_split": "active",
   "active_layout": "active",
   "automatic_axes": "active",

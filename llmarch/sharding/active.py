@@ -111,6 +111,11 @@ def mesh_axes_of(place: Sequence[Axis]) -> list[tuple[str, ...]]:
   return found
 
 
+def ring_form() -> str | None:
+  """The form in which the active layout takes gathers and scatters of activations apart; see RING_FORMS."""
+  return _active.get().layout.ring
+
+
 def is_split(name: str) -> bool:
   """Whether the active layout splits the dimension of this name, in automatic mode."""
   return is_automatic() and ways(name, *active_layout()) > 1

@@ -151,16 +151,16 @@ def at_use(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
   used = [tuple(a for a in names if a not in busy) for names in stored]
   if used == stored:
     return x
-  return _constrained(x, *(NamedSharding(mesh, PartitionSpec(*names)) for names in (used, stored)))
+  return _gathered_for_use(x, *(NamedSharding(mesh, PartitionSpec(*names)) for names in (used, stored)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _constrained(x: jax.Array, use: NamedSharding, stored: NamedSharding) -> jax.Array:
+def _gathered_for_use(x: jax.Array, use: NamedSharding, stored: NamedSharding) -> jax.Array:
   """Constrains x to `use`, and its cotangent to `stored`."""
   return jax.lax.with_sharding_constraint(x, use)
 
 
-_constrained.defvjp(
-  lambda x, use, stored: (_constrained(x, use, stored), None),
+_gathered_for_use.defvjp(
+  lambda x, use, stored: (_gathered_for_use(x, use, stored), None),
   lambda use, stored, _, g: (jax.lax.with_sharding_constraint(g, stored),),
 )

@@ -89,6 +89,11 @@ SCORES_OF_ALL_HEADS: Place = ("attn_batch", None, "attn_length", None)  # biases
 # megatron:        [batch.data, -, length, -]
 # train:           [batch.data*fsdp*expert, -, length.context, -]
 
+RECURRING: Place = ("attn_batch", None, "attn_heads", "head_dim")  # heads of a recurrence, which reads whole rows
+# ws_2d+batch_xyz: [batch.zyx, -, heads, head_dim]
+# megatron:        [batch.data, -, heads.tensor, head_dim]
+# train:           [batch.data*fsdp*expert, -, heads.tensor*sequence, head_dim]
+
 LATENT: Place = ("attn_batch", "attn_length", None)  # MLA's keys and values: of no head, so only tokens split them
 # ws_2d+batch_xyz: [batch.zyx, length, -]
 # megatron:        [batch.data, length, -]
@@ -257,18 +262,19 @@ def shardings(tree, layout: Layout, mesh: Mesh):
 # ------------------------------------------------------------------------------------------------- notation
 
 
-def shown(axis: Axis, mesh_axes: Sequence[str]) -> str:
-  """A dimension in the notation of 2211.05102: "embed.xzy"; "-" for one without a name. Longer names of mesh axes are
-  joined by "*": "batch.data*fsdp"."""
-  name = name_of(axis)
-  name = "-" if name is None else name.removeprefix("act_").removeprefix("attn_").removeprefix("post_norm_")
-  if not mesh_axes:
-    return name
-  return f"{name}.{('' if all(len(a) == 1 for a in mesh_axes) else '*').join(mesh_axes)}"
+def split_text(mesh_axes: Sequence[str]) -> str:
+  """How a dimension is split, in the notation of 2211.05102: ".xzy", "" where it is not. Longer names of mesh axes are
+  joined by "*": ".data*fsdp"."""
+  return "." * bool(mesh_axes) + ("" if all(len(a) == 1 for a in mesh_axes) else "*").join(mesh_axes)
 
 
 def notation(place: Sequence[Axis], layout: Layout, sizes: Mapping[str, int] | None = None) -> str:
-  """A place in the notation of 2211.05102: "[batch, length, embed.xzy]". sizes: of a mesh, whose axes of size 1 are
-  left out."""
-  present = lambda axes: [a for a in axes if sizes is None or sizes.get(a, 1) > 1]
-  return f"[{', '.join(shown(axis, present(layout.mesh_axes(name_of(axis)))) for axis in place)}]"
+  """A place under a layout: "[batch, length, embed.xzy]", with "-" for a dimension without a name. sizes: of a mesh,
+  whose axes of size 1 are left out."""
+
+  def dimension(axis):
+    name = name_of(axis) or "-"
+    split = [a for a in layout.mesh_axes(name) if sizes is None or sizes.get(a, 1) > 1]
+    return name.removeprefix("act_").removeprefix("attn_").removeprefix("post_norm_") + split_text(split)
+
+  return f"[{', '.join(map(dimension, place))}]"
