@@ -77,6 +77,21 @@ class LM:
       self._layouts = [sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout)]
       sharding.shardings(self.params, self._layouts[0], mesh)  # refuses what does not divide
 
+  def __repr__(self) -> str:
+    """One line, such as LM(793,728 parameters, float32, 4 layers, d_model 128, vocabulary 264, on cpu:0)."""
+    c, mesh = self.config, self._place["mesh"]
+    named = flatten(nnx.state(abstract(c)), variables=True)
+    count = sum(math.prod(param.shape) for param in named.values())
+    stored = f"matrices in {self.weights}" if self.weights else c.precision.param
+    if mesh is None:
+      where = "on " + ", ".join(sorted(str(device) for device in jax.tree.leaves(self.params)[0].devices()))
+    else:
+      where = "over a mesh of " + ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+    return (
+      f"LM({count:,} parameters, {stored}, {len(c.layers)} layers, d_model {c.d_model}, vocabulary {c.vocab_size},"
+      f" {where})"
+    )
+
   @functools.cached_property
   def _decoding_params(self) -> nnx.State:
     params = decoding_params(self.config, self.params)  # a second copy, made by the first `generate`
