@@ -51,7 +51,7 @@ class Held:
 
 
 def quantised_spec(spec: Spec, format: str) -> QTensor:
-  """Describes the same array as codes, with one scale per vector of its last dimension (one token's key of one head)."""
+  """Describes the same array as codes, with one scale per vector of its last dimension (a token's key of one head)."""
   f = quant.FORMATS[format]
   scale = spec._replace(shape=(*spec.shape[:-1], 1), dtype=f.scale_dtype)
   return QTensor(spec._replace(dtype=f.dtype), scale, format)

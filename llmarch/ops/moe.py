@@ -293,10 +293,13 @@ def _expert_parallel(x, routes: Routes | Buffers, w: Experts, activation: str) -
 
   # The weights are cast before they are sent.
   cast = lambda value: value if isinstance(value, QTensor) else value.astype(x.dtype)
-  values = _map_experts(lambda p: cast(p.get_value()), w)  route_specs = jax.tree.map(lambda a: PartitionSpec(*tokens[:2], None), routes)
-  weight_specs = Experts(*(None if p is None else weight_spec(p, v) for p, v in zip(w, values, strict=True)))  return jax.shard_map(
+  values = _map_experts(lambda p: cast(p.get_value()), w)
+  route_specs = jax.tree.map(lambda a: PartitionSpec(*tokens[:2], None), routes)
+  weight_specs = Experts(*(None if p is None else weight_spec(p, v) for p, v in zip(w, values, strict=True)))
+  return jax.shard_map(
     body, mesh=mesh, axis_names=sharding.automatic_axes(mesh), check_vma=False, out_specs=tokens,
-    in_specs=(tokens, route_specs, weight_specs),  )(x, routes, values)  # fmt: skip
+    in_specs=(tokens, route_specs, weight_specs),
+  )(x, routes, values)  # fmt: skip
 
 
 def dense(x: jax.Array, routes: Routes, w: Experts, activation: str) -> jax.Array:

@@ -35,7 +35,7 @@ class Sampling:
 
 
 def penalise_repetition(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Array:
-  """Divides positive logits of tokens in `seen` bool [B, V] by the penalty, and multiplies others by it (1909.05858)."""
+  """Divides positive logits of tokens in `seen` bool [B, V] by the penalty and multiplies others by it (1909.05858)."""
   penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
   return jnp.where(seen, penalised, logits)
 
