@@ -1,4 +1,4 @@
-"""Softmax attention: MHA, GQA and MQA, with every norm, bias, cap and position scheme of the space.
+"""Softmax attention: multi-head, grouped-query and multi-query, with all norms, biases, caps and position schemes.
 
 B batch, T length, D model, N query heads, K key-value heads, H head dim, S cache length.
 """
@@ -45,8 +45,8 @@ from llmarch.sharding import (
   part_index,
 )
 
-BY_BLOCKS = 512  # from this many queries on, scores are computed block by block
-BY_CHANNEL = "_channel"  # of a state's format: keys share a scale by channel
+BY_BLOCKS = 512  # a call with at least this many queries computes its scores block by block
+BY_CHANNEL = "_channel"  # suffix of a cache format in which keys have one scale per channel (ops/kivi.py)
 
 
 @config_dataclass
@@ -55,7 +55,7 @@ class QKNorm:
 
   norm: NormConfig
   whole: bool = False
-  per_head: bool = False  # each head has parameters of its own (Cohere); `whole` has them anyway
+  per_head: bool = False  # each head has its own norm parameters (Cohere); whole=true implies it
 
   def __post_init__(self):
     check(not (self.whole and self.per_head), "whole already has parameters for each head; set per_head=false")
@@ -63,22 +63,25 @@ class QKNorm:
 
 @config_dataclass
 class AttentionConfig(MixerConfig, kind="attention"):
+  """Fields of softmax attention; `mask` and `position` are families of their own (layers/mask.py, position.py)."""
+
   num_heads: int
   num_kv_heads: int | None = None  # None: num_heads (MHA); 1: MQA
   head_dim: int | None = None  # None: d_model / num_heads
   position: PositionConfig | None = None
   mask: MaskConfig = Causal()
-  window: int | None = None  # sees keys at a distance below it
+  window: int | None = None  # a query sees only keys less than `window` tokens away; None: no limit
   qkv_bias: bool = False
   out_bias: bool = False
   qk_norm: QKNorm | None = None
-  qkv_clip: float | None = None  # queries, keys and values are cut to [-c, c] before the positions (DBRX, OLMo)
+  qkv_clip: float | None = None  # clips queries, keys and values to [-c, c] before the positions (DBRX, OLMo)
   query_scale: float | None = None  # None: head_dim^-0.5
-  softcap: float | None = None  # cap on the logits: c tanh(logits / c)
-  sinks: bool = False  # a trained logit a head that joins the softmax and attends to nothing
-  dropout: float = 0.0  # on the attention weights
-  # Layers may share keys and values (2405.12981): `keep_kv` leaves this layer's to later ones, under a name; a layer
-  # with `kv_from` has no projections and no cache for them, and attends to those that were left under that name.
+  softcap: float | None = None  # c in the cap on logits, c tanh(logits / c); None: no cap
+  sinks: bool = False  # each head has a trained logit that joins its softmax and attends to nothing (gpt-oss)
+  dropout: float = 0.0  # dropout rate of the attention weights
+  # Layers may share keys and values (2405.12981). `keep_kv` gives this layer's keys and values a name, under which
+  # later layers find them; a layer with `kv_from` has no key or value projections and no cache, and attends to the
+  # keys and values of that name.
   keep_kv: str | None = None
   kv_from: str | None = None
 
@@ -111,7 +114,10 @@ class AttentionConfig(MixerConfig, kind="attention"):
       self.position.check_against(self.dim(d_model), max_seq_len)
 
   def check_kept(self, name: str, owner: BranchConfig) -> None:
-    """Turned keys serve queries that turn alike, and a ring holds no more than its owner's window."""
+    """Raises UserError unless the owner's keys and values serve this layer's queries.
+
+    Rotated keys fit only queries that are rotated alike, and a ring buffer holds no more than its owner's window.
+    """
     for field in ("kv_heads", "head_dim", "position"):
       mine, theirs = getattr(self, field), getattr(owner, field)
       check(mine == theirs, f"kv_from={name!r}: {field} is {mine} here and {theirs} there; make them equal")
@@ -131,10 +137,12 @@ class AttentionConfig(MixerConfig, kind="attention"):
     return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
   def dim(self, d_model: int) -> int:
+    """Width of a head, as given or d_model / num_heads."""
     return d_model // self.num_heads if self.head_dim is None else self.head_dim
 
   @property
   def sharing(self) -> str:
+    """The name of the scheme in which heads share keys and values."""
     if self.kv_heads == self.num_heads:
       return "multi-head"
     return "multi-query" if self.kv_heads == 1 else "grouped-query"
@@ -172,9 +180,9 @@ class AttentionConfig(MixerConfig, kind="attention"):
     return [(d_model,), (self.num_heads, self.dim(d_model))]
 
   def toy(self, *, window: int, hidden: Any) -> dict:
-    """Heads keep being MHA, GQA or MQA, and their ratio to key-value heads up to 4."""
+    """Keeps the heads multi-head, grouped-query or multi-query, with at most 4 query heads per key-value head."""
     group = self.num_heads // self.kv_heads
-    if group == 1 and self.kv_heads > 1:  # MHA; ALiBi has a rule for powers of two and one for the rest
+    if group == 1 and self.kv_heads > 1:  # multi-head; ALiBi has one rule for powers of two and another for the rest
       kv_heads = 6 if self.num_heads & (self.num_heads - 1) else 4
     else:
       group, kv_heads = group if group <= 4 else 4 - group % 2, min(self.kv_heads, 2)
@@ -186,14 +194,17 @@ class AttentionConfig(MixerConfig, kind="attention"):
     }
 
   def buffer(self, max_len: int, chunk: int, dtype: str) -> cache.Ring | None:
-    """A ring. A chunk is written before it is read, so a window needs chunk - 1 slots more."""
+    """The ring buffer that holds keys and values; None with kv_from.
+
+    A chunk is written before it is read, so a window needs chunk - 1 slots more than its width.
+    """
     if self.kv_from is not None:
       return None
     slots = max_len if self.window is None else min(max_len, self.window + chunk - 1)
     return cache.Ring(kivi.capacity(slots) if dtype.endswith(BY_CHANNEL) else slots)
 
   def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> cache.Held | dict:
-    """Keys and values, quantised where dtype is a format; see config.Precision."""
+    """Specs of the cached keys and values, quantised if dtype is a format (config.Precision)."""
     ring = self.buffer(max_len, chunk, dtype)
     if ring is None:
       return {}
@@ -206,16 +217,16 @@ class AttentionConfig(MixerConfig, kind="attention"):
 
 
 class KeysAndValues(NamedTuple):
-  """What a layer attends to: of this call, or of a cache."""
+  """The keys and values that a layer attends to, from this call or from a cache."""
 
   k: jax.Array  # [B, K, S, H]
   v: jax.Array  # [B, K, S, H]
   keys: Keys  # [B, S]
-  readable: jax.Array | None  # bool [B, T, S], where some slots hold what others hold too (ops/kivi.py)
+  readable: jax.Array | None  # bool [B, T, S]; false where another slot holds the same token (ops/kivi.py); None: all
 
 
 class Attention(nnx.Module):
-  """out = attention(h, site)."""
+  """Attention as a branch: out = attention(h, site)."""
 
   def __init__(self, config: AttentionConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
@@ -242,8 +253,8 @@ class Attention(nnx.Module):
       self.sinks = make.constant("heads", (N,), 0.0)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y, the Partial of a [B, T, D]."""
-    # Under ws_2d+batch_xyz, where q is still to move from the heads to the batch, and k and v go there at once:
+    """Maps x [B, T, D] to an Out whose y is the Partial of a [B, T, D]."""
+    # Sharded shapes under ws_2d+batch_xyz, where q moves from the heads to the batch later, and k and v at once:
     # q     [batch, length, embed.x] @ [embed.x, heads.zy, head_dim]    -> partial over x -> heads.zyx
     # k, v  [batch, length, embed.x] @ [embed.x, kv_heads.zy, head_dim] -> partial over x -> batch.zyx
     project = lambda name, to: Product("btd,dnh->btnh", getattr(self, name), getattr(self, f"{name}_bias", None), to)
@@ -259,11 +270,15 @@ class Attention(nnx.Module):
 
   @property
   def kv_place(self) -> tuple[Axis, ...]:
+    """Logical axes of the keys and values that the projections give."""
     return KV(self.config.kv_heads)
 
   def mix(self, q, k, v, site: Site) -> tuple[jax.Array, Out]:
-    """What lies between the projections: q [B, T, N, H], k and v [B, T, K, H], None where they are of another layer
-    -> [B, T, N, H], and the rest of an Out."""
+    """Does all that lies between the projections.
+
+    Takes q [B, T, N, H] and k, v [B, T, K, H], which are None if another layer's are read. Returns the attention
+    output [B, T, N, H], and an Out without y.
+    """
     c, context = self.config, site.context
     q = move(q, PROJECTED, ATTENDING)
     if c.qk_norm:
@@ -282,7 +297,7 @@ class Attention(nnx.Module):
     return move(out, ATTENDING, PROJECTED), Out(None, state, keep, stats)
 
   def remember(self, k, v, dtype, site: Site) -> tuple[KeysAndValues, cache.Held | None]:
-    """k and v [B, T, K, H] of this call, with those that the state holds, and the new state."""
+    """Adds k and v [B, T, K, H] of this call to those in the state; returns both together, and the new state."""
     if site.state is None:
       return KeysAndValues(k.swapaxes(1, 2), v.swapaxes(1, 2), site.context.queries, None), None
     context, leaves = site.context, site.state.leaves
@@ -303,15 +318,16 @@ class Attention(nnx.Module):
 def attend(
   c, q: jax.Array, kv: KeysAndValues, site: Site, sinks: jax.Array | None, *, scale: float, softcap: float | None
 ) -> tuple[jax.Array, dict]:
-  """q [B, T, N, H] and kv in the place of attention -> [B, T, N, H'], statistics.
+  """Attends with q [B, T, N, H] to kv, both sharded as attention wants them -> [B, T, N, H'], statistics.
 
-  c: a config with num_heads, kv_heads, position, mask, window and dropout. Over a mesh every device attends by
-  itself: to the keys of its own part of the length, and to others' as they come round (ops/blockwise.py).
+  c is a config with num_heads, kv_heads, position, mask, window and dropout. Over a mesh, every device computes the
+  attention of its own queries. If the length is split too, the other devices' keys pass it by in a ring
+  (ops/blockwise.py).
   """
   context, key = site.context, site.key if c.dropout else None
   entropy = context.telemetry
 
-  def here(q, k, v, queries, keys, readable, table, sinks, layer):
+  def attend_here(q, k, v, queries, keys, readable, table, sinks, layer):
     k, v = (_of_these_queries(a, c.num_heads, c.kv_heads) for a in (k, v))
     ring, bias = mesh_axes("attn_length"), None
     which = None
@@ -335,21 +351,21 @@ def attend(
       bias = bias(table, keys.positions[:, None, :] - queries.positions[:, :, None])
     return ops.attend(q, k, v, seen, bias, sinks, dropout=c.dropout, key=key, **options)
 
-  # Not with dropout (one draw covers the global batch) nor with a decoding state (the decoder's shard_map has placed
-  # it).
+  # Each device attends by itself, except with dropout (one draw covers the global batch) and with a decoding state
+  # (the decoder's own shard_map has split everything already).
   if key is None and context.cursor is None:
     tokens = ATTENDING_TOKENS
     have = ATTENDING, KEYS(c.kv_heads), KEYS(c.kv_heads), tokens, tokens, (), (), ATTENDING_HEADS, ()
-    here = local(here, have, (ATTENDING, WEIGHTS_OF_HEADS))
+    attend_here = local(attend_here, have, (ATTENDING, WEIGHTS_OF_HEADS))
   layer = jnp.asarray(site.layer, jnp.int32)
-  out, h = here(q, kv.k, kv.v, context.queries, kv.keys, kv.readable, site.shared, sinks, layer)
+  out, h = attend_here(q, kv.k, kv.v, context.queries, kv.keys, kv.readable, site.shared, sinks, layer)
   return out, {"attention_entropy": mean_over(h, context)} if entropy else {}
 
 
 def _of_these_queries(kv: jax.Array, num_heads: int, num_kv_heads: int) -> jax.Array:
-  """The key-value heads [B, K', S, H] that this device's query heads use, of those [B, K, S, H] that it holds.
+  """Selects the key-value heads [B, K', S, H] that this device's query heads use from those it holds [B, K, S, H].
 
-  Where the mesh has more devices than there are key-value heads, devices hold the same ones.
+  Several devices hold the same heads if the mesh has more devices than there are key-value heads.
   """
   queries, held = mesh_axes("attn_heads"), mesh_axes(kv_heads(num_kv_heads))
   group, mine = num_heads // num_kv_heads, num_heads // num_parts(queries)
@@ -366,6 +382,6 @@ def _of_these_queries(kv: jax.Array, num_heads: int, num_kv_heads: int) -> jax.A
 
 
 def mean_over(entropy: jax.Array, context: Context) -> jax.Array:
-  """Mean over heads and real tokens of [B, T, N]."""
+  """Mean of entropy [B, T, N] over heads and real tokens."""
   real = (context.queries.positions >= 0)[..., None]
   return jnp.sum(entropy * real) / jnp.maximum(jnp.sum(real) * entropy.shape[-1], 1)

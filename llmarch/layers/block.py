@@ -1,4 +1,4 @@
-"""A block: norms and residuals around its branches, whatever they are.
+"""A block: its branches, whatever they are, with the norms and residual connections around them.
 
 B batch, T length, D model.
 """
@@ -19,7 +19,7 @@ from llmarch.sharding import NORMED, RESIDUAL, move, shard, sum_over_mesh
 
 
 class Block(nnx.Module):
-  """out = block(x, site): the residual stream after the block's branches, which residual.py gives formulas for."""
+  """One block, out = block(x, site): the residual stream after its branches (formulas in residual.py)."""
 
   def __init__(self, config: BlockConfig, d_model: int, make: Maker):
     self.config = config
@@ -30,7 +30,10 @@ class Block(nnx.Module):
       setattr(self, name, Norm(config.norm, d_model, make))
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> the stream as Out.y; states, in and out, are {branch: its state} of the branches that have one."""
+    """Maps x [B, T, D] to an Out whose y is the new stream.
+
+    The state, in and out, is {branch: its state} of the branches that have one.
+    """
     c = self.config
     names = tuple(c.branches)
     key_of = _keys(names, site.key)
@@ -42,30 +45,30 @@ class Block(nnx.Module):
       for name, branch in self._branches(group):
         state = None if site.state is None else site.state.get(name)
         kept = {**site.kept, **out.keep}
-        one = branch(inputs[name], dataclasses.replace(site, state=state, kept=kept, key=key_of[name].inside))
-        y = one.y if y is None else y + one.y
-        out = _joined(out, name, one)
+        branch_out = branch(inputs[name], dataclasses.replace(site, state=state, kept=kept, key=key_of[name].inside))
+        y = branch_out.y if y is None else y + branch_out.y
+        out = _joined(out, name, branch_out)
       out = dataclasses.replace(out, y=c.residual.write(stream, group, out.y, sum_over_mesh(y)))
     if site.context.telemetry:
       out = dataclasses.replace(out, stats={**out.stats, "residual_rms": rms(out.y)})
     return out
 
   def _branches(self, group: tuple[str, ...]):
-    """(name, module) of a group's branches; fused ones (layers/fused.py) are one, under the first's name."""
+    """(name, module) of each branch of a group. Fused branches (layers/fused.py) are one module, named as the first."""
     return [(group[0], self.fused)] if hasattr(self, "fused") else [(name, getattr(self, name)) for name in group]
 
 
 class _Keys(NamedTuple):
-  """Keys of one branch: for what it draws inside, and for the dropout of its output."""
+  """Random keys of one branch: `inside` for what it draws itself, `out` for the dropout of its output."""
 
   inside: jax.Array | None
   out: jax.Array | None
 
 
 def _keys(names: tuple[str, ...], key: jax.Array | None) -> dict[str, _Keys]:
-  """The keys of each branch; under "all", that of the output of branches which run side by side.
+  """Splits a block's key into those of its branches; "all" has the key for the joint output of parallel branches.
 
-  A mixer and a feed-forward have the same keys whether or not there is the other.
+  Mixer and feed-forward get the same keys whether or not the block has the other one.
   """
   order = ("mixer", "ffn", "cross") if "cross" in names else ("mixer", "ffn")
   if key is None:
@@ -76,25 +79,25 @@ def _keys(names: tuple[str, ...], key: jax.Array | None) -> dict[str, _Keys]:
 
 
 class _Stream(NamedTuple):
-  """What a residual scheme sees of a block (residual.py)."""
+  """The four functions through which a residual scheme sees a block (residual.py)."""
 
   block: Block
-  key: jax.Array | None  # of the output's dropout
+  key: jax.Array | None  # random key of the dropout of the branches' output
 
   def enter(self, x: jax.Array) -> jax.Array:
-    """The residual stream, where the norms and the first matrices of a branch want it."""
+    """Redistributes the residual stream to where a branch's norm and first matrices read it."""
     return move(x, RESIDUAL, NORMED)
 
   def norm_in(self, name: str, h: jax.Array) -> jax.Array:
-    """A norm of what has entered."""
+    """Normalises h, which `enter` has redistributed."""
     return getattr(self.block, name)(h, NORMED[-1])
 
   def norm_out(self, name: str, y: jax.Array) -> jax.Array:
-    """A norm of what lies as the residual stream does."""
+    """Normalises y, which is sharded as the residual stream is."""
     return getattr(self.block, name)(y, RESIDUAL[-1])
 
   def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """a x + m dropout(y)."""
+    """The residual sum a x + m dropout(y)."""
     c = self.block.config
     if self.key is not None and c.dropout:
       y = y * (jax.random.bernoulli(self.key, 1 - c.dropout, y.shape) / (1 - c.dropout)).astype(y.dtype)
@@ -103,8 +106,8 @@ class _Stream(NamedTuple):
     return shard(x + y, *RESIDUAL)
 
 
-def _joined(out: Out, name: str, one: Out) -> Out:
-  """The block's Out with what one branch adds to its state, kept values, statistics and loss."""
-  state = out.state if one.state is None else {**out.state, name: one.state}
-  loss = out.loss if one.loss is None else one.loss if out.loss is None else out.loss + one.loss
-  return Out(out.y, state, {**out.keep, **one.keep}, {**out.stats, **one.stats}, loss)
+def _joined(out: Out, name: str, added: Out) -> Out:
+  """Adds one branch's state, kept values, statistics and loss to the Out of its block."""
+  state = out.state if added.state is None else {**out.state, name: added.state}
+  loss = out.loss if added.loss is None else added.loss if out.loss is None else out.loss + added.loss
+  return Out(out.y, state, {**out.keep, **added.keep}, {**out.stats, **added.stats}, loss)

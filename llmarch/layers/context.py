@@ -1,4 +1,4 @@
-"""What every layer may know about the tokens of one forward."""
+"""The context of a call: what every layer may know about its tokens."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,26 +14,31 @@ class Memory(NamedTuple):
   """The output of an encoder, which cross-attention reads."""
 
   hidden: jax.Array  # [B, S, D of the encoder]
-  keys: Keys  # int32 [B, S]: negative positions are padding; a query reads its own segment
+  keys: Keys  # int32 [B, S] each; a negative position is padding, and a query reads its own segment alone
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  real: jax.Array  # bool [B, T], not padding; here, as segments, where a branch's tokens are
-  segments: jax.Array  # int32 [B, T]
-  positions: jax.Array  # int32 [B, T]
-  queries: Keys  # the tokens of this call, where attention is
-  length: jax.Array  # int32 [B, T or 1], of each token's context, for length-dependent RoPE scalings
-  buffers: dict[str, Any]  # of the decoding state, by name (ops/cache.py)
-  cursor: jax.Array | None  # int32 [B], tokens of each row before this call; None where there is no state
-  memory: Memory | None  # of an encoder, in the calls that bring one
-  telemetry: bool  # layers add statistics of themselves
+  """The tokens of one call, the buffers of its decoding state, and an encoder's output.
+
+  `real`, `segments` and `positions` are sharded as the inputs of a branch; `queries` is sharded as attention's are.
+  """
+
+  real: jax.Array  # bool [B, T]: the token is not padding
+  segments: jax.Array  # int32 [B, T]: the document of a packed row
+  positions: jax.Array  # int32 [B, T]: the position in the document; negative for padding
+  queries: Keys  # positions, segments and prefix marks of the same tokens, sharded for attention
+  length: jax.Array  # int32 [B, T or 1]: length of each token's context, for length-dependent RoPE scalings
+  buffers: dict[str, Any]  # the decoding state's buffers by name (ops/cache.py)
+  cursor: jax.Array | None  # int32 [B]: tokens of each row before this call; None without a decoding state
+  memory: Memory | None  # an encoder's output, in the calls that bring one
+  telemetry: bool  # if true, layers report statistics of themselves
 
 
 def make_context(positions, segment_ids, prefix, state, memory, telemetry) -> tuple[Context, dict | None]:
-  """The context of a call and, where there is a state, its part that all layers share, updated.
+  """Makes the context of a call, and updates the part of the decoding state that all layers share (None without one).
 
-  The queries lie where attention does: only attention asks who stands where.
+  The queries are redistributed to where attention is, since only attention compares tokens by their positions.
 
   positions int32 [B, T]; segment_ids int32 [B, T] or None; prefix bool [B, T] or None; memory: a Memory or None.
   """
@@ -46,7 +51,7 @@ def make_context(positions, segment_ids, prefix, state, memory, telemetry) -> tu
   )
   queries = Keys(positions, segment_ids, prefix)
   if state is None:
-    # Of each document, so that packing changes nothing. XLA drops it where no layer asks.
+    # The length is counted in each document, so that packing changes nothing. XLA drops it if no layer reads it.
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     length = jnp.max(jnp.where(same, positions[:, None, :], -1), axis=2) + 1
     return Context(*tokens, queries, length, {}, None, memory, telemetry), None

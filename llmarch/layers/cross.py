@@ -24,18 +24,18 @@ from llmarch.sharding import ATTENDING, ATTENDING_HEADS, KV, PROJECTED, kv_heads
 
 @config_dataclass
 class CrossAttentionConfig(CrossConfig, kind="cross_attention"):
-  """softmax(scale q k^T) v over all real tokens of the source that have the query's segment."""
+  """Fields of softmax(scale q k^T) v over all real tokens of the source that have the query's segment."""
 
   num_heads: int
   memory_dim: int  # width of the encoder's output
   num_kv_heads: int | None = None  # None: num_heads
   head_dim: int | None = None  # None: d_model / num_heads
-  max_source_len: int = 4096  # tokens of a source that a decoding state has room for
-  bias: bool = False  # on queries, keys and values
+  max_source_len: int = 4096  # the decoding state has room for a source of this many tokens
+  bias: bool = False  # queries, keys and values have a bias
   out_bias: bool = False
-  qk_norm: NormConfig | None = None  # of each head's queries and keys
+  qk_norm: NormConfig | None = None  # norm over each head of queries and keys; None: no norm
   query_scale: float | None = None  # None: head_dim^-0.5
-  dropout: float = 0.0  # on the attention weights
+  dropout: float = 0.0  # dropout rate of the attention weights
 
   mask, window, position = Bidirectional(), None, None
 
@@ -88,7 +88,7 @@ class CrossAttentionConfig(CrossConfig, kind="cross_attention"):
     return cache.Memory(self.max_source_len)
 
   def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> cache.Held:
-    """Keys and values of the source: filled by the call that brings a memory, and read by the others."""
+    """Specs of the source's keys and values, which the call that brings a memory fills and later calls read."""
     memory = self.buffer(max_len, chunk, dtype)
     shape = batch, self.kv_heads, memory.capacity, self.dim(d_model)
     kv = cache.Spec(shape, ("cache_batch", "cache_heads", "cache_length", "head_dim"), dtype)
@@ -96,7 +96,7 @@ class CrossAttentionConfig(CrossConfig, kind="cross_attention"):
 
 
 class CrossAttention(nnx.Module):
-  """out = cross(h, site)."""
+  """Cross-attention as a branch: out = cross(h, site)."""
 
   def __init__(self, config: CrossAttentionConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
@@ -115,7 +115,7 @@ class CrossAttention(nnx.Module):
       self.q_norm, self.k_norm = Norm(config.qk_norm, H, make), Norm(config.qk_norm, H, make)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y, the Partial of a [B, T, D]."""
+    """Maps x [B, T, D] to an Out whose y is the Partial of a [B, T, D]."""
     c = self.config
     q = einsum("btd,dnh->btnh", x, self.q, bias=getattr(self, "q_bias", None), to=PROJECTED)
     q = move(q, PROJECTED, ATTENDING)
@@ -129,7 +129,7 @@ class CrossAttention(nnx.Module):
     return Out(y, state, stats={f"cross_{name}": value for name, value in stats.items()})
 
   def memory(self, dtype, site: Site) -> tuple[KeysAndValues, cache.Held | None]:
-    """Keys and values of the source: of the memory that this call brings, or those that the state holds."""
+    """Keys and values of the source, from the memory that this call brings or else from the decoding state."""
     memory = site.context.memory
     k = v = None
     if memory is not None:

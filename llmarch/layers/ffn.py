@@ -1,4 +1,4 @@
-"""Feed-forwards: two matrices, or three when gated.  B batch, T length, D model, F hidden."""
+"""Feed-forward networks of two matrices, or of three when gated.  B batch, T length, D model, F hidden."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -20,10 +20,10 @@ Activation = Literal["identity", "relu", "relu2", "gelu", "gelu_tanh", "silu", "
 
 @config_dataclass
 class MLPConfig(FFNConfig, kind="mlp"):
-  """down(act(up x)), or gated: down(act(gate x) * up x) (2002.05202).
+  """Fields of down(act(up x)) or, if gated, down(act(gate x) * up x) (2002.05202).
 
-  Gated, the activations give: sigmoid GLU, identity Bilinear, relu ReGLU, gelu GEGLU, silu SwiGLU; swiglu_oss
-  is one of gate and up together.
+  The gated form is called GLU with the activation sigmoid, Bilinear with identity, ReGLU with relu, GEGLU with gelu
+  and SwiGLU with silu. The activation swiglu_oss takes gate and up together.
   """
 
   d_ff: int
@@ -51,7 +51,7 @@ class MLPConfig(FFNConfig, kind="mlp"):
 
 
 class MLP(nnx.Module):
-  """out = mlp(h, site)."""
+  """A feed-forward network as a branch: out = mlp(h, site)."""
 
   def __init__(self, config: MLPConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
@@ -65,7 +65,7 @@ class MLP(nnx.Module):
       self.down_bias = make.constant("embed", (D,), 0.0)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y, the Partial of a [B, T, D]."""
+    """Maps x [B, T, D] to an Out whose y is the Partial of a [B, T, D]."""
     names = ("gate", "up") if self.config.gated else ("up",)
     # Under ws_2d: [batch, length, embed.x] @ [embed.x, mlp.zy] -> partial over x -> [batch, length, mlp.zyx]
     inner = einsums(

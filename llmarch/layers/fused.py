@@ -1,8 +1,10 @@
-"""A parallel block with fewer, larger matrices (2211.05102, section 3.4): the same function of other parameters.
+"""A parallel block with fewer, larger matrices (2211.05102, section 3.4): the same function, other parameters.
 
-Queries and the inputs of the feed-forward are one projection, keys and values another, and both outputs a
-third. The hidden units of the feed-forward are dealt out to the query heads, so that whoever holds some heads
-holds their share of it.  B batch, T length, D model, N query heads, K key-value heads, H head dim, F hidden.
+The queries and the inputs of the feed-forward come from one projection, keys and values from a second, and a third
+projects both outputs. The hidden units of the feed-forward are divided among the query heads, so that a device that
+holds some heads also holds their share of it.
+
+B batch, T length, D model, N query heads, K key-value heads, H head dim, F hidden.
 """
 
 import dataclasses
@@ -27,24 +29,24 @@ REPLACED = {Attention: ("q", "k", "v", "o"), MLP: ("gate", "up", "down")}
 
 
 class Fused(nnx.Module):
-  """The mixer and the feed-forward of a parallel block as one."""
+  """The mixer and the feed-forward of a parallel block as one branch."""
 
   def __init__(self, mixer: Attention, ffn: MLP):
-    """From the two, whose matrices it takes. Their leading dimensions, of stacked layers, stay."""
+    """Takes the matrices of both modules over, with the leading dimension of stacked layers if there is one."""
     N = mixer.config.num_heads
-    deal = lambda w, dim: w.reshape(*w.shape[:dim], N, w.shape[dim] // N, *w.shape[dim:][1:])
+    split_by_head = lambda w, dim: w.reshape(*w.shape[:dim], N, w.shape[dim] // N, *w.shape[dim:][1:])
     value = lambda module, name: getattr(module, name).get_value()
-    inner = [deal(value(ffn, name), -1) for name in _inner(ffn)]
+    inner = [split_by_head(value(ffn, name), -1) for name in _inner(ffn)]
     self.head_dim = mixer.q.sizes[-1]
     self.into = _param(jnp.concatenate([value(mixer, "q"), *inner], -1), "embed heads fused", "embed")
     self.kv = _param(jnp.concatenate([value(mixer, "k"), value(mixer, "v")], -1), "embed kv_heads fused", "embed")
-    out = jnp.concatenate([value(mixer, "o"), deal(value(ffn, "down"), -2)], -2)
+    out = jnp.concatenate([value(mixer, "o"), split_by_head(value(ffn, "down"), -2)], -2)
     self.out = _param(out, "heads fused embed", "heads fused")
     self.mixer, self.ffn = _without_matrices(mixer), _without_matrices(ffn)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y of both branches, the Partial of a [B, T, D], and the new state of the mixer."""
-    # Under ws_2d+batch_xyz; "fused" is a head's query and its share of the feed-forward, or its key and value:
+    """Maps x [B, T, D] to an Out whose y is the Partial of both branches' sum; its state is the mixer's."""
+    # Sharded shapes under ws_2d+batch_xyz. "fused" is a head's query and its hidden units, or its key and value:
     # [batch, length, embed.x] @ [embed.x, heads.zy, fused]    -> partial over x -> heads.zyx
     # [batch, length, embed.x] @ [embed.x, kv_heads.zy, fused] -> partial over x -> batch.zyx
     into, kv = einsums(
@@ -59,12 +61,12 @@ class Fused(nnx.Module):
     return dataclasses.replace(rest, y=einsum("btnc,ncd->btd", h, self.out, partial=True))
 
   def _parts(self, into: jax.Array) -> list[jax.Array]:
-    """Of each head: its query, then its share of the gate (if there is one) and of up."""
+    """Splits each head's columns into its query, then its share of the gate (if there is one), then of up."""
     share = (into.shape[-1] - self.head_dim) // len(_inner(self.ffn))
     return jnp.split(into, list(range(self.head_dim, into.shape[-1], share)), axis=-1)
 
   def separate(self) -> tuple[Attention, MLP]:
-    """The mixer and the feed-forward again: the inverse of the constructor."""
+    """Returns the mixer and the feed-forward with their own matrices: the inverse of the constructor."""
     mixer, ffn = _without_matrices(self.mixer), _without_matrices(self.ffn)
     q, *inner = self._parts(self.into.get_value())
     k, v = jnp.split(self.kv.get_value(), 2, axis=-1)
@@ -79,7 +81,10 @@ class Fused(nnx.Module):
 
 
 def fuse(block: Block) -> Block:
-  """A parallel block with fused projections; any other block as it is. Raises UserError where it cannot be."""
+  """Fuses the projections of a parallel block; returns any other block as it is.
+
+  Raises UserError if the block's branches cannot be fused, for example because they have biases.
+  """
   if block.config.residual != Parallel() or hasattr(block, "fused"):
     return block
   _check_fusible(block.config)
@@ -90,7 +95,7 @@ def fuse(block: Block) -> Block:
 
 
 def separate(block: Block) -> Block:
-  """The inverse of `fuse`."""
+  """Separates fused projections again: the inverse of `fuse`."""
   if not hasattr(block, "fused"):
     return block
   block = nnx.merge(*nnx.split(block))

@@ -21,9 +21,11 @@ from llmarch.sharding import PROJECTED, RECURRING, move
 
 @config_dataclass
 class LinearConfig(MixerConfig, kind="linear"):
+  """Fields of linear attention."""
+
   num_heads: int
   head_dim: int | None = None  # None: d_model / num_heads
-  chunk: int = 128  # tokens of which all pairs are computed at once
+  chunk: int = 128  # tokens whose pairs are all computed at once; between chunks, the state carries the sums
 
   in_order = True  # the state reads the tokens of a row one after the other
   heads = property(lambda self: self.num_heads)
@@ -45,14 +47,14 @@ class LinearConfig(MixerConfig, kind="linear"):
     return [(d_model,), (self.num_heads, self.dim(d_model))]
 
   def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> dict[str, Spec]:
-    """The sums of a row, in f32 whatever dtype is: they are small, and each token adds to them."""
+    """Specs of a row's sums, in f32 whatever dtype is, because they are small and each token adds to them."""
     N, H = self.num_heads, self.dim(d_model)
     sums = Spec((batch, N, H, H + 1), ("cache_batch", "cache_heads", "head_dim", "value_dim"), "float32")
     return {"sums": sums, "segment": Spec((batch,), ("cache_batch",), "int32")}
 
 
 class Linear(nnx.Module):
-  """out = linear(h, site)."""
+  """Linear attention as a branch: out = linear(h, site)."""
 
   def __init__(self, config: LinearConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
@@ -63,7 +65,7 @@ class Linear(nnx.Module):
     self.o = make.weight("o", "heads head_dim embed", (N, H, D), "heads head_dim", init_scale * output_scale)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y, the Partial of a [B, T, D]."""
+    """Maps x [B, T, D] to an Out whose y is the Partial of a [B, T, D]."""
     project = lambda w: Product("btd,dnh->btnh", w, to=PROJECTED)
     q, k, v = (move(a, PROJECTED, RECURRING) for a in einsums(x, *map(project, (self.q, self.k, self.v))))
     tokens = site.context.queries

@@ -1,7 +1,7 @@
-"""Attention masks as data: functions of what tokens are (positions, marks), never of where a buffer holds them.
+"""Attention masks as data: functions of tokens' positions and marks, never of the slots in which a buffer holds them.
 
-`ops.attention.visible` asks a mask for pairs of tokens, after it has excluded padding and other segments, and it puts
-a window on any mask: keys at that distance or beyond are not seen.
+`ops.attention.visible` asks a mask about pairs of tokens after it has excluded padding and other segments. A window
+composes with every mask: keys at that distance or farther are not seen.
 
 B batch, T queries, S keys, N heads of this device.
 """
@@ -15,51 +15,54 @@ from llmarch.ops.attention import Extent, Keys
 
 
 class Heads(NamedTuple):
-  """Which heads of which layer ask, for masks that differ between them."""
+  """The heads and the layer that ask, for masks that differ between them."""
 
   heads: jax.Array  # int32 [N]
   layer: jax.Array  # int32 scalar
 
 
 class MaskConfig(Variant):
-  """A mask. A member says `sees` and `mean_keys`; the other answers are those of a mask of distances alone."""
+  """A mask. Each member defines `sees` and `mean_keys`; the defaults here fit masks of the distance alone."""
 
   by_name = True
 
-  # What `sees` depends on, of "distance", "position", "marks", "head", "layer": a kernel may serve some of these alone.
+  # What `sees` depends on: "distance", "position", "marks", "head", "layer". A kernel may support only some of these.
   reads: ClassVar[frozenset[str]] = frozenset({"distance"})
-  ahead: ClassVar[bool] = False  # a token sees later ones, marked or not: a model with it cannot decode
+  ahead: ClassVar[bool] = False  # a token sees later, unmarked tokens, so a model with this mask cannot decode
 
   def sees(self, q: Keys, k: Keys, which: Heads | None) -> jax.Array:
-    """bool, broadcast to [B, 1 or N, T, S]: the query sees the key. q: [B, 1, T, 1] each; k: [B, 1, 1, S] each."""
+    """Says which keys each query sees, as bool [B, 1 or N, T, S] or what broadcasts to it.
+
+    Each array of q is [B, 1, T, 1], and each array of k is [B, 1, 1, S].
+    """
     raise NotImplementedError
 
   def may_see(self, q: Extent, k: Extent) -> jax.Array:
-    """bool [B]: true wherever some query of a block of tokens may see some key of another, by their extents."""
+    """Says, as bool [B], whether any query of one block of tokens may see any key of another, from their extents."""
     return q.high >= 0
 
   def mean_keys(self, length: int, window: int | None) -> float:
-    """Keys that a query sees, averaged over one document of `length` tokens."""
+    """Number of keys that a query sees, averaged over one document of `length` tokens."""
     raise NotImplementedError
 
   def slot(self, index: jax.Array, capacity: int) -> jax.Array:
-    """Where a row's token number `index` is cached in a buffer of `capacity` slots: a ring."""
+    """The slot, of `capacity` slots, that caches a row's token number `index`; by default that of a ring buffer."""
     return index % capacity
 
   def order(self, position: jax.Array) -> jax.Array | None:
-    """A sort key of tokens, by which the keys that a query sees lie together; None: they do as they stand."""
+    """A sort key that brings the keys which a query sees together; None if they are contiguous unsorted."""
     return None
 
 
 def _causal_keys(length: int, window: int | None) -> float:
-  """(length + 1) / 2, or sum_t min(t, w) / length with a window of w."""
+  """Mean number of keys under a causal mask: (length + 1) / 2, or sum_t min(t, w) / length with a window of w."""
   w = length if window is None else min(window, length)
   return (w * (w + 1) / 2 + (length - w) * w) / length
 
 
 @config_dataclass
 class Causal(MaskConfig, kind="causal"):
-  """A token sees itself and what lies before it."""
+  """The causal mask: a token sees itself and earlier tokens."""
 
   def sees(self, q: Keys, k: Keys, which: Heads | None) -> jax.Array:
     return k.positions <= q.positions
@@ -73,7 +76,7 @@ class Causal(MaskConfig, kind="causal"):
 
 @config_dataclass
 class Bidirectional(MaskConfig, kind="bidirectional"):
-  """A token sees all of its document."""
+  """The bidirectional mask: a token sees its whole document."""
 
   ahead = True
 
@@ -81,13 +84,13 @@ class Bidirectional(MaskConfig, kind="bidirectional"):
     return q.positions == q.positions
 
   def mean_keys(self, length: int, window: int | None) -> float:
-    """As many on both sides as causally on one, and itself once."""
+    """A query sees as many keys on each side as causally on one, and itself once."""
     return 2 * _causal_keys(length, window) - 1
 
 
 @config_dataclass
 class Prefix(MaskConfig, kind="prefix"):
-  """Causal, and every token that is marked as prefix is seen by its whole document (PrefixLM of 1910.10683)."""
+  """The prefix-LM mask: causal, but the whole document sees every token marked as prefix (1910.10683)."""
 
   reads = frozenset({"distance", "marks"})
 
@@ -99,5 +102,5 @@ class Prefix(MaskConfig, kind="prefix"):
     return (k.low <= q.high) | k.marked
 
   def mean_keys(self, length: int, window: int | None) -> float:
-    """As causal: how long the prefix is, is not known here."""
+    """Counts as the causal mask does, since the length of the prefix is not known here."""
     return _causal_keys(length, window)

@@ -1,10 +1,11 @@
-"""Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1): the cache holds one small latent a token.
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1): the cache holds one small latent per token.
 
-A latent c of C numbers is the keys and values of all heads, k_n = c W^UK_n and v_n = c W^UV_n, but for R
-dimensions of the keys that turn with the position and are the same for every head.
+Keys and values of every head n are projections of a token's latent c, which has C numbers: k_n = c W^UK_n and
+v_n = c W^UV_n. Only R dimensions of the keys are not made of it: these rotate with the position, and all heads
+share them.
 
-B batch, T length, D model, N heads, S cache length, C rank of the latents of keys and values, P and R dims of
-a query and key without and with positions, V dims of a value.
+B batch, T length, D model, N heads, S cache length, C width of the key-value latent, P and R dimensions of a query
+and key without and with positions, V dimensions of a value.
 """
 
 import dataclasses
@@ -35,19 +36,21 @@ from llmarch.sharding import ATTENDING, ATTENDING_TOKENS, LATENT, PROJECTED, ROW
 
 @config_dataclass
 class MLAConfig(MixerConfig, kind="mla"):
+  """Fields of multi-head latent attention, named as in DeepSeek's configs."""
+
   num_heads: int
   kv_lora_rank: int  # C
   qk_nope_head_dim: int  # P
   qk_rope_head_dim: int  # R
   v_head_dim: int  # V
-  q_lora_rank: int | None = None  # of the latent that queries are made of; None: they are made of the stream
-  latent_norm: NormConfig = RMSNorm()  # of both latents
+  q_lora_rank: int | None = None  # width of the queries' latent; None: queries are projected from the residual stream
+  latent_norm: NormConfig = RMSNorm()  # norm of the queries' and of the key-value latent
   position: PositionConfig = RoPE(interleaved=True)
   query_scale: float | None = None  # None: (P + R)^-0.5
-  # With YaRN, the scores are multiplied by (0.1 m ln(factor) + 1)^2 as well, m as given here; the factor on the
-  # turned dimensions alone is the scaling's own attention_factor (DeepSeek: mscale / mscale_all_dim = 1).
+  # With YaRN, scores are also multiplied by (0.1 m ln(factor) + 1)^2, where m is this field. The separate factor on
+  # the rotated dimensions is the scaling's attention_factor (DeepSeek: mscale / mscale_all_dim = 1).
   mscale_all_dim: float | None = None
-  dropout: float = 0.0  # on the attention weights
+  dropout: float = 0.0  # dropout rate of the attention weights
 
   mask, window = Causal(), None
   attends = True
@@ -111,14 +114,15 @@ class MLAConfig(MixerConfig, kind="mla"):
 
   @property
   def kv_heads(self) -> int:
-    """Every head has keys and values of its own, made of what the cache holds."""
+    """Number of heads: each has its own keys and values, projected from the cached latent."""
     return self.num_heads
 
   def dim(self, d_model: int) -> int:
-    """Of a query and a key."""
+    """Width of a query and of a key."""
     return self.qk_nope_head_dim + self.qk_rope_head_dim
 
   def scale(self) -> float:
+    """The factor on the scores before the softmax."""
     scale = self.dim(0) ** -0.5 if self.query_scale is None else self.query_scale
     if self.mscale_all_dim is not None:
       scale *= (0.1 * self.mscale_all_dim * math.log(self.position.scaling.factor) + 1) ** 2
@@ -128,32 +132,33 @@ class MLAConfig(MixerConfig, kind="mla"):
     return cache.Ring(max_len)
 
   def state_spec(self, d_model: int, batch: int, max_len: int, chunk: int, dtype: str) -> cache.Held:
-    """The latents and the turned keys, each as of one head; quantised where dtype is a format."""
+    """Specs of the latents and the rotated keys, each cached as one head; quantised if dtype is a format."""
     ring = self.buffer(max_len, chunk, dtype)
 
-    def of(dim):
+    def spec_of_width(dim):
       shape = batch, 1, ring.capacity, dim
       spec = cache.Spec(shape, ("cache_batch", "cache_heads", "cache_length", "head_dim"), dtype)
       return cache.quantised_spec(spec, dtype) if dtype in FORMATS else spec
 
-    return cache.Held(ring.name, {"latent": of(self.kv_lora_rank), "rope": of(self.qk_rope_head_dim)})
+    latent, rope = spec_of_width(self.kv_lora_rank), spec_of_width(self.qk_rope_head_dim)
+    return cache.Held(ring.name, {"latent": latent, "rope": rope})
 
 
 def absorbing_is_cheaper(T: int, S: int, C: int, inner: int) -> bool:
-  """Whether T queries on S cached latents of rank C take fewer FLOPs in the latent space; inner = P + V.
+  """True if T queries on S cached latents of rank C take fewer FLOPs in the latent space; inner = P + V.
 
-  Multiply-adds a row and head, those of the R dimensions apart, which are the same:
-    naive     S C inner + T S inner    every latent becomes a key and a value, which attention then reads
-    absorbed  T C inner + 2 T S C      queries go through W^UK, what they gather through W^UV; between, each
-                                       head attends to the latents themselves
-  A decode step absorbs: a query on a long cache of DeepSeek-V3 (C = 512, inner = 256) saves 128 times. A prompt
-  of more than about C inner / (2 C - inner) tokens (171 there) does not.
+  Multiply-adds per row and head, without those of the R rotated dimensions, which both forms share:
+    naive     S C inner + T S inner    every latent is expanded to a key and a value, which attention then reads
+    absorbed  T C inner + 2 T S C      queries go through W^UK and outputs through W^UV; between, each head
+                                       attends to the latents themselves
+  A decode step absorbs: one query on a long cache of DeepSeek-V3 (C = 512, inner = 256) saves a factor of 128. A
+  prompt of more than about C inner / (2 C - inner) tokens (171 in DeepSeek-V3) does not.
   """
   return T * C * inner + 2 * T * S * C < S * C * inner + T * S * inner
 
 
 class MLA(nnx.Module):
-  """out = mla(h, site)."""
+  """Multi-head latent attention as a branch: out = mla(h, site)."""
 
   def __init__(self, config: MLAConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
@@ -173,10 +178,12 @@ class MLA(nnx.Module):
     self.o = make.weight("o", "heads head_dim embed", (N, V, D), "heads head_dim", init_scale * output_scale)
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y, the Partial of a [B, T, D]. The leaves of its state are "latent" [B, 1, S, C] and "rope"
-    [B, 1, S, R]."""
+    """Maps x [B, T, D] to an Out whose y is the Partial of a [B, T, D].
+
+    The leaves of its state are "latent" [B, 1, S, C] and "rope" [B, 1, S, R].
+    """
     c, context, state = self.config, site.context, site.state
-    # The comments show ws_2d+batch_xyz, under which attention splits the batch and the cache over z, y and x.
+    # The sharded shapes are those of ws_2d+batch_xyz, where attention splits the batch and the cache over z, y and x.
     if c.q_lora_rank is None:
       # [batch, length, embed.x] @ [embed.x, heads.zy, head_dim] -> partial over x -> heads.zyx
       queries = Product("btd,dnh->btnh", self.q, to=PROJECTED)
@@ -193,7 +200,7 @@ class MLA(nnx.Module):
 
     inner = c.qk_nope_head_dim + c.v_head_dim
     slots = None if state is None else state.leaves["latent"].shape[2]
-    # Without a state each latent is new, and every head needs its keys and values but once.
+    # Without a state every latent is new, and each head expands it to a key and a value only once.
     absorb = slots is not None and absorbing_is_cheaper(x.shape[1], slots, c.kv_lora_rank, inner)
     R = c.qk_rope_head_dim
     if absorb:

@@ -22,18 +22,21 @@ from llmarch.ops.einsum import einsum
 
 
 class RouterConfig(Variant):
-  """Which experts a token goes to, and with which weight (its gate)."""
+  """A router: it decides which experts a token goes to, and the weight (gate) of each expert's output."""
 
-  causal = True  # no later token has a say in it
-  in_order = False  # it depends on which token of a row comes first, or draws
-  bias = False  # on the router's logits
-  balance_rate: float | None = None  # of a bias on the choice
+  causal = True  # no later token affects the choice
+  in_order = False  # the choice depends on the order of a row's tokens, or on a random draw at each place
+  bias = False  # the router's logits have a bias
+  balance_rate: float | None = None  # step of the bias on the choice that balances the load; None: no such bias
 
 
 @config_dataclass
 class Groups:
-  """Experts in `num` groups of neighbours; a token chooses among those of its `top` best groups (on other devices,
-  in DeepSeek-V2, 2405.04434). A group scores as its best expert ("max", V2) or its best two ("top2", V3)."""
+  """Experts in `num` groups of neighbours; a token chooses among those of its `top` best groups.
+
+  In DeepSeek-V2 (2405.04434) a group lies on one device, so that a token goes to few devices. The score of a group is
+  that of its best expert ("max", V2) or the sum of its best two ("top2", V3).
+  """
 
   num: int
   top: int
@@ -46,32 +49,35 @@ class Groups:
 
 @config_dataclass
 class TopK(RouterConfig, kind="top_k"):
-  """Tokens choose: each goes to the `k` experts of the largest score, in f32.
+  """Tokens choose experts: each token goes to the `k` experts with the largest score, computed in f32.
 
-  A gate is the expert's score, or its share of those chosen ("renormalize"; a softmax over the chosen logits is
-  the renormalised softmax over all), times `scale`. Switch: k=1, renormalize=False, capacity_factor=1.25.
+  The gate is the expert's score times `scale`. With `renormalize` it is the share of the score among the chosen
+  experts; a softmax over the chosen logits is the softmax over all of them, renormalised. The Switch Transformer has
+  k=1, renormalize=False, capacity_factor=1.25.
 
   capacity_factor c: of the n tokens of a row, an expert takes the first ceil(c n / E) that choose it, first choices
-  before second ones; a token that nobody takes passes by (2101.03961, section 2.2; 2006.16668). Padding takes no
-  place. It limits training and whole-sequence calls alone: over a decoding state nothing is dropped, so that chunks
-  agree; decoding is the same function where the capacity sufficed. None: nothing is ever dropped.
+  before second ones; a token that no expert takes passes by on the residual stream (2101.03961, section 2.2;
+  2006.16668). Padding takes no place. The limit applies only to training and to calls on whole sequences: with a
+  decoding state no token is dropped, so that chunks of any size agree, and decoding computes the same function
+  wherever the capacity sufficed. None: no token is ever dropped.
 
-  balance_rate: each expert has a bias that enters the choice, not the gate; after each train step it moves by
-  this much against its load's error (2408.15664; DeepSeek-V3). 0 keeps it as it is, None: there is none.
+  balance_rate: each expert has a bias that is added to its score for the choice, not for the gate. After each train
+  step the bias moves by this much against the error of the expert's load (2408.15664; DeepSeek-V3). 0 leaves the bias
+  as it is; None: there is no bias.
   """
 
   k: int = 2
   scores: Literal["softmax", "sigmoid"] = "softmax"
   renormalize: bool = True
   scale: float = 1.0
-  bias: bool = False  # on the router's logits (gpt-oss)
+  bias: bool = False  # the router's logits have a bias (gpt-oss)
   groups: Groups | None = None
   balance_rate: float | None = None
   capacity_factor: float | None = None
-  jitter: float = 0.0  # the router's input is scaled by 1 +- this where a key is given (Switch: 0.01)
-  aux_loss: float = 0.0  # times E sum f P over the tokens of a batch (Switch: 0.01)
-  sequence_loss: float = 0.0  # the same of each row, averaged (DeepSeek-V3: 1e-4)
-  z_loss: float = 0.0  # times the mean of log-sum-exp squared of the logits (ST-MoE: 1e-3)
+  jitter: float = 0.0  # in training, scales the router's input by a random factor in 1 +- jitter (Switch: 0.01)
+  aux_loss: float = 0.0  # coefficient of the loss E sum f P over the tokens of a batch (Switch: 0.01)
+  sequence_loss: float = 0.0  # coefficient of the same loss for each row, averaged over rows (DeepSeek-V3: 1e-4)
+  z_loss: float = 0.0  # coefficient of the mean squared log-sum-exp of the logits (ST-MoE: 1e-3)
 
   def __post_init__(self):
     check_at_least(self, 1, "k")
@@ -84,11 +90,11 @@ class TopK(RouterConfig, kind="top_k"):
     return self.capacity_factor is not None or self.jitter > 0
 
   def chosen(self, num_experts: int) -> float:
-    """Experts that a token goes to."""
+    """Number of experts that a token goes to."""
     return self.k
 
   def check_experts(self, num_experts: int) -> None:
-    """Raises UserError unless `num_experts` experts can be chosen from so."""
+    """Raises UserError if this router cannot choose among `num_experts` experts."""
     g, among = self.groups, num_experts
     if g:
       check(num_experts % g.num == 0, f"groups.num={g.num} must divide num_experts={num_experts}")
@@ -99,10 +105,13 @@ class TopK(RouterConfig, kind="top_k"):
 
 @config_dataclass
 class ExpertChoice(RouterConfig, kind="expert_choice"):
-  """Experts choose: each takes floor(c n / E) of a document's n tokens, those of the largest softmax score, which is
-  their gate (2202.09368). A token may go to any number of experts. It sees the future: it cannot decode."""
+  """Experts choose tokens: each takes the floor(c n / E) of a document's n tokens with the largest softmax score.
 
-  capacity_factor: float = 2.0  # c, experts a token on average
+  The score is also the gate (2202.09368). A token may go to any number of experts. The choice depends on later tokens,
+  so a model with this router cannot decode.
+  """
+
+  capacity_factor: float = 2.0  # c, the number of experts that a token goes to on average
 
   causal = False
   in_order = True
@@ -111,7 +120,7 @@ class ExpertChoice(RouterConfig, kind="expert_choice"):
     check_above(self, 0, "capacity_factor")
 
   def chosen(self, num_experts: int) -> float:
-    """Experts that a token goes to, on average."""
+    """Mean number of experts that a token goes to."""
     return self.capacity_factor
 
   def check_experts(self, num_experts: int) -> None:
@@ -121,13 +130,13 @@ class ExpertChoice(RouterConfig, kind="expert_choice"):
 
 @config_dataclass
 class MoEConfig(FFNConfig, kind="moe"):
-  """sum over the chosen experts of gate x expert(x), plus shared(x), which every token passes."""
+  """Fields of the sum over the chosen experts of gate x expert(x), plus shared(x), which every token passes through."""
 
   num_experts: int
-  expert: MLPConfig  # each of them
+  expert: MLPConfig  # the feed-forward that each expert is
   router: RouterConfig = TopK()
-  shared: MLPConfig | None = None  # DeepSeekMoE (2401.06066): n shared experts are one of n times the width
-  shared_gate: bool = False  # the shared output is scaled by sigmoid(w x) (Qwen2-MoE)
+  shared: MLPConfig | None = None  # n shared experts (DeepSeekMoE, 2401.06066) are one MLP of n times the width
+  shared_gate: bool = False  # scales the shared output by sigmoid(w x) (Qwen2-MoE)
 
   def __post_init__(self):
     check_at_least(self, 1, "num_experts")
@@ -165,7 +174,7 @@ class MoEConfig(FFNConfig, kind="moe"):
 
 
 class MoE(nnx.Module):
-  """out = moe(h, site)."""
+  """A mixture of experts as a branch: out = moe(h, site)."""
 
   def __init__(self, config: MoEConfig, d_model: int, make: Maker, init_scale: float, output_scale: float):
     self.config = config
@@ -174,7 +183,7 @@ class MoE(nnx.Module):
     if config.router.bias:
       self.router_bias = make.constant("router", (E,), 0.0)
     if config.router.balance_rate is not None:
-      # In f32 whatever the rest is in: a step of it is small. The train step reads the rate.
+      # The bias is f32 in every precision, since its steps are small. The train step reads balance_rate.
       bias = dataclasses.replace(make, dtype="float32").constant("router", (E,), 0.0)
       self.selection_bias = bias.replace(balance_rate=config.router.balance_rate)
     for name in ("gate", "up") if c.gated else ("up",):
@@ -191,7 +200,7 @@ class MoE(nnx.Module):
       self.shared_gate = make.weight("shared_gate", "embed one", (D, 1), fan_in="embed")
 
   def __call__(self, x: jax.Array, site: Site) -> Out:
-    """x [B, T, D] -> y, the Partial of a [B, T, D]."""
+    """Maps x [B, T, D] to an Out whose y is the Partial of a [B, T, D]."""
     keys = (None, None) if site.key is None else jax.random.split(site.key)
     route = self._tokens_choose if isinstance(self.config.router, TopK) else self._experts_choose
     routes, stats, loss = route(x, site.context, keys[0])
@@ -207,11 +216,12 @@ class MoE(nnx.Module):
     return Out(y, stats=stats, loss=loss)
 
   def _logits(self, x: jax.Array) -> jax.Array:
-    """f32 [B, T, E], of all experts on every device that has the token."""
+    """Router logits f32 [B, T, E] of all experts, on every device that holds the token."""
     # Under ws_2d: [batch, length, embed.x] @ [embed.x, router] -> partial over x, summed -> [batch, length, router]
     return einsum("btd,de->bte", x.astype(jnp.float32), self.router, bias=getattr(self, "router_bias", None))
 
   def _tokens_choose(self, x: jax.Array, context: Context, key: jax.Array | None):
+    """Routes each token to its k best experts; returns the routes, the statistics and the loss."""
     c, E, real = self.config.router, self.config.num_experts, context.real
     if key is not None and c.jitter:
       x = x.astype(jnp.float32) * jax.random.uniform(key, x.shape, minval=1 - c.jitter, maxval=1 + c.jitter)
@@ -237,6 +247,7 @@ class MoE(nnx.Module):
     return routes if buffers is None else buffers, stats, loss if isinstance(loss, jax.Array) else None
 
   def _experts_choose(self, x: jax.Array, context: Context, key: jax.Array | None):
+    """Routes to each expert its best tokens; returns the routes, the statistics and the loss."""
     scores = ops.scores(self._logits(x), "softmax")
     buffers = ops.expert_choice(scores, context.real, context.segments, self.config.router.capacity_factor)
     return buffers, {}, None

@@ -1,4 +1,4 @@
-"""Normalisation layers: a config for each, one module for all."""
+"""Normalisation layers: one config for each kind, and one module for all of them."""
 
 import math
 
@@ -15,14 +15,16 @@ from llmarch.sharding import Axis, move
 
 
 def _centred(scale: jax.Array) -> jax.Array:
-  """1 + scale, in f32: bfloat16 has no number between 1 and 1.0078, and a small scale would be lost."""
+  """1 + scale, in f32: bfloat16 has no number between 1 and 1.0078, so it would lose a small scale."""
   return 1 + scale.astype(jnp.float32)
 
 
 @config_dataclass
 class RMSNorm(NormConfig, kind="rmsnorm"):
+  """x / rms(x) times a scale of the last dimension (1910.07467)."""
+
   eps: float = 1e-6
-  zero_centered: bool = False  # multiplies by 1 + scale, scale starting at 0 (Gemma)
+  zero_centered: bool = False  # multiplies by 1 + scale, where scale starts at 0 (Gemma)
 
   def __post_init__(self):
     check_above(self, 0, "eps")
@@ -36,10 +38,12 @@ class RMSNorm(NormConfig, kind="rmsnorm"):
 
 @config_dataclass
 class LayerNorm(NormConfig, kind="layernorm"):
+  """(x - mean(x)) / std(x), times a scale plus a bias of the last dimension (1607.06450)."""
+
   eps: float = 1e-5
   bias: bool = True
-  scale: bool = True  # without it and the bias there are no parameters (OLMo)
-  zero_centered: bool = False  # Nemotron's LayerNorm1p
+  scale: bool = True  # has a scale; with neither scale nor bias there are no parameters (OLMo)
+  zero_centered: bool = False  # multiplies by 1 + scale, where scale starts at 0 (Nemotron's LayerNorm1p)
 
   def __post_init__(self):
     check_above(self, 0, "eps")
@@ -55,7 +59,7 @@ class LayerNorm(NormConfig, kind="layernorm"):
 
 @config_dataclass
 class ScaleNorm(NormConfig, kind="scalenorm"):
-  """g x / |x|, one scalar g that starts at sqrt(dim) (1910.05895)."""
+  """g x / |x| with one scalar g, which starts at sqrt(dim) (1910.05895)."""
 
   eps: float = 1e-6
 
@@ -70,27 +74,27 @@ class ScaleNorm(NormConfig, kind="scalenorm"):
 
 
 class Norm(nnx.Module):
-  """The normalisation of the last dimension that its config says.  [..., dim] -> [..., dim].
+  """Normalises the last dimension as its config says, [..., dim] -> [..., dim].
 
-  heads: of x [..., heads, dim], each of which has parameters of its own (None: they share them).
+  With `heads`, x is [..., heads, dim] and each head has its own parameters; None: all heads share them.
   """
 
   def __init__(self, config: NormConfig, dim: int, make: Maker, heads: int | None = None):
     self.config = config
     for name, param in config.make(dim, make).items():
-      setattr(self, name, param if heads is None else _each(param, heads))
+      setattr(self, name, param if heads is None else _one_per_head(param, heads))
 
   def __call__(self, x: jax.Array, axis: Axis, heads: Axis = None) -> jax.Array:
-    """`axis`: the logical name of x's last dimension; `heads`: of the one before it."""
+    """Takes as `axis` the logical name of x's last dimension, and as `heads` that of the one before it."""
     params = {k: v[...] for k, v in vars(self).items() if isinstance(v, nnx.Param)}
-    place = lambda v: (heads,) * (v.ndim - 1) + (axis,)
-    here = {k: v if v.shape == (1,) else move(v, (None,) * v.ndim, place(v)) for k, v in params.items()}
-    # The backward pass recomputes it from x rather than keep f32 copies of x on the way.
-    return jax.checkpoint(self.config.apply, prevent_cse=False, static_argnums=1)(x, axis, **here)
+    dims_of = lambda v: (heads,) * (v.ndim - 1) + (axis,)
+    params = {k: v if v.shape == (1,) else move(v, (None,) * v.ndim, dims_of(v)) for k, v in params.items()}
+    # The backward pass recomputes the norm from x, which saves the memory of f32 copies of x.
+    return jax.checkpoint(self.config.apply, prevent_cse=False, static_argnums=1)(x, axis, **params)
 
 
-def _each(param: nnx.Param, heads: int) -> nnx.Param:
-  """A vector [dim] of a norm as one for each head [heads, dim]."""
+def _one_per_head(param: nnx.Param, heads: int) -> nnx.Param:
+  """Repeats a norm's vector [dim] for every head, as a parameter [heads, dim]."""
   shape = (heads, *param.sizes)
   value = jnp.broadcast_to(param.get_value(), shape)
   return nnx.Param(value, axes=("norm", *param.axes), sizes=shape, fan_in=(), decay=False)

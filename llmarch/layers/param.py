@@ -1,4 +1,4 @@
-"""Parameters: what they are called, how they are drawn, how they are named for sharding."""
+"""Parameters: their names, how they are drawn, and the names of their dimensions for sharding."""
 
 import dataclasses
 import math
@@ -14,34 +14,35 @@ from llmarch.errors import check
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-  """Draws the parameters of a module. Each has its own key, derived from names, not from order."""
+  """Draws the parameters of a module. The key of each comes from its name, so the order of drawing does not matter."""
 
   key: jax.Array
   init: InitConfig
   dtype: str
 
   def child(self, name: str, init: InitConfig | None = None) -> "Maker":
-    """The maker of a submodule."""
+    """The maker of the submodule `name`, with the initialisation `init` or else this one's."""
     key = jax.random.fold_in(self.key, zlib.crc32(name.encode()))
     return dataclasses.replace(self, key=key, init=init or self.init)
 
   def weight(self, name: str, axes: str, shape: tuple[int, ...], fan_in: str, scale: float = 1.0) -> nnx.Param:
-    """A random matrix. `axes` names its dimensions, `fan_in` those that are summed over when it is applied.
-    `sizes` keeps the shape of one layer over all devices.
+    """Draws a random matrix.
 
-    Such parameters, and no others, get weight decay and Muon (`decay` and `fan_in` metadata).
+    `axes` names its dimensions, and `fan_in` names those that are summed over when it is applied. The metadata
+    `sizes` keeps the shape of one layer over all devices. These parameters alone get weight decay and Muon, which
+    read the metadata `decay` and `fan_in`.
     """
     names = axes.split()
     summed = math.prod(n for name, n in zip(names, shape, strict=True) if name in fan_in.split())
-    experts = math.prod(n for name, n in zip(names, shape, strict=True) if name == "experts")  # a matrix for each
+    experts = math.prod(n for name, n in zip(names, shape, strict=True) if name == "experts")  # one matrix for each
     std = scale * self.init.std(summed, math.prod(shape) // summed // experts)
-    # Truncation at two deviations shrinks a standard normal to this deviation.
+    # A normal truncated at two deviations has this deviation, so dividing by it restores the one asked for.
     draw = jax.random.truncated_normal(self.child(name).key, -2, 2, shape, jnp.float32) / 0.87962566103423978
     value = (std * draw).astype(self.dtype)
     return nnx.Param(value, axes=tuple(names), sizes=shape, fan_in=tuple(fan_in.split()), decay=True)
 
   def constant(self, axes: str, shape: tuple[int, ...], value: float) -> nnx.Param:
-    """A norm scale (1), a bias (0) or another vector that starts constant and does not decay."""
+    """Makes a vector that starts constant and does not decay, such as a norm's scale (1) or a bias (0)."""
     value = jnp.full(shape, value, self.dtype)
     return nnx.Param(value, axes=tuple(axes.split()), sizes=shape, fan_in=(), decay=False)
 
@@ -56,23 +57,25 @@ def _variables(state):
 
 
 def flatten(state, *, variables: bool = False) -> dict:
-  """An nnx.State as {"stack/segments/0/blocks/1/mixer/q": array}, or its Params with their metadata.
+  """Flattens an nnx.State to {"stack/segments/0/blocks/1/mixer/q": array}, or to its Params with their metadata.
 
-  Works on abstract states too.
+  Abstract states are flattened in the same way.
   """
   return {_name(path): p if variables else p.get_value() for path, p in _variables(state)[0]}
 
 
 def unflatten(abstract_state, flat: dict, *, same_dtypes: bool = False):
-  """The inverse of `flatten`, after an abstract state. Raises UserError, with all differences, unless names and
-  shapes (and dtypes, if asked) are the same."""
+  """Puts arrays by name into the tree of an abstract state: the inverse of `flatten`.
+
+  Raises UserError, with all differences, unless names and shapes (and dtypes, if same_dtypes) are the same.
+  """
   leaves, tree = _variables(abstract_state)
   params = {_name(path): p for path, p in leaves}
-  show = lambda a: f"{a.dtype if same_dtypes else ''}{list(a.shape)}"
+  describe = lambda a: f"{a.dtype if same_dtypes else ''}{list(a.shape)}"
   wrong = [f"{name} is missing" for name in params if name not in flat]
   wrong += [f"{name} is unknown" for name in flat if name not in params]
   for name, param in params.items():
-    want, found = show(param.get_value()), show(flat.get(name, param.get_value()))
+    want, found = describe(param.get_value()), describe(flat.get(name, param.get_value()))
     wrong += [f"{name} is {found}, not {want}"] if found != want else []
   check(not wrong, f"parameters differ: {'; '.join(wrong)}")
   return jax.tree_util.tree_unflatten(tree, [param.replace(flat[name]) for name, param in params.items()])

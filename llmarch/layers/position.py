@@ -1,7 +1,8 @@
-"""Position schemes as data. What a scheme computes is in ops/rope.py and ops/attention.py.
+"""Position schemes as data; the arithmetic is in ops/rope.py and ops/attention.py.
 
-Three groups: added once at the embedding (`at_embedding`), turning queries and keys (`Rotary`), and adding a
-bias to the attention logits (`bias`). A block without positions (NoPE) has `position=None`.
+There are three groups: schemes that add vectors at the embedding (`at_embedding`), schemes that rotate queries and
+keys (`Rotary`), and schemes that add a bias to the attention logits (`LogitBias`). A block without positions (NoPE)
+has `position=None`.
 """
 
 import math
@@ -24,7 +25,7 @@ from llmarch.sharding import RESIDUAL, move
 
 @config_dataclass
 class Sinusoidal(PositionConfig, kind="sinusoidal"):
-  """1706.03762, section 3.5."""
+  """Sinusoids of the position, added to the embedding (1706.03762, section 3.5)."""
 
   at_embedding = True
 
@@ -40,11 +41,11 @@ class Sinusoidal(PositionConfig, kind="sinusoidal"):
 
 @config_dataclass
 class Learned(PositionConfig, kind="learned"):
-  """A trained vector for each of `length` positions (GPT-2)."""
+  """A trained vector for each of `length` positions, added to the embedding (GPT-2)."""
 
   at_embedding = True
   length: int
-  offset: int = 0  # rows before that of the first position (OPT: 2)
+  offset: int = 0  # the row of the first position; the rows before it are unused (OPT: 2)
 
   def __post_init__(self):
     check_at_least(self, 1, "length")
@@ -60,7 +61,7 @@ class Learned(PositionConfig, kind="learned"):
     return make.weight("position", "positions embed", (self.offset + self.length, d_model), fan_in="embed")
 
   def vectors(self, table, positions: jax.Array, d_model: int) -> jax.Array:
-    # Positions beyond the table cannot come here: they are refused on the host (max_seq_len <= length).
+    # No position lies beyond the table: check_against refuses a model whose context is longer than it.
     return lookup(table, jnp.maximum(positions, 0) + self.offset, table.get_value().dtype)
 
 
@@ -68,7 +69,7 @@ class Learned(PositionConfig, kind="learned"):
 
 
 class _NoGain:
-  """Queries and keys keep their length."""
+  """A base for scalings that leave the length of queries and keys as it is."""
 
   def gain(self) -> float:
     return 1.0
@@ -76,7 +77,7 @@ class _NoGain:
 
 @config_dataclass
 class Interpolation(_NoGain, ScalingConfig, kind="linear"):
-  """Positions divided by the factor (2306.15595)."""
+  """Position interpolation: divides positions by the factor (2306.15595)."""
 
   factor: float
 
@@ -89,7 +90,7 @@ class Interpolation(_NoGain, ScalingConfig, kind="linear"):
 
 @config_dataclass
 class NTK(_NoGain, ScalingConfig, kind="ntk"):
-  """NTK-aware: a larger base, so that only the low frequencies are interpolated."""
+  """NTK-aware scaling: a larger base, so that only the low frequencies are interpolated."""
 
   factor: float
 
@@ -102,7 +103,7 @@ class NTK(_NoGain, ScalingConfig, kind="ntk"):
 
 @config_dataclass
 class DynamicNTK(_NoGain, ScalingConfig, kind="dynamic_ntk"):
-  """NTK-aware by the length of the context; nothing changes up to the original length."""
+  """NTK-aware scaling by the length of the context; up to the original length, nothing changes."""
 
   factor: float
   original: int
@@ -116,14 +117,14 @@ class DynamicNTK(_NoGain, ScalingConfig, kind="dynamic_ntk"):
 
 @config_dataclass
 class YaRN(ScalingConfig, kind="yarn"):
-  """2309.00071. attention_factor None is 0.1 ln(factor) + 1, on queries and keys both."""
+  """YaRN (2309.00071). If attention_factor is None, queries and keys are both scaled by 0.1 ln(factor) + 1."""
 
   factor: float
   original: int
   beta_fast: float = 32.0
   beta_slow: float = 1.0
   attention_factor: float | None = None
-  truncate: bool = True  # the ramp lies between whole pairs of dimensions; not with gpt-oss
+  truncate: bool = True  # rounds the ends of the ramp to whole pairs of dimensions (gpt-oss does not)
 
   def __post_init__(self):
     check_at_least(self, 1, "factor", "original")
@@ -139,6 +140,8 @@ class YaRN(ScalingConfig, kind="yarn"):
 
 @config_dataclass
 class Llama3Scaling(_NoGain, ScalingConfig, kind="llama3"):
+  """Llama 3's scaling: divides low frequencies by the factor, keeps high ones, and blends those between."""
+
   factor: float
   original: int = 8192
   low_factor: float = 1.0
@@ -154,9 +157,9 @@ class Llama3Scaling(_NoGain, ScalingConfig, kind="llama3"):
 
 @config_dataclass
 class LongRoPE(ScalingConfig, kind="longrope"):
-  """A divisor for each frequency, one list up to the original length and one beyond (2402.13753).
+  """LongRoPE: one divisor per frequency, with one list up to the original length and one beyond it (2402.13753).
 
-  attention_factor None is sqrt(1 + ln(factor) / ln(original)), as in Phi-3.
+  If attention_factor is None, it is sqrt(1 + ln(factor) / ln(original)), as in Phi-3.
   """
 
   short_factors: tuple[float, ...]
@@ -186,7 +189,7 @@ class LongRoPE(ScalingConfig, kind="longrope"):
 
 
 class Rotary:
-  """What RoPE and xPos share: which dimensions turn, and by how much."""
+  """The part that RoPE and xPos share: which dimensions rotate, and by how much."""
 
   def check_against(self, head_dim: int, max_seq_len: int):
     dims = self.rotated(head_dim)
@@ -203,23 +206,27 @@ class Rotary:
         check(n == dims // 2, f"position.scaling.{name} has {n} entries; give {dims // 2}, one a rotated pair")
 
   def rotated(self, head_dim: int) -> int:
+    """Number of a head's dimensions that rotate."""
     return head_dim if self.dims is None else self.dims
 
 
 @config_dataclass
 class RoPE(Rotary, PositionConfig, kind="rope"):
-  """2104.09864. Turns the first `dims` dimensions of a head (None: all)."""
+  """RoPE (2104.09864): rotates the first `dims` dimensions of a head (None: all of them)."""
 
   theta: float = 10000.0
   dims: int | None = None
-  interleaved: bool = False  # pairs (2i, 2i+1) as GPT-J; else (i, i + dims/2) as LLaMA
+  interleaved: bool = False  # rotates the pairs (2i, 2i+1), as GPT-J; false: (i, i + dims/2), as LLaMA
   scaling: ScalingConfig | None = None
 
   def __post_init__(self):
     check_above(self, 1, "theta")
 
   def turn(self, q, k, positions: jax.Array, length: jax.Array):
-    """q [B, T, N, H], k [B, T, K, H] or None, positions [B, T], length of the context [B, T or 1] -> q, k."""
+    """Rotates q [B, T, N, H] and k [B, T, K, H] (or None) by their positions [B, T].
+
+    `length` [B, T or 1] is the length of the context, which some scalings read.
+    """
     dims = self.rotated(q.shape[-1])
     if self.scaling is None:
       freqs, gain = rope.frequencies(dims, self.theta), 1.0
@@ -231,7 +238,7 @@ class RoPE(Rotary, PositionConfig, kind="rope"):
 
 @config_dataclass
 class XPos(Rotary, PositionConfig, kind="xpos"):
-  """RoPE whose products decay with distance: q zeta^(m/scale_base), k zeta^(-n/scale_base) (2212.10554)."""
+  """RoPE with products that decay with distance: q zeta^(m/scale_base), k zeta^(-n/scale_base) (2212.10554)."""
 
   theta: float = 10000.0
   dims: int | None = None
@@ -246,8 +253,8 @@ class XPos(Rotary, PositionConfig, kind="xpos"):
     dims = self.rotated(q.shape[-1])
     phase = rope.phases(positions, rope.frequencies(dims, self.theta))
     gains = rope.xpos_gains(positions, length, dims, self.scale_base)
-    turned = lambda x, gain: x if x is None else rope.rotate(x, phase, interleaved=self.interleaved, gain=gain)
-    return tuple(turned(x, gain) for x, gain in zip((q, k), gains))
+    rotate = lambda x, gain: x if x is None else rope.rotate(x, phase, interleaved=self.interleaved, gain=gain)
+    return tuple(rotate(x, gain) for x, gain in zip((q, k), gains))
 
 
 # -------------------------------------------------------------------------------- biases on attention logits
@@ -255,7 +262,10 @@ class XPos(Rotary, PositionConfig, kind="xpos"):
 
 @config_dataclass
 class ALiBi(PositionConfig, kind="alibi"):
-  """-m_h |i - j|, a slope a head (2108.12409). `max_bias` 8 is the paper's (MPT: alibi_bias_max)."""
+  """ALiBi: the bias -m_h |i - j|, with a slope m_h for each head (2108.12409).
+
+  The paper's `max_bias` is 8; MPT calls it alibi_bias_max.
+  """
 
   max_bias: float = 8.0
 
@@ -263,14 +273,14 @@ class ALiBi(PositionConfig, kind="alibi"):
     check_above(self, 0, "max_bias")
 
   def bias(self, table, distance: jax.Array, num_heads: int, bidirectional: bool) -> jax.Array:
-    """distance = key position - query position, int32 [B, T, S] -> f32 [B, N, T, S]."""
+    """Maps distances (key position - query position, int32 [B, T, S]) to the bias f32 [B, N, T, S]."""
     slopes = ops.alibi_slopes(num_heads) ** (self.max_bias / 8.0)
     return -jnp.asarray(slopes, jnp.float32)[:, None, None] * jnp.abs(distance)[:, None].astype(jnp.float32)
 
 
 @config_dataclass
 class T5Bias(PositionConfig, kind="t5_bias"):
-  """A trained bias for each head and bucket of distances (1910.10683), one table for all layers of a block's name."""
+  """A trained bias for each head and bucket of distances (1910.10683); all layers of a block's name share its table."""
 
   num_buckets: int = 32
   max_distance: int = 128
@@ -284,7 +294,7 @@ class T5Bias(PositionConfig, kind="t5_bias"):
     )
 
   def make_shared(self, num_heads: int, make: Maker):
-    """The table [num_buckets, N] that the stack owns."""
+    """The table [num_buckets, N], which the stack owns."""
     return make.weight("bias", "buckets heads", (self.num_buckets, num_heads), fan_in="buckets")
 
   def shared_size(self, num_heads: int) -> int:

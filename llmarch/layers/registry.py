@@ -1,4 +1,4 @@
-"""Which module builds which config. Adding a mixer, a cross-attention or a feed-forward is one line here."""
+"""The table that says which module builds which config. A new mixer, cross-attention or feed-forward adds one line."""
 
 from llmarch.branches import BranchConfig
 from llmarch.errors import check
@@ -20,7 +20,7 @@ MODULES = {
 
 
 def module_of(config: BranchConfig) -> type:
-  """The module that a branch's config describes. Raises UserError where this table lacks it."""
+  """The module class that a branch's config describes. Raises UserError if this table lacks it."""
   kind = type(config)
   check(kind in MODULES, f"{config.kind}: no module is registered for {kind.__name__}; add it to registry.MODULES")
   return MODULES[kind]
