@@ -160,6 +160,13 @@ def sinusoid(position: int, dims: int) -> np.ndarray:
 # -------------------------------------------------------------------------------------------- the mixer
 
 
+MASKS = {  # by kind: the query at position m sees the key at n, which may be marked as prefix
+  "causal": lambda mask, m, n, marked: n <= m,
+  "bidirectional": lambda mask, m, n, marked: True,
+  "prefix": lambda mask, m, n, marked: n <= m or marked,
+}
+
+
 def sees(mixer, m: int, n: int, same_segment: bool, key_is_prefix: bool) -> bool:
   """The query at position m sees the key at position n."""
   if m < 0 or n < 0 or not same_segment:
@@ -168,7 +175,7 @@ def sees(mixer, m: int, n: int, same_segment: bool, key_is_prefix: bool) -> bool
     return n <= m
   if mixer.window is not None and abs(m - n) >= mixer.window:
     return False
-  return n <= m or mixer.mask.kind == "bidirectional" or (mixer.mask.kind == "prefix" and key_is_prefix)
+  return bool(MASKS[mixer.mask.kind](mixer.mask, m, n, key_is_prefix))
 
 
 def attention(c, p: dict, xs: list[np.ndarray], row, table, kept: dict) -> list[np.ndarray]:

@@ -9,6 +9,9 @@ import json
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import oracle
 import pytest
 import running_mean
@@ -29,6 +32,10 @@ from llmarch.errors import UserError
 from llmarch.experiment_checks import check_training
 from llmarch.layers import registry
 from llmarch.layers.linear import LinearConfig
+from llmarch.layers.mask import Heads, MaskConfig
+from llmarch.layers.position import ALiBi
+from llmarch.ops import attention, blockwise
+from llmarch.ops.attention import Extent, Keys
 from llmarch.presets import PRESETS, shrink
 from llmarch.residual import Parallel, Post
 from llmarch.run_config import RunConfig, TrainConfig
@@ -86,6 +93,98 @@ def test_it_trains_alike_on_every_mesh_of_one_axis(axis, name, cases, monkeypatc
 def test_a_mesh_without_experts_to_split_is_refused():
   with pytest.raises(UserError, match="mesh expert=2 has no experts to split"):
     check_training("expert=2", MODELS["alone"], TrainConfig())
+
+
+# ---------------------------------------------------------------------------------------------------------- masks
+
+
+@config_dataclass
+class Striped(MaskConfig, kind="striped"):
+  """Every `stride`-th token before, as a mask from outside of the package: its keys lie together once sorted."""
+
+  stride: int
+
+  def sees(self, q: Keys, k: Keys, which: Heads | None) -> jax.Array:
+    return (k.positions <= q.positions) & ((q.positions - k.positions) % self.stride == 0)
+
+  def may_see(self, q: Extent, k: Extent) -> jax.Array:
+    return k.low <= q.high
+
+  def mean_keys(self, length: int, window: int | None) -> float:
+    far = length if window is None else min(window, length)
+    return sum(sum(t - s < far and (t - s) % self.stride == 0 for s in range(t + 1)) for t in range(length)) / length
+
+  def order(self, position: jax.Array) -> jax.Array:
+    return position % self.stride * 2**16 + position
+
+
+@config_dataclass
+class ByHead(MaskConfig, kind="by_head"):
+  """Head n of layer l sees n + l + 1 tokens."""
+
+  reads = frozenset({"distance", "head", "layer"})
+
+  def sees(self, q: Keys, k: Keys, which: Heads) -> jax.Array:
+    far = (which.heads + which.layer + 1)[:, None, None]
+    return (k.positions <= q.positions) & (q.positions - k.positions < far)
+
+  def mean_keys(self, length: int, window: int | None) -> float:
+    raise NotImplementedError  # nobody asks here
+
+
+def test_a_mask_from_outside_is_its_predicate(cases, monkeypatch):
+  monkeypatch.setitem(oracle.MASKS, "striped", lambda mask, m, n, marked: n <= m and (m - n) % mask.stride == 0)
+  striped = spaces.block(spaces.attention(mask=Striped(stride=3)))
+  both = spaces.block(spaces.attention(mask=Striped(stride=2), window=7, position=ALiBi()), residual=Post())
+  invariants.check_one_forward(spaces.model(striped, both), 4, 3, 1, cases)
+  length = 10
+  assert Striped(stride=3).mean_keys(length, 7) * length == sum(
+    oracle.sees(spaces.attention(mask=Striped(stride=3), window=7), m, n, True, False)
+    for m in range(length) for n in range(length)
+  )  # fmt: skip
+
+
+def tokens_and_values(length: int, heads: int):
+  draws = np.random.default_rng(3)
+  normal = lambda *shape: jnp.asarray(draws.normal(size=shape), jnp.float32)
+  positions = np.stack([np.arange(length), np.maximum(np.arange(length) - 9, -1)])
+  keys = Keys(jnp.asarray(positions, jnp.int32), jnp.zeros((2, length), jnp.int32), None)
+  return normal(2, length, heads, 6), normal(2, 2, length, 6), normal(2, 2, length, 5), keys
+
+
+@pytest.mark.parametrize("mask", [Striped(stride=5), ByHead()], ids=lambda mask: mask.kind)
+def test_blocks_of_a_mask_from_outside_are_dense_attention(mask, cases):
+  """Sorted by the mask's own order, and with heads and layer handed on; values and gradients."""
+  q, k, v, keys = tokens_and_values(70, 4)
+  which = Heads(jnp.arange(4), jnp.int32(2)) if mask.reads & {"head"} else None
+  options = dict(scale=0.4, softcap=None)
+
+  def dense(q, k, v):
+    seen = attention.visible(keys, keys, mask=mask, window=None, which=which)
+    return attention.attend(q, k, v, seen, None, None, dropout=0.0, key=None, **options)[0]
+
+  def blocks(q, k, v):
+    how = dict(mask=mask, window=None, block=16, which=which)
+    return blockwise.attend(q, k, v, keys, keys, None, **how, **options)[0]
+
+  slopes = lambda f: jax.grad(lambda *arrays: jnp.sum(jnp.sin(f(*arrays))), argnums=(0, 1, 2))(q, k, v)
+  np.testing.assert_allclose(blocks(q, k, v), dense(q, k, v), atol=2e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), slopes(blocks), slopes(dense))
+  cases("blockwise attention under masks from outside == dense")
+
+
+def test_head_and_layer_reach_a_mask(cases):
+  """In layer l, head n of a model sees n + l + 1 tokens: what a change of the first token reaches says so."""
+  config = spaces.model(spaces.block(spaces.attention(num_heads=2, num_kv_heads=1, mask=ByHead())), stack="3*a")
+  toy = invariants.Toy(config, 3, 3)
+  tokens = np.tile(toy.batch.tokens[:1], (2, 1))
+  tokens[1, 0] = (tokens[1, 0] + 1) % config.vocab_size
+  rest = np.tile(np.arange(invariants.T, dtype=np.int32), (2, 1)), np.zeros_like(tokens), np.zeros_like(tokens, bool)
+  for model in (toy.model, toy.unstacked):
+    logits = invariants.forward(model)(tokens, *rest)
+    moved = np.flatnonzero(np.any(logits[0] != logits[1], axis=-1))
+    assert moved.max() == sum(layer + 1 for layer in range(3)), moved  # the last head reaches layer + 1 tokens back
+  cases("layers and heads reach a mask, scanned and apart")
 
 
 # ------------------------------------------------------------------------------------------------------- commands

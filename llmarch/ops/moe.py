@@ -208,7 +208,7 @@ def experts(x: jax.Array, routes: Routes | Buffers, w: Experts, activation: str)
   """
   match sharding.mode():
     case None:
-      return Partial(_apply(x, routes, _each(value_of, w), activation))
+      return Partial(_apply(x, routes, _map_experts(value_of, w), activation))
     case "constraints" | "local":
       return Partial(_expert_parallel(x, routes, w, activation))
     case "manual":
