@@ -1,7 +1,7 @@
-"""Attention over explicit positions: who sees whom, biases by distance, and the softmax.
+"""Attention over explicit positions: which keys a query sees, biases by distance, and the softmax.
 
 B batch, T query length, S key length, N query heads, K key-value heads, G = N/K, H head dim.
-A negative position is padding. Nothing here reads a buffer index, so ring buffers, ragged batches, chunked
+A negative position is padding. No function here reads a buffer index, so ring buffers, ragged batches, chunked
 prefill and packed documents need no further code.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Keys(NamedTuple):
-  """What a mask may know of the keys: int32 [B, S] each, `prefix` bool [B, S] or None."""
+  """All that a mask may know of keys (or queries): int32 [B, S] each, and `prefix` bool [B, S] or None."""
 
   positions: jax.Array
   segment_ids: jax.Array
@@ -22,19 +22,19 @@ class Keys(NamedTuple):
 
 
 class Extent(NamedTuple):
-  """What is known of a block of tokens of each row as a whole: int32 [B] positions, and bool [B]."""
+  """Bounds on a block of tokens, for each row: int32 [B] positions, and bool [B]."""
 
-  low: jax.Array  # the smallest position; the largest integer where all is padding
-  high: jax.Array  # the largest position; -1 where all is padding
-  marked: jax.Array  # some token is marked as prefix
+  low: jax.Array  # the smallest position; the largest int32 if the whole block is padding
+  high: jax.Array  # the largest position; -1 if the whole block is padding
+  marked: jax.Array  # true if some token is marked as prefix
 
 
 def visible(queries: Keys, keys: Keys, *, mask, window: int | None, which=None) -> jax.Array:
-  """bool [B, 1 or N, T, S]: query t (of head n) sees key s.
+  """Says as bool [B, 1 or N, T, S] whether query t (of head n) sees key s.
 
-  mask: a MaskConfig (layers/mask.py). window w: only keys at a distance below w. which: the heads and the layer that
-  ask (mask.Heads), needed by masks that read them. Padding sees nothing and is not seen, and neither are other
-  segments.
+  mask is a MaskConfig (layers/mask.py). A window of w hides keys at a distance of w or more. `which` names the heads
+  and the layer that ask (mask.Heads), for masks that read them. Padding sees no key and is not seen; tokens of
+  different segments do not see each other.
   """
   q = Keys(*(None if a is None else a[:, None, :, None] for a in queries))
   k = Keys(*(None if a is None else a[:, None, None, :] for a in keys))
@@ -46,16 +46,22 @@ def visible(queries: Keys, keys: Keys, *, mask, window: int | None, which=None) 
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-  """m_h = 2^(-8h/n), h = 1..n  (2108.12409); where n is no power of two, the published rule: the slopes of the
-  power below, then every other slope of the power above.  [N]."""
+  """Slopes m_h = 2^(-8h/n) for h = 1..n (2108.12409).  [N].
+
+  If n is not a power of two, the published rule takes the slopes of the next lower power, then every other slope of
+  the next higher power.
+  """
   power = 2 ** math.floor(math.log2(num_heads))
   geometric = lambda n: 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
   return np.concatenate([geometric(power), geometric(2 * power)[0::2][: num_heads - power]])
 
 
 def t5_bucket(distance: jax.Array, *, num_buckets: int, max_distance: int, bidirectional: bool) -> jax.Array:
-  """The bucket of key position minus query position (1910.10683): exact up to half the buckets, then
-  logarithmic up to max_distance. Bidirectional attention gives each sign half of the buckets."""
+  """The bucket of a key position minus a query position (1910.10683).
+
+  Buckets are exact up to half their number, then logarithmic up to max_distance. Bidirectional attention gives each
+  sign half of the buckets.
+  """
   offset = 0
   if bidirectional:
     num_buckets //= 2
@@ -64,7 +70,7 @@ def t5_bucket(distance: jax.Array, *, num_buckets: int, max_distance: int, bidir
   else:
     distance = jnp.maximum(-distance, 0)
   exact = num_buckets // 2
-  # A table rather than a logarithm: the bucket of a distance must not depend on a device's log.
+  # The logarithms are in a table, because the bucket of a distance must not depend on a device's log function.
   reach = np.arange(exact, max(max_distance, exact + 1))
   log = exact + np.floor(np.log(reach / exact) / math.log(max_distance / exact) * (num_buckets - exact) + 1e-9)
   table = np.concatenate([np.arange(exact), np.minimum(log, num_buckets - 1), [num_buckets - 1]]).astype(np.int32)
@@ -72,13 +78,13 @@ def t5_bucket(distance: jax.Array, *, num_buckets: int, max_distance: int, bidir
 
 
 def shared_scores(q: jax.Array, k: jax.Array, *, scale: float) -> jax.Array:
-  """Scores with one key a token for all heads: q [B, T, N, H], k [B, S, H] -> scale q k^T, f32 [B, N, T, S]."""
+  """Scores with one key per token for all heads: q [B, T, N, H], k [B, S, H] -> scale q k^T, f32 [B, N, T, S]."""
   return jnp.einsum("btnh,bsh->bnts", q, k, preferred_element_type=jnp.float32) * scale
 
 
 def attend(
   q: jax.Array,  # [B, T, N, H]
-  k: jax.Array,  # [B, K, S, H]: the layout of the cache, so that a decode step reads it in place
+  k: jax.Array,  # [B, K, S, H], the order of the cache's dimensions, so that a decode step reads it in place
   v: jax.Array,  # [B, K, S, H]
   seen: jax.Array,  # bool [B, 1 or N, T, S]
   bias: jax.Array | None,  # f32 [B or 1, N, T, S], added to the scaled scores
@@ -90,14 +96,14 @@ def attend(
   key: jax.Array | None,
   entropy: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """softmax(scale q k^T + bias) v, heads grouped, softmax in f32.  -> [B, T, N, H], entropy f32 [B, T, N] or None.
+  """softmax(scale q k^T + bias) v with grouped heads, softmax in f32.  -> [B, T, N, H], entropy f32 [B, T, N] or None.
 
-  A query that sees no key gets zeros (jax.nn.softmax would give it the mean of v: a leak).
-  The normaliser divides the result, not the T x S weights: the same numbers for fewer operations.
+  A query that sees no key gets zeros; jax.nn.softmax would give it the mean of v, which leaks hidden tokens. The
+  normaliser divides the result instead of the T x S weights, which gives the same numbers with fewer operations.
   """
   B, T, N, H = q.shape
   K, S = k.shape[1:3]
-  # The queries of a group are rows (r) of one matrix: in any other order XLA transposes T x S arrays.
+  # The queries of a group become rows (r) of one matrix; in any other order XLA transposes T x S arrays.
   rows = lambda x: jnp.broadcast_to(x, (x.shape[0], x.shape[1], N // K, T, x.shape[-1])).reshape(
     x.shape[0], x.shape[1], -1, x.shape[-1]
   )
@@ -122,7 +128,7 @@ def attend(
   total = jnp.where(total > 0, total, 1.0)
   unrows = lambda x: x.reshape(B, N, T, -1).swapaxes(1, 2)  # [B, K, R, X] -> [B, T, N, X]
   h = None
-  if entropy:  # of the attention weights, the sink's among them: log Z - sum p (logit - top)
+  if entropy:  # H = log Z - sum p (logit - top), over the weights of keys and sink
     mean = jnp.sum(weights * jnp.where(weights > 0, logits - top, 0.0), axis=-1, keepdims=True)
     if sinks is not None:
       mean += sink * (sinks - top)

@@ -1,9 +1,8 @@
-"""Attention block by block: no [T, S] array is ever held, and a block of keys that no query sees costs nothing.
+"""Attention block by block: no [T, S] array is ever held, and a block of keys that no query sees costs no work.
 
-FlashAttention (2205.14135, 2307.08691) in plain JAX: an online softmax over blocks of keys, and a backward pass
-that computes the scores again from the log-sum-exp that the forward pass keeps. Where the length is split over a
-mesh axis, the blocks of keys of the other devices come round in a ring (2310.01889). `ops.attention.attend` is the
-oracle.
+This is FlashAttention (2205.14135, 2307.08691) in plain JAX: an online softmax over blocks of keys, and a backward
+pass that computes the scores again from the log-sum-exp which the forward pass keeps. If a mesh axis splits the
+length, the blocks of keys pass from device to device in a ring (2310.01889). `ops.attention.attend` is the oracle.
 
 B batch, T queries, S keys, N query heads, K key-value heads, G = N/K; H and H' the head dims of keys and values.
 A block has C tokens: [B, K, R = G C, H] of queries (a group's queries are rows of one matrix), [B, K, C, H] of keys.
@@ -22,23 +21,28 @@ from llmarch.sharding import is_automatic, with_active_layout
 
 
 def block_length(length: int) -> int:
-  """64 to 1024 tokens; an eighth of the length, since half of each block on a causal diagonal is in vain."""
+  """Tokens of a block: an eighth of the length, from 64 to 1024.
+
+  Half of a block on the diagonal of a causal mask is masked, so large blocks waste work.
+  """
   return min(length, 1024, max(64, length // 8))
 
 
 class _Options(NamedTuple):
+  """Options of `attend` that are the same for all blocks."""
+
   mask: Hashable  # a MaskConfig (layers/mask.py)
   window: int | None
   scale: float
   softcap: float | None
-  bias: Callable | None = None  # (table, key minus query position int32 [B, C, C]) -> f32 [B, N, C, C]
+  bias: Callable | None = None  # maps table and key minus query position int32 [B, C, C] to f32 [B, N, C, C]
   entropy: bool = False
-  ring: str | None = None  # the mesh axis that splits the length, in manual mode
-  skip: bool = True  # pairs of blocks of which nothing is seen
+  ring: str | None = None  # the mesh axis that splits the length, in manual mode; None: not split
+  skip: bool = True  # skips pairs of blocks in which no query sees a key
 
 
 class _Held(NamedTuple):
-  """Blocks of keys: [blocks, B, K, C, H], [blocks, B, K, C, H'], [blocks, B, C]."""
+  """Blocks of keys and values held by this device: [blocks, B, K, C, H], [blocks, B, K, C, H'], [blocks, B, C]."""
 
   k: jax.Array
   v: jax.Array
@@ -46,7 +50,10 @@ class _Held(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-  """An online softmax of blocks of queries: what the largest score so far weighs 1 in, f32 [blocks, B, K, R, ...]."""
+  """The running softmax of blocks of queries, scaled so that the largest score so far has weight 1.
+
+  Its arrays are f32 [blocks, B, K, R, ...].
+  """
 
   out: jax.Array  # sum of weights times values
   top: jax.Array  # the largest score so far
@@ -64,14 +71,14 @@ def attend(
   table: jax.Array | None = None,  # the first argument of `bias`
   *,
   block: int,
-  which=None,  # the heads and the layer that ask (mask.Heads), for masks that read them
+  which=None,  # the heads and the layer (mask.Heads), for masks that read them
   **options,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """softmax(scale q k^T + bias) v over the keys that a query sees; options are those of `_Options`.
+  """softmax(scale q k^T + bias) v over the keys that a query sees.  -> [B, T, N, H'], entropy f32 [B, T, N] or None.
 
-  -> [B, T, N, H'], the entropy of the weights f32 [B, T, N] or None. As `attention.attend`: a query that sees no key
-  gets zeros, and the softmax is in f32. The entropy has no gradient. Where a mask has an order of its own, tokens are
-  sorted by it first, so that what a query sees lies in few blocks.
+  `options` are the fields of `_Options`. As in `attention.attend`, a query that sees no key gets zeros, and the softmax
+  is in f32. The entropy has no gradient. If the mask has an order of its own, tokens are sorted by it first, so that
+  the keys that a query sees lie in few blocks.
   """
   order = options["mask"].order
   if order(queries.positions) is not None:
@@ -83,21 +90,21 @@ def attend(
 
 
 def _sorted(order: jax.Array, tree, tokens: Keys, axis: int):
-  """Arrays with tokens along `axis`, and these tokens, by an order int32 [B, T]; and the order that undoes it."""
+  """Sorts the tokens, and arrays with tokens along `axis`, by order int32 [B, T]; also returns the inverse order."""
   by = jnp.argsort(order, axis=1, stable=True)
-  at = lambda axis: lambda x: _take(x, by, axis)
-  return jax.tree.map(at(axis), tree), jax.tree.map(at(1), tokens), jnp.argsort(by, axis=1)
+  sort_along = lambda axis: lambda x: _take(x, by, axis)
+  return jax.tree.map(sort_along(axis), tree), jax.tree.map(sort_along(1), tokens), jnp.argsort(by, axis=1)
 
 
 def _take(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-  """Of x [B, ...], the entries along an axis that index int32 [B, n] names for each row."""
+  """Takes from x [B, ...], along an axis, the entries that index int32 [B, n] names for each row."""
   shape = [1] * x.ndim
   shape[0], shape[axis] = index.shape
   return jnp.take_along_axis(x, index.reshape(shape), axis)
 
 
 def _in_blocks(q, k, v, queries: Keys, keys: Keys, sinks, table, block: int, which, options: dict):
-  """`attend` of tokens in the order in which they stand."""
+  """`attend` for tokens in the order in which they are given."""
   B, T, N, H = q.shape
   K = k.shape[1]
   group = N // K
@@ -109,7 +116,7 @@ def _in_blocks(q, k, v, queries: Keys, keys: Keys, sinks, table, block: int, whi
   sinks = jnp.full((N,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
   sinks = jnp.repeat(sinks.reshape(K, group), block, axis=1)[..., None]  # [K, R, 1]
   options = _Options(**options)
-  # Over a mesh, in automatic mode, the devices would have to agree on what to skip, in a collective for each block.
+  # In automatic mode over a mesh, the devices would need a collective for each block to agree on what to skip.
   options = options._replace(bias=options.bias and with_active_layout(options.bias), skip=not is_automatic())
   out, _, entropy = _attend(options, q, held, _tokens(queries, block), sinks, table, which)
 
@@ -121,38 +128,41 @@ def _in_blocks(q, k, v, queries: Keys, keys: Keys, sinks, table, block: int, whi
 
 
 def _padded(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:
-  """Whole blocks along an axis."""
+  """Pads an axis to a whole number of blocks."""
   widths = [(0, -size % block if a == axis else 0) for a, size in enumerate(x.shape)]
   return jnp.pad(x, widths, constant_values=fill) if any(map(any, widths)) else x
 
 
-def _tokens(of: Keys, block: int) -> Keys:
-  """[B, T] -> [blocks, B, C]; what is added is padding."""
-  cut = lambda x, fill=0: _padded(x, 1, block, fill).reshape(x.shape[0], -1, block).swapaxes(0, 1)
-  return Keys(cut(of.positions, -1), cut(of.segment_ids), None if of.prefix is None else cut(of.prefix))
+def _tokens(keys: Keys, block: int) -> Keys:
+  """Cuts tokens [B, T] into blocks [blocks, B, C], and fills the last block with padding."""
+  to_blocks = lambda x, fill=0: _padded(x, 1, block, fill).reshape(x.shape[0], -1, block).swapaxes(0, 1)
+  prefix = None if keys.prefix is None else to_blocks(keys.prefix)
+  return Keys(to_blocks(keys.positions, -1), to_blocks(keys.segment_ids), prefix)
 
 
 def _where_seen(options: _Options, queries: Keys, keys: Keys, which, kv_heads: int, work, carry):
-  """work(carry, seen), or the carry itself where no query of the block can see a key of the other.
+  """work(carry, seen), or just the carry if no query of the one block can see a key of the other.
 
-  seen: bool [B, 1 or K, 1 or G, C, C].
+  seen is bool [B, 1 or K, 1 or G, C, C].
   """
 
-  def run(carry):
+  def work_on_seen(carry):
     seen = visible(queries, keys, mask=options.mask, window=options.window, which=which)  # [B, 1 or N, C, C]
     grouped = (1, 1) if seen.shape[1] == 1 else (kv_heads, seen.shape[1] // kv_heads)
     return work(carry, seen.reshape(seen.shape[0], *grouped, *seen.shape[2:]))
 
   if not options.skip:
-    return run(carry)
-  return jax.lax.cond(may_see(queries, keys, mask=options.mask, window=options.window), run, lambda carry: carry, carry)
+    return work_on_seen(carry)
+  worthwhile = may_see(queries, keys, mask=options.mask, window=options.window)
+  return jax.lax.cond(worthwhile, work_on_seen, lambda carry: carry, carry)
 
 
 def may_see(queries: Keys, keys: Keys, *, mask, window: int | None) -> jax.Array:
-  """A bool that is true wherever some query of a block sees some key of another (`attention.visible`), [B, C] each.
+  """True if some query of a block may see some key of another (`attention.visible`); tokens are [B, C] each.
 
-  From the blocks' extreme positions and segments alone: C tokens a pair of blocks, and not C^2, so that a row of T
-  tokens is surveyed in T^2 / C steps. Where it is true in vain, the work adds nothing.
+  The answer comes from the blocks' extreme positions and segments alone. That costs C steps a pair of blocks instead
+  of C^2, so a row of T tokens is surveyed in T^2 / C steps. It may be true although no key is seen; then the pair of
+  blocks is computed and adds nothing.
   """
   (q, q_segment), (k, k_segment) = map(_extents, (queries, keys))
   may = (q.high >= 0) & (k.high >= 0) & (q_segment.low <= k_segment.high) & (k_segment.low <= q_segment.high)
@@ -163,7 +173,7 @@ def may_see(queries: Keys, keys: Keys, *, mask, window: int | None) -> jax.Array
 
 
 def _extents(block: Keys) -> tuple[Extent, Extent]:
-  """The extents of a block's positions, and of its segments."""
+  """Bounds on a block's positions, and on its segments."""
   far, valid = jnp.iinfo(jnp.int32).max, block.positions >= 0
   low = lambda x: jnp.min(x, axis=1, where=valid, initial=far)
   high = lambda x: jnp.max(x, axis=1, where=valid, initial=-1)
@@ -172,7 +182,7 @@ def _extents(block: Keys) -> tuple[Extent, Extent]:
 
 
 def _products(options: _Options, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """f32 [B, K, R, C]: the scores before the bias, and their derivative by q k^T."""
+  """Scores before the bias, and their derivative with respect to q k^T, f32 [B, K, R, C] each."""
   scores = jnp.einsum("bkrh,bkch->bkrc", q, k, preferred_element_type=jnp.float32) * options.scale
   slope = options.scale
   if options.softcap is not None:
@@ -182,7 +192,7 @@ def _products(options: _Options, q: jax.Array, k: jax.Array) -> tuple[jax.Array,
 
 
 def _biases(options: _Options, queries: Keys, keys: Keys, shape: tuple[int, ...]) -> Callable:
-  """A function from the table to the biases f32 [B, K, R, C] of a pair of blocks."""
+  """Makes a function from the table to the biases f32 [B, K, R, C] of a pair of blocks."""
   distance = keys.positions[:, None, :] - queries.positions[:, :, None]
   B, K, R, C = shape
   grouped = lambda bias: bias.reshape(-1, K, R // C, C, C)
@@ -190,29 +200,29 @@ def _biases(options: _Options, queries: Keys, keys: Keys, shape: tuple[int, ...]
 
 
 def _masked(scores: jax.Array, seen: jax.Array) -> jax.Array:
-  """-inf where a key is not seen."""
+  """Sets the scores of keys that are not seen to -inf."""
   B, K, _, C = scores.shape
   grouped = scores.reshape(B, K, -1, seen.shape[-2], C)
   return jnp.where(seen, grouped, -jnp.inf).reshape(scores.shape)
 
 
 def _pass_on(options: _Options, tree):
-  """What this device holds, to the next one of the ring."""
+  """Sends what this device holds to the next device of the ring."""
   n = jax.lax.axis_size(options.ring)
   return jax.lax.ppermute(tree, options.ring, [(i, (i + 1) % n) for i in range(n)])
 
 
 def _fold(options: _Options, state: _Softmax, q: jax.Array, held: _Held, queries: Keys, table, which) -> _Softmax:
-  """All blocks of keys held here, into the softmax of every block of queries."""
+  """Adds all blocks of keys that this device holds to the softmax of every block of queries."""
 
-  def one(_, turn):
+  def fold_queries(_, turn):
     state, q, queries = turn
 
     def step(state, turn):
-      at, keys = turn
+      i, keys = turn
 
       def work(state, seen):
-        k, v = held.k[at], held.v[at]  # here, and not among what is scanned: blocks that are skipped are not copied
+        k, v = held.k[i], held.v[i]  # indexed here and not scanned over, so that skipped blocks are not copied
         scores, _ = _products(options, q, k)
         if options.bias is not None:
           scores += _biases(options, queries, keys, scores.shape)(table)
@@ -232,14 +242,14 @@ def _fold(options: _Options, state: _Softmax, q: jax.Array, held: _Held, queries
 
     return None, jax.lax.scan(step, state, (np.arange(len(held.k)), held.keys))[0]
 
-  return jax.lax.scan(one, None, (state, q, queries))[1]
+  return jax.lax.scan(fold_queries, None, (state, q, queries))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options: _Options, q, held: _Held, queries: Keys, sinks, table, which):
-  """-> out [blocks, B, K, R, H'], log-sum-exp f32 [blocks, B, K, R, 1] (0 where nothing is seen), entropy like it."""
+  """-> out [blocks, B, K, R, H']; log-sum-exp f32 [blocks, B, K, R, 1], 0 if no key is seen; entropy of that shape."""
   rows = q.shape[:-1]
-  # The sink is a key that has been seen before all others, and whose value is zero.
+  # The sink counts as a key with the value zero that every query saw before all others.
   top = jnp.broadcast_to(sinks, (*rows, 1))
   seen = top > -jnp.inf
   mean = jnp.where(seen, top, 0.0) if options.entropy else None
@@ -247,7 +257,7 @@ def _attend(options: _Options, q, held: _Held, queries: Keys, sinks, table, whic
 
   def turn(carry, _):
     state, held = carry
-    following = _pass_on(options, held)  # on its way while these are worked on
+    following = _pass_on(options, held)  # these keys travel while the device works on those it holds
     return (_fold(options, state, q, held, queries, table, which), following), None
 
   if options.ring is not None:
@@ -264,17 +274,19 @@ def _forward(options, q, held, queries, sinks, table, which):
 
 
 def _backward(options, kept, gradient):
-  """With P the weights, O the output, L the log-sum-exp: dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K,
-  dK = dS^T Q (2307.08691, algorithm 2). A sink's weight is exp(sink - L), and its value is zero. In a ring, the
-  gradients of keys and values travel with these."""
+  """Gradients by algorithm 2 of 2307.08691, with P the weights, O the output and L the log-sum-exp.
+
+  dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q. A sink's weight is exp(sink - L), and its value
+  is zero. In a ring, the gradients of keys and values travel together with the keys and values.
+  """
   q, held, queries, sinks, table, which, out, lse = kept
-  grad, *_ = gradient  # nobody differentiates the others
+  grad, *_ = gradient  # the log-sum-exp and the entropy have no gradient
   own = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
   def fold(carry, held: _Held):
     dq, dtable, dk, dv = carry
 
-    def one(carry, turn):
+    def fold_keys(carry, turn):
       dq, dtable = carry
       k, v, keys, dk, dv = turn
 
@@ -304,7 +316,7 @@ def _backward(options, kept, gradient):
       (dk, dv, dtable), dq = jax.lax.scan(step, (dk, dv, dtable), (q, queries, grad, lse, own, dq))
       return (dq, dtable), (dk, dv)
 
-    (dq, dtable), (dk, dv) = jax.lax.scan(one, (dq, dtable), (*held, dk, dv))
+    (dq, dtable), (dk, dv) = jax.lax.scan(fold_keys, (dq, dtable), (*held, dk, dv))
     return dq, dtable, dk, dv
 
   def turn(carry, _):
@@ -319,13 +331,13 @@ def _backward(options, kept, gradient):
     n = jax.lax.axis_size(options.ring)
     (*carry, last), _ = jax.lax.scan(turn, (*carry, held), None, length=n - 1)
     dq, dtable, *dkv = fold(tuple(carry), last)
-    dk, dv = _pass_on(options, tuple(dkv))  # home
+    dk, dv = _pass_on(options, tuple(dkv))  # the last step brings the gradients to the device that owns the keys
   else:
     dq, dtable, dk, dv = fold(carry, held)
   dsinks = -jnp.sum(jnp.exp(sinks - lse) * own, axis=(0, 1))
-  like = lambda g, x: g.astype(x.dtype)
-  dheld = _Held(like(dk, held.k), like(dv, held.v), None)
-  return like(dq, q), dheld, None, dsinks, jax.tree.map(like, dtable, table), None
+  cast_like = lambda g, x: g.astype(x.dtype)
+  dheld = _Held(cast_like(dk, held.k), cast_like(dv, held.v), None)
+  return cast_like(dq, q), dheld, None, dsinks, jax.tree.map(cast_like, dtable, table), None
 
 
 _attend.defvjp(_forward, _backward)

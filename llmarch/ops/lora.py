@@ -1,4 +1,4 @@
-"""A frozen weight with a low-rank adapter: W + scale A B (2106.09685, section 4.1), never formed."""
+"""A frozen weight with a low-rank adapter: W + scale A B (2106.09685, section 4.1), whose sum is never formed."""
 
 import dataclasses
 
@@ -10,10 +10,10 @@ from llmarch.ops.quant import QTensor
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-  """Takes the place of the plain array in a Param; `ops.einsum` applies it.
+  """A weight with an adapter, in place of the plain array in a Param; `ops.einsum` applies it.
 
-  With W's dimensions those that a matmul sums over and the others, and leading ones of stacked layers:
-  a [layers, *summed, rank], b [layers, rank, *others].
+  If `summed` are the dimensions of W that a matmul sums over, and `others` its remaining ones, then with stacked layers
+  a is [layers, *summed, rank] and b is [layers, rank, *others].
   """
 
   base: jax.Array | QTensor
@@ -34,5 +34,5 @@ class Adapted:
     return self.base.dtype
 
   def __getitem__(self, index) -> "Adapted":
-    """One of the stacked layers, and `[...]`, which is how a Param is read."""
+    """Selects one of the stacked layers; `[...]`, which is how a Param is read, selects all."""
     return jax.tree.map(lambda a: a[index], self)

@@ -1,4 +1,4 @@
-"""Next-token losses, in f32, without [B, T, V] logits ever existing."""
+"""Next-token losses in f32, computed in chunks so that logits [B, T, V] never exist as a whole."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy and log Z.  logits f32 [..., V], targets int32 [...] -> f32 [...], f32 [...]."""
+  """Cross-entropy and log Z of each token: logits f32 [..., V], targets int32 [...] -> f32 [...], f32 [...]."""
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  # A masked sum rather than a gather: its gradient is a select, not a scatter, and a sharded V stays sharded.
+  # A masked sum takes the place of a gather: its gradient is a select, not a scatter, and a sharded V stays sharded.
   is_target = targets[..., None] == jnp.arange(logits.shape[-1])
   return log_z - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), log_z
 
@@ -24,17 +24,17 @@ def chunked_loss(
   label_smoothing: float,
   z_loss: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """sum(weights * (loss + z_loss * log Z^2)), and the sums of weighted token values
-  {"loss", "plain_loss" (unsmoothed), "weight", "z" (log Z^2), "logit_rms"}.
+  """sum(weights * (loss + z_loss * log Z^2)), and the weighted sums of token values.
 
-  Logits exist for `chunk` tokens of each row at a time, in the backward pass too (jax.checkpoint).
-  z-loss: 2204.02311, section 5. Label smoothing: 1512.00567, section 7.
+  The sums are {"loss", "plain_loss" (unsmoothed), "weight", "z" (log Z^2), "logit_rms"}. Logits exist for `chunk`
+  tokens of each row at a time, in the backward pass too (jax.checkpoint). The z-loss is that of 2204.02311, section 5;
+  label smoothing with e spreads e of the target's mass over all V classes (1512.00567, section 7).
   """
   B, T = targets.shape
   chunk = min(chunk, T)
   pad = -T % chunk
-  # A chunk takes every n-th token: where the length is split over devices, some of each device's.
-  split = lambda x: jnp.moveaxis(
+  # A chunk takes every n-th token, so that each device has a part of it if the length is split over devices.
+  split_in_chunks = lambda x: jnp.moveaxis(
     jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(B, chunk, -1, *x.shape[2:]), 2, 0
   )
 
@@ -44,7 +44,7 @@ def chunked_loss(
     logits = unembed(h)  # f32 [B, chunk, V]
     plain, log_z = token_losses(logits, target)
     loss = plain
-    if label_smoothing:  # e of the target's mass spread over all V classes
+    if label_smoothing:
       loss = (1 - label_smoothing) * plain + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
     sums = {
       "loss": jnp.sum(weight * loss),
@@ -57,7 +57,7 @@ def chunked_loss(
 
   zero = jnp.zeros((), jnp.float32)
   start = (zero, dict.fromkeys(("loss", "plain_loss", "weight", "z", "logit_rms"), zero))
-  pieces = (split(hidden), split(targets), split(weights))
+  pieces = tuple(map(split_in_chunks, (hidden, targets, weights)))
   if T <= chunk:
     (total, sums), _ = body(start, jax.tree.map(lambda x: x[0], pieces))
   else:

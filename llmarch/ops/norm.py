@@ -1,6 +1,6 @@
-"""Normalisations over the last dimension, statistics in f32, result in the dtype of x.
+"""Normalisations over the last dimension, with f32 statistics and a result in the dtype of x.
 
-`axis` is that dimension's logical name: in manual mode (sharding/) a device may hold a part of it.
+`axis` is the logical name of that dimension, of which a device may hold only a part in manual mode (sharding/).
 """
 
 import jax
@@ -26,7 +26,7 @@ def layer_norm(
 ) -> jax.Array:
   """(x - mean) / sqrt(var + eps) * scale + bias  (1607.06450).  x [..., D], scale and bias [D]."""
   y = x.astype(jnp.float32)
-  # Centred first: E[x^2] - E[x]^2 cancels where the mean is large.
+  # x is centred first, because E[x^2] - E[x]^2 cancels if the mean is large.
   y = y - mean_over_mesh(y, axis)
   y = y * jax.lax.rsqrt(mean_over_mesh(y * y, axis) + eps)
   if scale is not None:

@@ -1,4 +1,4 @@
-"""Recurrences over the tokens of a row: which tokens share a state, and linear attention in chunks.
+"""Recurrences over the tokens of a row: the tokens that share a state, and linear attention in chunks.
 
 B batch, T tokens of this call, N heads, P dims of a key's features, R dims of a value, C tokens of a chunk.
 """
@@ -10,20 +10,21 @@ import jax.numpy as jnp
 def documents(
   positions: jax.Array, segment_ids: jax.Array, last_segment: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  """Numbers the documents of a call, for states that must not pass from one to the next.
+  """Numbers the documents of a call, for states that must not pass from one document to the next.
 
-  positions, segment_ids: int32 [B, T]; last_segment: int32 [B], the segment of each row's last real token before this
-  call (None: there is no state). -> int32 [B, T]: 0 for tokens that go on with the state as it came in, 1, 2, ... for
-  those of documents that begin in this call, -1 for padding; and the last real token's segment, int32 [B].
+  positions and segment_ids are int32 [B, T]; last_segment int32 [B] is the segment of each row's last real token before
+  this call (None: there is no state). Returns int32 [B, T] and int32 [B]. The first is 0 for tokens that continue with
+  the state of the call before, 1, 2, ... for those of documents that begin in this call, and -1 for padding; the second
+  is the segment of the last real token.
 
-  A document begins at position 0, and where the segment is not that of the real token before.
+  A document begins at position 0, and wherever the segment differs from that of the real token before.
 
     positions    3  4 -1  0  1  0        segment_ids  7  7  9  7  7  8        last_segment  7
     documents    0  0 -1  1  1  2        last segment after the call: 8
   """
   real = positions >= 0
   T = positions.shape[1]
-  newest = jax.lax.cummax(jnp.where(real, jnp.arange(T), -1), axis=1)  # the last real token up to here, -1: none
+  newest = jax.lax.cummax(jnp.where(real, jnp.arange(T), -1), axis=1)  # the last real token up to here; -1: none
   before = jnp.pad(newest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   start = segment_ids[:, :1] if last_segment is None else last_segment[:, None]
   segment_at = lambda index: jnp.where(
@@ -38,15 +39,16 @@ def linear_attention(
   k: jax.Array,  # [B, T, N, P]
   v: jax.Array,  # [B, T, N, R]
   document: jax.Array,  # int32 [B, T], from `documents`
-  state: jax.Array,  # f32 [B, N, P, R + 1], of document 0
+  state: jax.Array,  # f32 [B, N, P, R + 1], the state of document 0
   *,
   chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """y_t = f(q_t) S_t / f(q_t) z_t, S_t = sum f(k_s) v_s^T and z_t = sum f(k_s) over the s <= t of t's document, with
-  f(x) = elu(x) + 1 (2006.16236, equations 7 to 12).  -> y [B, T, N, R] in v's dtype, the state after the call.
+  """y_t = f(q_t) S_t / f(q_t) z_t with f(x) = elu(x) + 1 (2006.16236, equations 7 to 12).
 
-  The state is S with z as one more column. Within a chunk the sum is a masked product of the chunk with itself, and
-  the state brings what came before: T C + T P multiply-adds for each head and value dimension. All in f32.
+  S_t is the sum of f(k_s) v_s^T, and z_t of f(k_s), over the s <= t of t's document. Returns y [B, T, N, R] in v's
+  dtype, and the state after the call, which is S with z as one more column. Within a chunk the sum is a masked product
+  of the chunk with itself, and the state adds all chunks before it: T C + T P multiply-adds for each head and value
+  dimension, all in f32.
   """
   B, T, N, R = v.shape
   C = min(chunk, T)
@@ -55,9 +57,9 @@ def linear_attention(
   pad = lambda x, fill: jnp.pad(x, ((0, 0), (0, -T % C)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
   in_chunks = lambda x, fill=0: jnp.moveaxis(pad(x, fill).reshape(B, -1, C, *x.shape[2:]), 1, 0)
 
-  def step(carry, one):
-    S, held = carry  # the state, and the document that it belongs to
-    q, k, v, document = one
+  def step(carry, chunk_inputs):
+    S, held = carry  # the state, and the number of the document that it belongs to
+    q, k, v, document = chunk_inputs
     same = (document[:, :, None] == document[:, None, :]) & (document >= 0)[:, None, :] & jnp.tri(C, dtype=bool)
     weights = jnp.einsum("btnp,bsnp->bnts", q, k) * same[:, None]
     y = jnp.einsum("bnts,bsnr->btnr", weights, v)

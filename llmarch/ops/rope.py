@@ -1,8 +1,7 @@
 """Rotary positions: frequencies and their context extensions, exact phases, rotation.
 
-A frequency theta_i is the angle in radians by which pair i turns per position. Frequency tables are
-numpy float64 of shape [R/2], R the number of rotated dimensions, unless they depend on the length of the
-context, when they are f32 [B, T or 1, R/2].
+A frequency theta_i is the angle in radians by which pair i turns per position. With R rotated dimensions, a table of
+frequencies is a numpy float64 array [R/2]; one that depends on the length of the context is f32 [B, T or 1, R/2].
 """
 
 import math
@@ -13,17 +12,17 @@ import numpy as np
 
 
 def frequencies(dims: int, theta: float) -> np.ndarray:
-  """theta_i = theta^(-2i / R), i = 0 .. R/2 - 1  (2104.09864, section 3.2.2).  [R/2]."""
+  """Frequencies theta_i = theta^(-2i / R), i = 0 .. R/2 - 1  (2104.09864, section 3.2.2).  [R/2]."""
   return theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
 
 
 def ntk_base(dims: int, theta, factor):
-  """theta * s^(R / (R - 2)): the lowest frequency is divided by exactly s, the highest kept (NTK-aware)."""
+  """The NTK-aware base theta s^(R / (R - 2)): it divides the lowest frequency by exactly s and keeps the highest."""
   return theta * factor ** (dims / (dims - 2))
 
 
 def dynamic_ntk_frequencies(dims: int, theta: float, factor: float, original: int, length: jax.Array) -> jax.Array:
-  """NTK-aware with s = factor * length / original - (factor - 1), s >= 1.  length [B, T] -> [B, T, R/2]."""
+  """NTK-aware frequencies with s = max(1, factor length / original - (factor - 1)).  length [B, T] -> [B, T, R/2]."""
   scale = jnp.maximum(factor * length.astype(jnp.float32) / original - (factor - 1), 1.0)
   base = ntk_base(dims, theta, scale)
   return base[..., None] ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
@@ -32,9 +31,12 @@ def dynamic_ntk_frequencies(dims: int, theta: float, factor: float, original: in
 def yarn_frequencies(
   dims: int, theta: float, factor: float, original: int, beta_fast: float, beta_slow: float, truncate: bool = True
 ) -> np.ndarray:
-  """Frequencies that turn less than beta_slow times in `original` positions are divided by the factor,
-  those that turn more than beta_fast times are kept, with a ramp between (YaRN, 2309.00071, eq. 17-23;
-  the ramp is linear in the index i, between whole indices (truncate) as in the authors' code)."""
+  """Frequencies of YaRN (2309.00071, eq. 17-23).
+
+  Those that turn less than beta_slow times in `original` positions are divided by the factor, those that turn more than
+  beta_fast times are kept, and a ramp lies between. The ramp is linear in the index i and, with `truncate`, begins and
+  ends at whole indices, as in the authors' code.
+  """
 
   def index_of(turns):
     return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -51,8 +53,11 @@ def yarn_frequencies(
 def llama3_frequencies(
   dims: int, theta: float, factor: float, original: int, low_factor: float, high_factor: float
 ) -> np.ndarray:
-  """Wavelengths above original/low_factor are stretched by the factor, those below original/high_factor
-  kept, with a ramp between that is linear in turns  (Llama 3.1)."""
+  """Frequencies of Llama 3.1.
+
+  Wavelengths above original/low_factor are stretched by the factor, those below original/high_factor are kept, and a
+  ramp between them is linear in the number of turns.
+  """
   table = frequencies(dims, theta)
   turns = original * table / (2 * math.pi)
   keep = np.clip((turns - low_factor) / (high_factor - low_factor), 0, 1)
@@ -60,16 +65,16 @@ def llama3_frequencies(
 
 
 def xpos_decay(dims: int) -> np.ndarray:
-  """zeta_i = (2i/R + 0.4) / 1.4  (2212.10554, eq. 14 with gamma = 0.4).  [R/2]."""
+  """Decays zeta_i = (2i/R + 0.4) / 1.4  (2212.10554, eq. 14 with gamma = 0.4).  [R/2]."""
   return (np.arange(0, dims, 2) / dims + 0.4) / 1.4
 
 
 def xpos_gains(positions: jax.Array, length: jax.Array, dims: int, scale_base: float) -> tuple[jax.Array, jax.Array]:
-  """zeta_i^(m / scale_base), by which a query at m is multiplied, and its inverse for keys (2212.10554).
+  """Factors zeta_i^(m / scale_base) for a query at position m, and their inverses for keys (2212.10554).
 
-  int32 [B, T], [B, T or 1] -> f32 [B, T, 1, R/2] each.
+  int32 [B, T] and [B, T or 1] -> f32 [B, T, 1, R/2] each.
   """
-  # Centred at half the context: only differences of positions count, and either power stays small.
+  # Positions are centred at half the context: only their differences count, and both powers stay small.
   power = (positions - length // 2).astype(jnp.float32)[..., None, None] / scale_base
   log_gain = power * jnp.asarray(np.log(xpos_decay(dims)), jnp.float32)
   return jnp.exp(log_gain), jnp.exp(-log_gain)
@@ -78,9 +83,9 @@ def xpos_gains(positions: jax.Array, length: jax.Array, dims: int, scale_base: f
 def phases(positions: jax.Array, freqs: np.ndarray | jax.Array) -> jax.Array:
   """The angle positions * freqs reduced to [-pi, pi).  int32 [B, T], [R/2] or [B, T or 1, R/2] -> f32 [B, T, R/2].
 
-  The f32 product loses all phase beyond 1e5 positions. Here a frequency is a 64-bit fraction of a turn
-  and whole turns fall off the top of an integer product, so the phase is good to 1e-6 at any int32
-  position (32 bits, hence the precision of the f32 frequencies themselves, where they are traced).
+  The f32 product loses all phase beyond 1e5 positions. Here a frequency is a 64-bit fraction of a turn, and whole turns
+  fall off the top of an integer product, so the phase is good to 1e-6 at any int32 position. Traced frequencies have
+  32 bits, which is the precision of the f32 frequencies themselves.
   """
   turn = 2.0**32
   if isinstance(freqs, np.ndarray):
@@ -90,8 +95,8 @@ def phases(positions: jax.Array, freqs: np.ndarray | jax.Array) -> jax.Array:
   else:
     high = (freqs / (2 * jnp.pi) % 1.0 * turn).astype(jnp.uint32)
     low = jnp.zeros_like(high)
-  p = positions.astype(jnp.uint32)[..., None]  # [B, T, 1]; negative positions wrap, consistently
-  # floor(p * low / 2^32) by 16-bit halves: uint32 has no wide product.
+  p = positions.astype(jnp.uint32)[..., None]  # [B, T, 1]; negative positions wrap around, as the product does
+  # The high word of p * low is computed from 16-bit halves, since uint32 has no wide product.
   p0, p1, l0, l1 = p & 0xFFFF, p >> 16, low & 0xFFFF, low >> 16
   middle = p1 * l0 + ((p0 * l0) >> 16)
   carry = p1 * l1 + (middle >> 16) + ((p0 * l1 + (middle & 0xFFFF)) >> 16)
@@ -100,9 +105,9 @@ def phases(positions: jax.Array, freqs: np.ndarray | jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array, phase: jax.Array, *, interleaved: bool, gain=1.0) -> jax.Array:
-  """Turns the first R dimensions of x by `phase`, in f32.  x [B, T, N, H], phase [B, T, R/2] -> like x.
+  """Rotates the first R dimensions of x by `phase`, in f32.  x [B, T, N, H], phase [B, T, R/2] -> like x.
 
-  Pair i is (2i, 2i+1) when interleaved (RoFormer, GPT-J), (i, i + R/2) otherwise (GPT-NeoX, LLaMA).
+  Pair i is (2i, 2i+1) if interleaved (RoFormer, GPT-J), and (i, i + R/2) otherwise (GPT-NeoX, LLaMA).
   `gain`, broadcastable to [B, T, 1, R/2], multiplies the rotated part (YaRN's and xPos's factors).
   """
   half = phase.shape[-1]

@@ -1,6 +1,6 @@
-"""From logits to a token: filters in the order of `transformers`, each removing tokens by setting -inf.
+"""Sampling of a token from logits: filters in the order of `transformers`, which remove tokens by setting -inf.
 
-B batch, V vocabulary. Logits are f32 [B, V]; a row never depends on another.
+B batch, V vocabulary. Logits are f32 [B, V]; no row depends on another.
 """
 
 import jax
@@ -12,10 +12,10 @@ from llmarch.errors import check, check_at_least
 
 @config_dataclass
 class Sampling:
-  """How the next token is chosen. The defaults are greedy."""
+  """The rule by which the next token is chosen. The defaults are greedy."""
 
   temperature: float = 0.0  # 0: the most likely token
-  top_k: int = 0  # 0: all
+  top_k: int = 0  # 0: no limit
   top_p: float = 1.0
   min_p: float = 0.0
   repetition_penalty: float = 1.0
@@ -35,21 +35,21 @@ class Sampling:
 
 
 def penalise_repetition(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Array:
-  """l -> l / penalty if l > 0 else l * penalty, for the tokens in `seen` bool [B, V]  (CTRL, 1909.05858)."""
+  """Divides positive logits of tokens in `seen` bool [B, V] by the penalty and multiplies others by it (1909.05858)."""
   penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
   return jnp.where(seen, penalised, logits)
 
 
 def top_k(logits: jax.Array, *, k: int) -> jax.Array:
-  """Keeps the k largest, and what equals the smallest of them  (1805.04833)."""
+  """Keeps the k largest logits, and those that equal the smallest of them  (1805.04833)."""
   smallest = jax.lax.top_k(logits, k)[0][:, -1:]
   return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
 def top_p(logits: jax.Array, *, p: float) -> jax.Array:
-  """Keeps the tokens before which less than p of the probability lies, most likely first  (1904.09751).
+  """Keeps the most likely tokens, up to the one that completes the probability p  (1904.09751).
 
-  Tokens that equal the last one kept are kept too, so that the result does not depend on a sorting order.
+  Tokens as likely as the last one kept are kept too, so that the result does not depend on a sorting order.
   """
   descending = jnp.sort(logits, axis=-1, descending=True)
   probability = jax.nn.softmax(descending, axis=-1)
@@ -59,14 +59,14 @@ def top_p(logits: jax.Array, *, p: float) -> jax.Array:
 
 
 def min_p(logits: jax.Array, *, p: float) -> jax.Array:
-  """Keeps the tokens whose probability is at least p times the largest  (2407.01082)."""
+  """Keeps the tokens whose probability is at least p times the largest probability  (2407.01082)."""
   probability = jax.nn.softmax(logits, axis=-1)
   keep = probability >= p * jnp.max(probability, axis=-1, keepdims=True)
   return jnp.where(keep, logits, -jnp.inf)
 
 
 def filtered(logits: jax.Array, seen: jax.Array | None, *, sampling: Sampling) -> jax.Array:
-  """The logits that are sampled from at a temperature above 0. `seen` may be None where nothing is penalised."""
+  """The logits from which a temperature above 0 samples. `seen` may be None if there is no repetition penalty."""
   s = sampling
   if s.repetition_penalty != 1:
     logits = penalise_repetition(logits, seen, penalty=s.repetition_penalty)
@@ -79,7 +79,10 @@ def filtered(logits: jax.Array, seen: jax.Array | None, *, sampling: Sampling) -
 
 
 def sample(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, *, sampling: Sampling) -> jax.Array:
-  """f32 [B, V], bool [B, V] or None, a key a row [B] -> int32 [B]. The caller refuses logits that are not finite."""
+  """Draws a token for each row: f32 [B, V], bool [B, V] or None, keys [B] -> int32 [B].
+
+  The caller refuses logits that are not finite.
+  """
   logits = filtered(logits, seen, sampling=sampling)
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
