@@ -73,14 +73,14 @@ def __dir__() -> list[str]:
 
 
 def load(directory: str | os.PathLike, **options: Any) -> "LM":
-  """Returns the LM of a folder: one that `LM.save` wrote, the workdir of a training run (its newest
-  checkpoint), or a checkpoint of transformers (config.json and safetensors).
+  """Loads the LM of a folder.
 
-  Options are those of `LM`: weights, a format for its matrices ("int8", "int4", "nf4" ...); kv, one for the
-  decoding state ("int8", "int8_channel" ...); mesh, prefill_layout, decode_layout. Raises UserError if there
-  is no model, it is damaged, or it does not suit an option.
+  The folder is one that `LM.save` wrote, the workdir of a training run (its newest checkpoint is loaded), or a
+  checkpoint of transformers (config.json and safetensors). Options are those of `LM`: weights, a format for its
+  matrices ("int8", "int4", "nf4" ...); kv, a format for the decoding state ("int8", "int8_channel" ...); mesh,
+  prefill_layout, decode_layout. Raises UserError if there is no model, it is damaged, or an option does not suit it.
   """
-  # Here, so that `import llmarch` and `llmarch --help` do not pay for jax.
+  # These imports stand inside the function, so that `import llmarch` and `llmarch --help` do not load jax.
   from llmarch.data.tokenizers import load_tokenizer
   from llmarch.infer import lm
 

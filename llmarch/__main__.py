@@ -1,4 +1,4 @@
-"""`llmarch <command>`: dispatches to llmarch/commands, importing only what the command needs."""
+"""`llmarch <command>`: runs a module of llmarch/commands, and imports only what that command needs."""
 
 import importlib
 import sys
@@ -23,11 +23,11 @@ COMMANDS = {
 }
 
 
-COMPUTE = {"train", "generate", "evaluate", "bench"}  # of these, on CPUs too, much time may go
+COMPUTE = {"train", "generate", "evaluate", "bench"}  # commands that may compute for long on CPUs
 
 
 def cli() -> int:
-  """The command of a shell: `main`, in a process that asks for huge pages where they help."""
+  """The entry point of a shell: `main`, in a process that asks for huge pages where they help."""
   if sys.argv[1:] and sys.argv[1] in COMPUTE:
     from llmarch.process import restart_with_huge_pages
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print("llmarch: interrupted", file=sys.stderr)
     return 130
-  except BrokenPipeError:  # the reader of a pipe (head, less) has left
+  except BrokenPipeError:  # the reader of the pipe (head, less) has ended
     sys.stderr.close()
     return 141
 

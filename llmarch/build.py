@@ -1,4 +1,4 @@
-"""Builds frozen dataclasses from plain dicts and turns them back, overrides their fields by dotted keys, and compares.
+"""Builds frozen dataclasses from plain dicts and back, sets their fields by dotted keys, and compares them.
 
 `build` is the only way from a dict to a config. It refuses an unknown key, a missing value and a wrong type, each in
 one sentence with the path of the field. Alternatives with parameters of their own (positions, norms, mixers ...) are
@@ -23,7 +23,7 @@ config_dataclass = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 class FrozenDict(dict):
-  """A dict that can sit in a frozen config: hashable, never mutated after construction."""
+  """A dict that can be part of a frozen config: hashable, and never changed after construction."""
 
   def __hash__(self):
     return hash(tuple(self.items()))
@@ -33,16 +33,16 @@ class FrozenDict(dict):
 
   __setitem__ = __delitem__ = update = pop = clear = setdefault = popitem = __ior__ = _refuse
 
-  def __reduce__(self):  # copying and pickling would set items
+  def __reduce__(self):  # copy and pickle would otherwise set items one by one, which is refused
     return FrozenDict, (dict(self),)
 
 
 class Variant:
-  """Root of a family of alternative configs. `class RoPE(PositionConfig, kind="rope")` joins one."""
+  """The root of a family of alternative configs. `class RoPE(PositionConfig, kind="rope")` joins a family."""
 
   kind: ClassVar[str] = ""
   variants: ClassVar[dict[str, type]] = {}
-  by_name: ClassVar[bool] = False  # whether a member without fields is written as its kind alone: "causal"
+  by_name: ClassVar[bool] = False  # a member without fields is written as its kind alone, such as "causal"
 
   def __init_subclass__(cls, kind: str = "", **kwargs):
     super().__init_subclass__(**kwargs)
@@ -59,8 +59,8 @@ class Variant:
 def build(annotation: Any, value: Any, path: str = "config") -> Any:
   """Turns plain data into the annotated type, strictly.
 
-  Raises UserError naming the path for an unknown key (with the nearest valid name), a missing value, a
-  wrong type, a non-finite number, an unknown kind, and whatever the config itself refuses.
+  Raises UserError that names the path, for an unknown key (with the nearest valid name), a missing value, a wrong
+  type, a number that is not finite, an unknown kind, and whatever the config itself refuses.
   """
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
   if origin in (typing.Union, types.UnionType):
@@ -69,7 +69,7 @@ def build(annotation: Any, value: Any, path: str = "config") -> Any:
     (inner,) = [a for a in args if a is not type(None)]
     return build(inner, value, path)
   if origin is Literal:
-    if value is None and "none" in args:  # a command line's `none` where it is a word like any other
+    if value is None and "none" in args:  # a command line's `none`, where "none" is one of the allowed words
       value = "none"
     if value not in args:
       suffix = nearest(value, args) if isinstance(value, str) else f" (known: {', '.join(map(str, args))})"
@@ -113,7 +113,7 @@ def _dataclass(annotation, value, path):
     annotation = annotation.variants[kind]
   if not isinstance(value, Mapping):
     raise UserError(f"{path} must be a dict of {annotation.__name__}, got {value!r}")
-  if issubclass(annotation, Variant) and value.get("kind") == annotation.kind:  # told, or the only one there can be
+  if issubclass(annotation, Variant) and value.get("kind") == annotation.kind:  # the kind is given, or the only one
     value = {k: v for k, v in value.items() if k != "kind"}
   fields = {f.name: f for f in dataclasses.fields(annotation)}
   hints = typing.get_type_hints(annotation)
@@ -132,7 +132,7 @@ def _dataclass(annotation, value, path):
 
 
 def to_dict(config: Any) -> Any:
-  """The plain data of a config, every default written out: `build(type(c), to_dict(c)) == c`."""
+  """The plain data of a config with every default written out, so that `build(type(c), to_dict(c)) == c`."""
   if dataclasses.is_dataclass(config):
     return with_kind(config, {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)})
   if isinstance(config, Mapping):
@@ -143,14 +143,14 @@ def to_dict(config: Any) -> Any:
 
 
 def with_kind(config: Any, fields: dict) -> dict | str:
-  """The plain data of a config's fields, with the kind of a variant: {"kind": "rope", "theta": 1e4}, or "causal"."""
+  """Adds the kind of a variant to its plain data: {"kind": "rope", "theta": 1e4}, or the word "causal" alone."""
   if not isinstance(config, Variant):
     return fields
   return config.kind if config.by_name and not fields else {"kind": config.kind} | fields
 
 
 def override(data: dict, assignments: list[tuple[str, str]], path: str = "config") -> dict:
-  """A copy of nested `data` with each dotted key set to its parsed text, in order (see `assign`).
+  """Returns a copy of nested `data` with each dotted key set to its parsed text, in order (see `assign`).
 
   >>> override({"a": {"b": 1}}, [("a.b", "2")])
   {'a': {'b': 2}}
@@ -159,20 +159,20 @@ def override(data: dict, assignments: list[tuple[str, str]], path: str = "config
 
 
 def assign(data: dict, assignments: Iterable[tuple[str, Any]], path: str = "config") -> dict:
-  """A copy of nested `data` with each dotted key set to its value, in order.
+  """Returns a copy of nested `data` with each dotted key set to its value, in order.
 
-  Only existing keys can be set, so that a typing error cannot pass; `build` then checks the value. A
-  variant may be switched by its name alone (`mixer.position=alibi`).
+  Only existing keys can be set, so that a misspelled one is refused; `build` checks the value later. A variant may be
+  switched by its name alone (`mixer.position=alibi`).
   """
   data = _copy(data)
   for key, value in assignments:
     *parents, last = key.split(".")
-    node, at = data, path
+    node, where = data, path
     for parent in parents:
-      node, at = _child(node, parent, at), f"{at}.{parent}"
+      node, where = _child(node, parent, where), f"{where}.{parent}"
     if isinstance(node, str):
-      raise UserError(f"{at}={node!r} has no keys yet; write {at}='{{\"kind\": \"{node}\", \"{last}\": ...}}'")
-    _child(node, last, at)
+      raise UserError(f"{where}={node!r} has no keys yet; write {where}='{{\"kind\": \"{node}\", \"{last}\": ...}}'")
+    _child(node, last, where)
     node[last] = value
   return data
 
@@ -181,16 +181,16 @@ def _copy(data):
   return {k: _copy(v) for k, v in data.items()} if isinstance(data, Mapping) else data
 
 
-def _child(node, key, at):
+def _child(node, key, where):
   if not isinstance(node, dict):
-    raise UserError(f"{at}.{key}: {at} is {node!r} and has no keys; set {at} to a kind first")
+    raise UserError(f"{where}.{key}: {where} is {node!r} and has no keys; set {where} to a kind first")
   if key not in node:
-    raise UserError(f"{at}.{key}: no such key{nearest(key, node)}")
+    raise UserError(f"{where}.{key}: no such key{nearest(key, node)}")
   return node[key]
 
 
 def parse_value(text: str) -> Any:
-  """A command-line value: a Python literal, true/false/none, or else the text itself."""
+  """Parses a command-line value: a Python literal, true/false/none, or else the text itself."""
   words = {"true": True, "false": False, "none": None, "null": None}
   words |= {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
   if text.lower() in words:
@@ -202,22 +202,22 @@ def parse_value(text: str) -> Any:
 
 
 def differences(a: Any, b: Any, path: str = "config") -> list[str]:
-  """Sentences 'key: x here, y there' for every leaf in which two plain-data configs differ."""
+  """Lists a sentence 'key: x here, y there' for every leaf in which two plain-data configs differ."""
   if isinstance(a, Mapping) and isinstance(b, Mapping):
     missing = object()
     keys = list(a) + [k for k in b if k not in a]
     return [d for k in keys for d in differences(a.get(k, missing), b.get(k, missing), f"{path}.{k}")]
   if a == b and type(a) is type(b):
     return []
-  show = lambda v: "absent" if type(v) is object else repr(v)
-  return [f"{path}: {show(a)} here, {show(b)} there"]
+  describe = lambda v: "absent" if type(v) is object else repr(v)
+  return [f"{path}: {describe(a)} here, {describe(b)} there"]
 
 
 def execute(path: str | os.PathLike, function: str, *args, flag: str) -> Any:
-  """What `function(*args)` of a Python file returns: configs and ablations are data that a file computes.
+  """Runs `function(*args)` of a Python file and returns its result, which is a config or an ablation.
 
-  Raises UserError, which begins with the flag that named the file, where there is none, it has no such function, or
-  either fails.
+  Raises UserError, which begins with the flag that named the file, if there is no such file or function, or if either
+  fails.
   """
   if not os.path.isfile(path):
     raise UserError(f"{flag}: there is no file {path}; give one that exists")

@@ -1,8 +1,8 @@
-"""The space of architectures: small frozen dataclasses, of which a model's config is a tree.
+"""The space of architectures: small frozen dataclasses that form the tree of a model's config.
 
-A component's config holds only what that component reads. Mixers, feed-forwards, norms and position schemes are
-families (see `build.Variant`) whose roots are here; each member sits beside its layer, and joins its family when that
-layer is imported. build.py turns plain dicts into these dataclasses.
+A component's config holds only what that component reads. Norms and position schemes are families (see
+`build.Variant`) whose roots are here; those of mixers and feed-forwards are in branches.py. Each member is defined
+beside its layer, and joins its family when that layer is imported. build.py turns plain dicts into these dataclasses.
 """
 
 import functools
@@ -25,17 +25,17 @@ class NormConfig(Variant):
 class PositionConfig(Variant):
   """A position scheme, inside attention or at the embedding; see layers/position.py."""
 
-  at_embedding = False  # is added to the embedding, once
+  at_embedding = False  # the scheme adds vectors once, at the embedding
 
   def check_against(self, width: int, max_seq_len: int) -> None:
-    """Raises UserError for what does not fit heads (at the embedding: a model) of this width, or this context."""
+    """Raises UserError if the scheme does not fit this width (a head's; the model's if at_embedding) or context."""
 
   def make_shared(self, num_heads: int, make):
-    """A parameter that all layers of a block's name share; None."""
+    """Makes the parameter that all layers of a block's name share; None if there is none."""
     return None
 
   def shared_size(self, num_heads: int) -> int:
-    """Elements of that parameter."""
+    """Number of elements of the parameter that `make_shared` makes."""
     return 0
 
 
@@ -44,12 +44,12 @@ class ScalingConfig(Variant):
 
 
 class InitConfig(Variant):
-  """A distribution for weight matrices. `std(fan_in, fan_out)` is its standard deviation."""
+  """A distribution from which weight matrices are drawn. `std(fan_in, fan_out)` is its standard deviation."""
 
 
 @config_dataclass
 class FanIn(InitConfig, kind="fan_in"):
-  """Truncated normal of standard deviation gain / sqrt(fan_in)."""
+  """A truncated normal of standard deviation gain / sqrt(fan_in)."""
 
   gain: float = 1.0
 
@@ -62,7 +62,7 @@ class FanIn(InitConfig, kind="fan_in"):
 
 @config_dataclass
 class Normal(InitConfig, kind="normal"):
-  """Truncated normal of one standard deviation for every matrix (GPT-2: 0.02)."""
+  """A truncated normal with the same standard deviation for every matrix (GPT-2: 0.02)."""
 
   stddev: float = 0.02
 
@@ -75,7 +75,7 @@ class Normal(InitConfig, kind="normal"):
 
 @config_dataclass
 class Xavier(InitConfig, kind="xavier"):
-  """Truncated normal of standard deviation gain * sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
+  """A truncated normal of standard deviation gain * sqrt(2 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
 
   gain: float = 1.0
 
@@ -91,30 +91,30 @@ class Xavier(InitConfig, kind="xavier"):
 
 @config_dataclass
 class BlockConfig:
-  """Branches on a residual stream: a token mixer, then a cross-attention and a feed-forward if there are such.
+  """A block of branches on a residual stream: a token mixer, then cross-attention and a feed-forward if given.
 
-  How they read the stream and write to it is the residual scheme; residual.py has the formulas.
+  The residual scheme says how branches read the stream and write to it; residual.py has the formulas.
   """
 
   mixer: MixerConfig
   ffn: FFNConfig | None
   norm: NormConfig
-  cross: CrossConfig | None = None  # reads the output of the model's encoder
+  cross: CrossConfig | None = None  # a branch that reads the output of the model's encoder
   residual: ResidualConfig = Pre()
-  skip_scale: float = 1.0  # a
-  branch_scale: float = 1.0  # m (Granite's residual multiplier)
-  dropout: float = 0.0  # on each branch, before it joins the stream
-  init_scale: float = 1.0  # times the init of the value, output and feed-forward matrices (DeepNorm's beta)
-  output_init_scale: float = 1.0  # times the init of the matrices that write the stream (GPT-2: 1/sqrt(2L))
+  skip_scale: float = 1.0  # a in the formulas of residual.py
+  branch_scale: float = 1.0  # m in the formulas of residual.py (Granite's residual multiplier)
+  dropout: float = 0.0  # dropout rate of each branch's output, before it joins the stream
+  init_scale: float = 1.0  # factor on the initial value, output and feed-forward matrices (DeepNorm's beta)
+  output_init_scale: float = 1.0  # factor on the initial matrices that write to the stream (GPT-2: 1/sqrt(2L))
 
   def __post_init__(self):
     check_rate(self, "dropout")
     check_above(self, 0, "init_scale", "output_init_scale")
-    self.residual.groups(tuple(self.branches))  # which refuses branches that it cannot run
+    self.residual.groups(tuple(self.branches))  # raises UserError for branches that the scheme cannot run
 
   @functools.cached_property
   def branches(self) -> dict[str, BranchConfig]:
-    """The branches that there are, in the order in which they run."""
+    """The branches that this block has, in the order in which they run."""
     named = {"mixer": self.mixer, "cross": self.cross, "ffn": self.ffn}
     return {name: branch for name, branch in named.items() if branch is not None}
 
@@ -126,16 +126,16 @@ class BlockConfig:
 
 @config_dataclass
 class EmbedConfig:
-  """tokens -> residual stream: dropout(norm(scale * table[tokens] + position)).
+  """The embedding of tokens: dropout(norm(scale * table[tokens] + position)).
 
-  With `dim`, the table has that width, a matrix leads from it to d_model, and one back before the head (OPT-350M).
+  With `dim`, the table has that width; one matrix maps it to d_model, and another maps back before the head (OPT-350M).
   """
 
-  scale: float = 1.0  # Gemma and the original Transformer: sqrt(d_model)
-  norm: NormConfig | None = None  # BLOOM
-  position: PositionConfig | None = None  # Sinusoidal or Learned: added here, once
+  scale: float = 1.0  # factor on the table's rows (Gemma and the original Transformer: sqrt(d_model))
+  norm: NormConfig | None = None  # norm of the embedding (BLOOM); None: no norm
+  position: PositionConfig | None = None  # Sinusoidal or Learned positions, which are added here once
   dropout: float = 0.0
-  dim: int | None = None  # None: d_model
+  dim: int | None = None  # width of the table; None: d_model
 
   def __post_init__(self):
     check_rate(self, "dropout")
@@ -144,12 +144,12 @@ class EmbedConfig:
 
 @config_dataclass
 class HeadConfig:
-  """residual stream -> logits: softcap(scale * (x @ table + bias))."""
+  """The head, which maps the residual stream to logits: softcap(scale * (x @ table + bias))."""
 
-  tied: bool = True  # the embedding table read the other way
-  bias: bool = False  # GPT-J
-  scale: float = 1.0  # Granite: 1 / logits_scaling
-  softcap: float | None = None  # Gemma 2: 30
+  tied: bool = True  # the head uses the embedding table, transposed
+  bias: bool = False  # the logits have a bias (GPT-J)
+  scale: float = 1.0  # factor on the logits (Granite: 1 / logits_scaling)
+  softcap: float | None = None  # c in the cap c tanh(logits / c) (Gemma 2: 30); None: no cap
 
   def __post_init__(self):
     check_above(self, 0, "softcap")
@@ -161,10 +161,10 @@ StateDType = Literal["float32", "bfloat16", "float16", "int8", "fp8", "int8_chan
 
 @config_dataclass
 class Precision:
-  """dtype of the parameters at rest, of the residual stream and matmuls, and of the decoding state.
+  """dtypes: `param` of parameters at rest, `compute` of residual stream and matmuls, `state` of the decoding state.
 
-  state: "int8" and "fp8" (e4m3) hold each token's keys and values as codes with a scale a token and head; with
-  "_channel", the keys' scales are by channel, and the newest 32 tokens are kept in bfloat16 (ops/kivi.py).
+  With state "int8" or "fp8" (e4m3), keys and values are codes with one scale for each token and head. With the suffix
+  "_channel", keys have one scale for each channel, and the newest 32 tokens stay in bfloat16 (ops/kivi.py).
   """
 
   param: DType = "float32"
@@ -174,7 +174,7 @@ class Precision:
 
 @config_dataclass
 class ModelConfig:
-  """A decoder. `stack` orders the named blocks: "3*dense 2*(5*local global)" (see parse_stack)."""
+  """A decoder. `stack` gives the order of its named blocks, as in "3*dense 2*(5*local global)" (see parse_stack)."""
 
   d_model: int
   vocab_size: int
@@ -185,9 +185,9 @@ class ModelConfig:
   head: HeadConfig = HeadConfig()
   final_norm: NormConfig | None = None
   init: InitConfig = FanIn()
-  embed_init: InitConfig = Normal(stddev=0.02)  # fan_in is d_model here: FanIn gives std 1/sqrt(d_model)
+  embed_init: InitConfig = Normal(stddev=0.02)  # its fan_in is d_model, so FanIn gives the deviation 1/sqrt(d_model)
   precision: Precision = Precision()
-  encoder: "ModelConfig | None" = None  # whose output the `cross` branches read; its head is not used
+  encoder: "ModelConfig | None" = None  # a model whose output the `cross` branches read; its head is not used
 
   def __post_init__(self):
     object.__setattr__(self, "blocks", FrozenDict(self.blocks))
@@ -223,6 +223,7 @@ class ModelConfig:
 
   @functools.cached_property
   def segments(self) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """The stack as ((pattern of block names, repeats), ...)."""
     return parse_stack(self.stack)
 
   @functools.cached_property
@@ -239,22 +240,22 @@ class ModelConfig:
     return tuple(name for pattern, repeat in self.segments for name in pattern * repeat)
 
 
-MAX_LAYERS = 100_000  # so that a slip of the finger cannot fill the memory
+MAX_LAYERS = 100_000  # limit on the length of a stack, so that a mistyped count cannot fill the memory
 
 
 def parse_stack(text: str) -> tuple[tuple[tuple[str, ...], int], ...]:
-  """The order of layers as ((pattern of block names, repeats), ...); each term becomes one scan.
+  """Parses the order of layers to ((pattern of block names, repeats), ...); each term becomes one scan.
 
   >>> parse_stack("3*dense 2*(2*local global)")
   ((('dense',), 3), (('local', 'local', 'global'), 2))
 
-  Raises UserError for anything that is not `term term ...`, term = [count*](name | "(" stack ")").
+  Raises UserError for text that is not `term term ...` with term = [count*](name | "(" stack ")").
   """
   tokens = re.findall(r"\d{1,9}\s*\*|[()]|[A-Za-z_]\w*|\S", text, re.ASCII)
   position = 0
 
-  def fail(what):
-    raise UserError(f"stack={text!r}: {what}; write it as '13*(local global)' or '3*dense 58*moe'")
+  def fail(problem):
+    raise UserError(f"stack={text!r}: {problem}; write it as '13*(local global)' or '3*dense 58*moe'")
 
   def terms(depth):
     nonlocal position

@@ -1,4 +1,4 @@
-"""What a mesh cannot train is refused here, from the config alone: before jax looks for devices."""
+"""Refuses a mesh that cannot train a model, from the config alone, before jax looks for devices."""
 
 import math
 from collections.abc import Mapping
@@ -10,30 +10,30 @@ from llmarch.sharding.mesh_text import BATCH, HEADS, INFERENCE, LENGTH, TRAINING
 
 
 def check_training(text: str, model: ModelConfig, train) -> None:
-  """Raises UserError, naming the field, its value and what it must be, for a mesh that cannot train this model so.
+  """Raises UserError, which names the field, its value and the mend, if the mesh cannot train this model.
 
-  train: a TrainConfig.
+  text is the mesh as in RunConfig.mesh, and train a TrainConfig.
   """
   mesh = parse_mesh(text)
   names = ", ".join(axis for axis in mesh if axis in INFERENCE)
   check(not names, f"mesh={text!r} has the axes {names} of inference; training has {', '.join(TRAINING)}")
 
-  def divides(what: str, size: int, axes: tuple[str, ...], times: int = 1, why: str = "") -> None:
+  def check_divides(what: str, size: int, axes: tuple[str, ...], times: int = 1, why: str = "") -> None:
     axes = tuple(a for a in axes if mesh[a] > 1)
     parts = times * math.prod(mesh[a] for a in axes)
     by = "*".join(axes) + (f"={parts}" if times == 1 else f" wants {times} pieces each, {parts}")
     check(size % parts == 0, f"{what}={size} is not divisible by mesh {by}{why}; make it a multiple of {parts}")
 
   rows = train.batch_size // train.grad_accum
-  divides("train.batch_size/train.grad_accum", rows, BATCH, why=", which splits the batch")
-  divides("train.seq_len", train.seq_len, LENGTH, why=", which splits the length")
-  if mesh["context"] > 1:  # in a ring, each device has a piece from the start and one from the end
-    divides("train.seq_len", train.seq_len, ("context",), 2)
-  divides("model.d_model", model.d_model, ("fsdp",), why=", which splits the parameters")
+  check_divides("train.batch_size/train.grad_accum", rows, BATCH, why=", which splits the batch")
+  check_divides("train.seq_len", train.seq_len, LENGTH, why=", which splits the length")
+  if mesh["context"] > 1:  # in a ring, each device has one piece of the first half and one of the second
+    check_divides("train.seq_len", train.seq_len, ("context",), 2)
+  check_divides("model.d_model", model.d_model, ("fsdp",), why=", which splits the parameters")
   for name, block in model.blocks.items():
     for part, branch in block.branches.items():
       try:
-        _check_branch(part, branch, mesh, divides)
+        _check_branch(part, branch, mesh, check_divides)
       except UserError as e:
         raise UserError(f"model.blocks.{name}.{e}") from None
   check(
@@ -43,7 +43,7 @@ def check_training(text: str, model: ModelConfig, train) -> None:
   plan_pipeline(mesh, model, train)
 
 
-# The mesh axes that must divide a dimension of a branch, and what they do; by its logical axis (BranchConfig.extents).
+# For each logical axis (BranchConfig.extents): the mesh axes that must divide it, and the end of the error's sentence.
 EXTENTS = {
   "heads": (HEADS, ""),
   "latent": (("fsdp",), ", which splits the parameters"),
@@ -53,8 +53,8 @@ EXTENTS = {
 }
 
 
-def _check_branch(part: str, branch: BranchConfig, mesh: Mapping[str, int], divides) -> None:
-  """Raises UserError, beginning with `part`, for a branch that the mesh cannot split."""
+def _check_branch(part: str, branch: BranchConfig, mesh: Mapping[str, int], check_divides) -> None:
+  """Raises UserError, beginning with `part`, if the mesh cannot split this branch."""
   ring, ulysses = mesh["context"], mesh["sequence"]
   if part != "ffn":
     check(
@@ -64,7 +64,7 @@ def _check_branch(part: str, branch: BranchConfig, mesh: Mapping[str, int], divi
   for field, axis, size in branch.extents():
     axes, why = EXTENTS[axis]
     why = ", which splits heads in attention (an all-to-all over sequence)" if axis == "heads" and ulysses > 1 else why
-    divides(f"{part}.{field}", size, axes, why=why)
+    check_divides(f"{part}.{field}", size, axes, why=why)
   if part != "ffn" and branch.kv_heads is not None:
     ways = math.prod(mesh[a] for a in HEADS)
     mine, group = branch.heads // ways, branch.heads // branch.kv_heads
@@ -76,7 +76,7 @@ def _check_branch(part: str, branch: BranchConfig, mesh: Mapping[str, int], divi
 
 
 def plan_pipeline(mesh: Mapping[str, int], model: ModelConfig, train) -> tuple[int, int, int] | None:
-  """Stages, microbatches and circuits of train/pipeline.py; None where the mesh has no stages. Raises UserError."""
+  """The stages, microbatches and circuits of train/pipeline.py; None if the mesh has no stages. Raises UserError."""
   S, V, M = mesh.get("stage", 1), train.circuits, train.microbatches
   if S == 1:
     for name, given in (("microbatches", M is not None), ("circuits", V > 1)):

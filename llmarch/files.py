@@ -5,10 +5,10 @@ new_folder                 a folder that takes its name when all went well
 append_line, read_lines    lines of JSON, each with its own checksum, on the disk when append_line returns
 sync_folder, sync_tree     wait until names, or whole trees, are on the disk
 
-A temporary name begins with a dot and the final name (`.config.json.4f...`), so that what a killed process left behind
-can be recognised. All functions raise OSError where the system refuses; `or_refuse` makes it a sentence for the user.
+A temporary name is a dot, the final name and a random suffix (`.config.json.4f...`), so that files which a killed
+process left behind can be recognised. All functions raise OSError if the system refuses; `or_refuse` makes a sentence
+for the user of it.
 """
-
 import contextlib
 import json
 import os
@@ -24,7 +24,7 @@ from llmarch.errors import UserError
 
 @contextlib.contextmanager
 def or_refuse(what: str, mend: str) -> Iterator[None]:
-  """Raises an OSError of its block as UserError("WHAT (the system's reason); MEND")."""
+  """Turns an OSError of its block into UserError("WHAT (the system's reason); MEND")."""
   try:
     yield
   except OSError as e:
@@ -38,11 +38,11 @@ def or_refuse(what: str, mend: str) -> Iterator[None]:
 def replace_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
   """Yields a file that takes the name `path` when the block ends, complete and on the disk.
 
-  A failure leaves nothing behind, and an older file as it was. If several processes write, the last one's file stays.
+  A failure leaves an older file as it was, and nothing else. If several processes write, the last one's file stays.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # its own name for every writer
+  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # every writer has its own temporary name
   try:
     with open(partial, "xb") as f:
       yield f
@@ -55,7 +55,7 @@ def replace_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a file by `replace_file`: a reader, or a crash, sees the old text or the new."""
+  """Writes a file by `replace_file`, so that a reader sees the old text or the new, even after a crash."""
   with replace_file(path) as f:
     f.write(text.encode())
 
@@ -64,7 +64,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
   """Yields an empty folder that takes the name `path` when the block ends without an error.
 
-  An empty folder of that name is replaced. replace: so is one that holds something; otherwise that is an OSError.
+
+  An empty folder of that name is replaced. One that holds something is replaced only with `replace`, and is an
+  OSError otherwise.
   """
   target = Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def append_line(path: Path, row: dict) -> None:
   file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
   try:
     size = os.fstat(file).st_size
-    if size and os.pread(file, 1, size - 1) != b"\n":  # a line that a crash cut off stays a line of its own
+    if size and os.pread(file, 1, size - 1) != b"\n":  # a crash cut the last line off; it stays a line of its own
       line = b"\n" + line
     if os.write(file, line) != len(line):
       raise OSError(28, "no space left on device")
@@ -103,7 +105,7 @@ def append_line(path: Path, row: dict) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-  """The whole rows of a file of `append_line`, [] without one; what a crash cut off, or damage changed, is left out."""
+  """Reads the rows that `append_line` wrote, [] if there is no file; skips lines that were cut off or damaged."""
   try:
     lines = path.read_bytes().split(b"\n")
   except FileNotFoundError:
@@ -112,7 +114,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def parse_line(line: bytes) -> dict | None:
-  """The row of a line that `append_line` wrote; None if the line is not whole."""
+  """Parses a line that `append_line` wrote; None if it was cut off or damaged."""
   text, mark, crc = line.rpartition(b', "crc32": ')
   if not mark or crc != f"{zlib.crc32(text + b'}')}}}".encode():
     return None
@@ -135,6 +137,6 @@ def sync_tree(folder: Path) -> None:
   """Waits until a folder, everything in it, and its own name are on the disk."""
   for root, _, files in os.walk(folder):
     for name in files:
-      sync_folder(Path(root) / name)  # a file is opened for it in the same way
+      sync_folder(Path(root) / name)  # syncing opens a file in the same way as a folder
     sync_folder(Path(root))
   sync_folder(folder.parent)

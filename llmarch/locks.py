@@ -8,15 +8,15 @@ from typing import IO
 
 
 class Taken(Exception):
-  """Another process holds the lock; the message is that process and its host, or "" if it has only just started."""
+  """Raised if another process holds the lock; the message names it and its host, or is "" if it has just started."""
 
 
 def take(path: str | os.PathLike, *, wait: bool = False) -> IO[str]:
-  """Takes the lock of the file `path`, which is made if need be. Returns the open file; closing it gives the lock back.
+  """Takes the lock of the file `path`, which is made if it does not exist. Closing the returned file gives it back.
 
-  The lock goes with the process, however that ends, so that what a dead one wrote in the file holds nobody up. On a
-  file system without locks it holds nobody off. Raises Taken if another process has it, unless `wait`; OSError where
-  the file cannot be opened.
+  The lock ends with the process, however that ends, so the text that a dead process left in the file blocks nobody. On
+  a file system without locks, nobody is kept out. Raises Taken if another process holds the lock, unless `wait`, and
+  OSError if the file cannot be opened.
   """
   file = Path(path).open("a+")
   try:
@@ -27,7 +27,7 @@ def take(path: str | os.PathLike, *, wait: bool = False) -> IO[str]:
     file.close()
     raise Taken(holder) from None
   except OSError:
-    pass  # a file system without locks
+    pass  # the file system has no locks
   file.truncate(0)
   file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
   file.flush()

@@ -1,10 +1,11 @@
 """Published decoders as data, and `shrink`, which makes a toy of any of them.
 
-One function a family; PRESETS names the models. A preset is the architecture, its longest published
-context, and how its matrices were drawn where that is published (else the defaults of ModelConfig). Dropout
-is left at 0 and precision at f32 everywhere: they are choices of a run.
-Sizes are those of the released checkpoints: vocabularies with their padding, d_ff of each matrix (the Gemma
-papers print gate and up together). RoPE pairs are those of the Hugging Face checkpoints, (i, i + dims/2).
+There is one function per family, and PRESETS names the models. A preset is the architecture, its longest published
+context, and the way in which its matrices were drawn if that is published (otherwise the defaults of ModelConfig).
+Dropout is 0 and precision f32 everywhere, since these are choices of a run.
+
+Sizes are those of the released checkpoints: vocabularies with their padding, d_ff of each matrix (the Gemma papers
+print gate and up together). RoPE pairs are those of the Hugging Face checkpoints, (i, i + dims/2).
 tests/test_presets.py holds the published counts.
 """
 
@@ -42,8 +43,10 @@ def gpt(
   init_std: float = 0.02,
   band: int | None = None,
 ) -> ModelConfig:
-  """GPT-2 and its kin: LayerNorm before, biases, GELU (tanh), learned positions; matrices that write the
-  stream are drawn 1/sqrt(2 layers) smaller. `band`: every second layer sees only that many tokens."""
+  """GPT-2 and its kin: LayerNorm before each branch, biases, GELU (tanh), learned positions.
+
+  Matrices that write to the stream are drawn smaller by 1/sqrt(2 layers). Every second layer sees only `band` tokens.
+  """
 
   def block(window):
     return BlockConfig(
@@ -68,7 +71,7 @@ def gpt(
 
 
 def gpt_j() -> ModelConfig:
-  """GPT-J-6B: attention beside the feed-forward under one norm, interleaved RoPE on a quarter of the head."""
+  """GPT-J-6B: attention beside the feed-forward under one norm, and interleaved RoPE on a quarter of the head."""
   return ModelConfig(
     d_model=4096,
     vocab_size=50400,
@@ -88,8 +91,11 @@ def gpt_j() -> ModelConfig:
 
 
 def palm(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
-  """PaLM (2204.02311): parallel, multi-query, SwiGLU of the full 4 d. The norm is RMS with a zero-centred
-  scale (the authors' inference code). The table is N(0, 1), so the logits are divided by sqrt(d) (section 5)."""
+  """PaLM (2204.02311): parallel blocks, multi-query attention, SwiGLU with d_ff = 4 d.
+
+  The norm is an RMSNorm with a zero-centred scale (the authors' inference code). The embedding table is N(0, 1), so the
+  logits are divided by sqrt(d) (section 5).
+  """
   return ModelConfig(
     d_model=d_model,
     vocab_size=256000,
@@ -133,10 +139,10 @@ def llama(
   shared_gate: bool = False,
   dense_first: int | None = None,
 ) -> ModelConfig:
-  """LLaMA and what follows its diagram (Mistral, Qwen): RMSNorm before, RoPE, SwiGLU, no biases but Qwen's.
+  """LLaMA and its followers (Mistral, Qwen): RMSNorm before each branch, RoPE, SwiGLU, and no biases but Qwen's.
 
-  With experts (Mixtral, Qwen MoE, DeepSeekMoE), d_ff is of one, `shared` of the shared one, and `dense_first` of the
-  feed-forward of the first layer, if that has no experts.
+  With experts (Mixtral, Qwen MoE, DeepSeekMoE), d_ff is the width of one expert, `shared` that of the shared expert,
+  and `dense_first` that of the first layer's feed-forward if that layer has no experts.
   """
   norm = RMSNorm(eps=eps)
   attention = AttentionConfig(
@@ -148,8 +154,8 @@ def llama(
     qkv_bias=qkv_bias,
     qk_norm=QKNorm(norm=norm) if qk_norm else None,
   )
-  block = lambda ffn: BlockConfig(mixer=attention, ffn=ffn, norm=norm)
-  blocks = {"layer": block(MLPConfig(d_ff=d_ff))}
+  block_with = lambda ffn: BlockConfig(mixer=attention, ffn=ffn, norm=norm)
+  blocks = {"layer": block_with(MLPConfig(d_ff=d_ff))}
   if num_experts is not None:
     moe = MoEConfig(
       num_experts=num_experts,
@@ -158,7 +164,8 @@ def llama(
       shared=MLPConfig(d_ff=shared) if shared else None,
       shared_gate=shared_gate,
     )
-    blocks = {"dense": block(MLPConfig(d_ff=dense_first)), "moe": block(moe)} if dense_first else {"moe": block(moe)}
+    dense = {"dense": block_with(MLPConfig(d_ff=dense_first))} if dense_first else {}
+    blocks = {**dense, "moe": block_with(moe)}
   *first, last = blocks
   return ModelConfig(
     d_model=d_model,
@@ -202,8 +209,10 @@ def gemma(
   attention_softcap: float | None = None,
   logit_softcap: float | None = None,
 ) -> ModelConfig:
-  """Gemma: zero-centred RMSNorm, GEGLU (tanh), embeddings times sqrt(d), free head_dim, tied.
-  The window belongs to the layers that the stack calls local, the RoPE arguments to the global ones."""
+  """Gemma: zero-centred RMSNorm, GEGLU (tanh), embeddings times sqrt(d), free head_dim, tied head.
+
+  The window belongs to the layers that the stack calls local, and the RoPE arguments to the global ones.
+  """
   norm = RMSNorm(zero_centered=True)
 
   def block(window, position):
@@ -237,11 +246,12 @@ def gemma(
 
 
 def gemma_1(num_layers: int, *sizes: int) -> ModelConfig:
+  """Gemma 1 (2403.08295): every layer is global, with 8192 tokens of context."""
   return gemma(num_layers, *sizes, stack=f"{num_layers}*layer", sandwich=False)
 
 
 def gemma_2(num_layers: int, *sizes: int, query_scale: float = 256**-0.5) -> ModelConfig:
-  """2408.00118: local and global layers in turn, norms on both sides of a branch, soft-caps, no QK-norm."""
+  """Gemma 2 (2408.00118): local and global layers in turn, norms on both sides of a branch, soft-caps, no QK-norm."""
   return gemma(
     num_layers,
     *sizes,
@@ -262,7 +272,7 @@ def gemma_3(
   query_scale: float = 256**-0.5,
   factor: float | None = 8.0,
 ) -> ModelConfig:
-  """2503.19786, text: five local layers to a global one, QK-norm in place of Gemma 2's caps."""
+  """Gemma 3 (2503.19786), the text model: five local layers per global one, and QK-norm in place of soft-caps."""
   turns, rest = divmod(num_layers, 6)
   return gemma(
     num_layers,
@@ -279,8 +289,10 @@ def gemma_3(
 
 
 def falcon(num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, *, tied: bool = True) -> ModelConfig:
-  """Falcon (2311.16867): parallel, no biases but the norms'. The multi-query 7B has one norm a layer, the
-  larger ones a norm for each branch."""
+  """Falcon (2311.16867): parallel blocks, and no biases but the norms'.
+
+  The multi-query 7B has one norm per layer, and the larger models have a norm for each branch.
+  """
   return ModelConfig(
     d_model=d_model,
     vocab_size=65024,
@@ -300,8 +312,11 @@ def falcon(num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, *, 
 
 
 def mpt(num_layers: int, d_model: int, num_heads: int, *, context: int) -> ModelConfig:
-  """MPT: ALiBi, LayerNorm without bias, GELU, no biases. All drawn with std sqrt(2 / fan_in), outputs
-  1/sqrt(2 layers) smaller (init_config of the released checkpoints)."""
+  """MPT: ALiBi, LayerNorm without bias, GELU, no biases.
+
+  All matrices are drawn with std sqrt(2 / fan_in), and outputs smaller by 1/sqrt(2 layers) (init_config of the released
+  checkpoints).
+  """
   return ModelConfig(
     d_model=d_model,
     vocab_size=50432,
@@ -379,8 +394,11 @@ def deepseek(
   vocab_size: int = 102400,
   q_lora_rank: int | None = 1536,
 ) -> ModelConfig:
-  """DeepSeek-V2 and V3 (2405.04434, 2412.19437): latent attention, fine-grained and shared experts above one or
-  three dense layers, YaRN by 40 from 4096 tokens. Without V3's module that predicts a second token."""
+  """DeepSeek-V2 and V3 (2405.04434, 2412.19437): latent attention, fine-grained and shared experts, YaRN.
+
+  The first layer (V2) or three layers (V3) are dense. YaRN stretches 4096 tokens by 40. V3's module that predicts a
+  second token is left out.
+  """
   norm = RMSNorm()
   mixer = MLAConfig(
     num_heads=num_heads,
@@ -424,7 +442,7 @@ def olmoe() -> ModelConfig:
 
 
 def dbrx() -> ModelConfig:
-  """DBRX: 4 of 16 experts, LayerNorm without bias, queries, keys and values clipped at 8."""
+  """DBRX: 4 of 16 experts, LayerNorm without bias, and queries, keys and values clipped at 8."""
   norm = LayerNorm(bias=False)
   attention = AttentionConfig(num_heads=48, num_kv_heads=8, position=RoPE(theta=5e5), qkv_clip=8.0)
   moe = MoEConfig(num_experts=16, expert=MLPConfig(d_ff=10752), router=TopK(k=4))
@@ -440,8 +458,10 @@ def dbrx() -> ModelConfig:
 
 
 def grok_1() -> ModelConfig:
-  """Grok-1, after its public code: 2 of 8 experts with raw gates, norms on both sides of a branch, attention logits
-  capped at 30, embeddings times sqrt(d), logits divided by sqrt(3)."""
+  """Grok-1, after its public code: 2 of 8 experts with raw gates, and norms on both sides of a branch.
+
+  Attention logits are capped at 30, embeddings are multiplied by sqrt(d), and logits are divided by sqrt(3).
+  """
   norm = RMSNorm(eps=1e-5)
   attention = AttentionConfig(num_heads=48, num_kv_heads=8, head_dim=128, position=RoPE(), softcap=30.0)
   expert = MLPConfig(d_ff=32768, activation="gelu_tanh")
@@ -459,7 +479,7 @@ def grok_1() -> ModelConfig:
 
 
 def gpt_oss(num_layers: int, num_experts: int) -> ModelConfig:
-  """gpt-oss (2508.10925): 4 experts a token, clamped SwiGLU, biases everywhere, sinks, every other layer a window."""
+  """gpt-oss (2508.10925): 4 experts per token, clamped SwiGLU, biases everywhere, sinks, every other layer a window."""
   norm = RMSNorm(eps=1e-5)
   expert = MLPConfig(d_ff=2880, activation="swiglu_oss", bias=True)
   moe = MoEConfig(num_experts=num_experts, expert=expert, router=TopK(k=4, bias=True))
@@ -490,23 +510,25 @@ def gpt_oss(num_layers: int, num_experts: int) -> ModelConfig:
 
 
 def glam(num_layers: int, d_model: int, d_ff: int, num_heads: int, num_experts: int) -> ModelConfig:
-  """GLaM (2112.06905): every second layer has experts without gates (GELU), the others GEGLU. The paper's relative
-  positions are Transformer-XL's; here they are T5's. Its capacity factor of 2 is a choice of a run."""
+  """GLaM (2112.06905): every second layer has experts without gates (GELU), and the other layers have GEGLU.
+
+  The paper's relative positions are Transformer-XL's; here they are T5's. Its capacity factor, 2, is a run's choice.
+  """
   attention = AttentionConfig(num_heads=num_heads, head_dim=128, position=T5Bias(num_buckets=32, max_distance=128))
   expert = MLPConfig(d_ff=d_ff, activation="gelu", gated=False)
   moe = MoEConfig(num_experts=num_experts, expert=expert, router=TopK(k=2, aux_loss=0.01))
-  block = lambda ffn: BlockConfig(mixer=attention, ffn=ffn, norm=RMSNorm())
+  block_with = lambda ffn: BlockConfig(mixer=attention, ffn=ffn, norm=RMSNorm())
   return ModelConfig(
     d_model=d_model,
     vocab_size=256000,
     max_seq_len=1024,
     stack=f"{num_layers // 2}*(dense moe)",
-    blocks={"dense": block(MLPConfig(d_ff=d_ff, activation="gelu")), "moe": block(moe)},
+    blocks={"dense": block_with(MLPConfig(d_ff=d_ff, activation="gelu")), "moe": block_with(moe)},
     final_norm=RMSNorm(),
   )
 
 
-# Losses that balance the load of whole devices are not here: they belong to a placement of the experts.
+# Losses that balance the load of whole devices are left out, because they belong to a placement of the experts.
 deepseek_v2_router = partial(TopK, k=6, renormalize=False, sequence_loss=0.003)
 deepseek_v3_router = partial(
   TopK, k=8, scores="sigmoid", scale=2.5, groups=Groups(num=8, top=4), balance_rate=0.001, sequence_loss=1e-4
@@ -637,26 +659,27 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 def shrink(
   config: ModelConfig, *, d_model: int = 48, vocab_size: int = 60, max_seq_len: int = 64, window: int = 5
 ) -> ModelConfig:
-  """The same architecture at toy size: every component, block name and order of layers stays, the numbers fall.
+  """The same architecture at toy size: every component, block name and order of layers stays, with smaller numbers.
 
-  Sizes are unequal, so that a transposed axis cannot pass. Heads keep being MHA, GQA or MQA and the ratio
-  to kv heads up to 4; d_ff keeps its ratio to d_model; runs of layers and repeats are cut to 2.
+  Sizes are unequal, so that a transposed axis cannot pass a test. Attention stays multi-head, grouped-query or
+  multi-query, with at most 4 query heads per key-value head; d_ff keeps its ratio to d_model; runs of layers and
+  repeats are cut to 2.
 
   >>> shrink(PRESETS["gemma_3_1b"]()).stack
   '2*(local local global) 2*local'
   """
 
-  def hidden(d_ff: int) -> int:  # keeps its ratio to d_model, and is not d_model unless it was
+  def hidden(d_ff: int) -> int:  # keeps d_ff's ratio to d_model, and differs from d_model unless d_ff was equal to it
     return 8 * round(d_ff * d_model / config.d_model / 8) + 8 * (d_ff == config.d_model)
 
-  def scale(c: EmbedConfig | HeadConfig) -> dict:  # sqrt(d_model) and its inverse go on following d_model
+  def scale(c: EmbedConfig | HeadConfig) -> dict:  # a scale of sqrt(d_model) or its inverse follows the new d_model
     power = math.log(c.scale, config.d_model) if c.scale > 0 else 0
     return {"scale": d_model**power} if math.isclose(abs(power), 0.5) else {}
 
   rules = {
     EmbedConfig: scale,
     HeadConfig: scale,
-    RoPE: lambda c: {} if c.dims is None else {"dims": 4},  # of some dimensions: still not of all
+    RoPE: lambda c: {} if c.dims is None else {"dims": 4},  # partial rotation stays partial
     TopK: lambda c: {"k": min(c.k, 3)},
     Groups: lambda c: {"num": 3, "top": 2},
     Learned: lambda c: {"length": max_seq_len},
@@ -674,7 +697,7 @@ def shrink(
     if not dataclasses.is_dataclass(part):
       return part
     changes = {f.name: walk(getattr(part, f.name)) for f in dataclasses.fields(part)}
-    if "original" in changes:  # of a RoPE scaling: toys reach beyond it
+    if "original" in changes:  # a toy's context is longer than the original length of its RoPE scaling
       changes["original"] = max_seq_len // 2
     small = part.toy(window=window, hidden=hidden) if isinstance(part, BranchConfig) else {}
     return dataclasses.replace(part, **changes | small | rules.get(type(part), lambda c: {})(part))

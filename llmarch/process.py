@@ -1,4 +1,4 @@
-"""How this project's processes start (standard library only)."""
+"""The start of processes: huge pages, and children that die with their parent (standard library only)."""
 
 import ctypes
 import os
@@ -10,34 +10,34 @@ TUNABLES = "GLIBC_TUNABLES"
 
 
 def huge_pages() -> dict[str, str]:
-  """The environment in which glibc asks Linux for huge pages; {} where that does nothing, or the user has a say.
+  """The environment in which glibc asks Linux for huge pages; {} if that has no effect or the user has set it.
 
-  XLA's CPU backend takes fresh pages for the temporaries of every step, and their faults cost a third of a small one:
-  experiments/byte_lm.py on one core takes 47 ms a step with huge pages, 74 without.
+  XLA's CPU backend takes fresh pages for the temporaries of every step, and their page faults cost a third of a small
+  step: experiments/byte_lm.py on one core takes 47 ms a step with huge pages, and 74 without.
   """
   try:
     with open(ENABLED) as f:
-      useful = "[madvise]" in f.read()  # [always] gives them anyway, [never] not at all
+      useful = "[madvise]" in f.read()  # with [always] every process has huge pages, with [never] none can
   except OSError:
     return {}
   return {TUNABLES: "glibc.malloc.hugetlb=1"} if useful and TUNABLES not in os.environ else {}
 
 
 def restart_with_huge_pages() -> None:
-  """Becomes the same command in that environment, which glibc reads at the start of a process alone."""
+  """Re-executes this command with huge pages on, since glibc reads the variable only at process start."""
   found = huge_pages()
   if found:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | found)
 
 
 def dies_with(parent: int):
-  """What a child does before it becomes the command: it asks the kernel to be killed when its parent is gone."""
+  """Makes a function for a child to call before it runs its command: the kernel then kills it if its parent is gone."""
   libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
-  def ask():
+  def follow_parent():
     if libc is not None:
       libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
       os._exit(1)
 
-  return ask
+  return follow_parent

@@ -1,4 +1,4 @@
-"""Assembles a run from its config: the data, the weights it starts from, the sampler of text, and the training loop.
+"""Assembles a run from its config: the data, the initial weights, the sampler of text, and the training loop.
 
 `llmarch train` and every trial of an ablation call `train_run`.
 """
@@ -16,9 +16,9 @@ from llmarch.train import distributed
 
 
 def keep_programs(cache_dir: str) -> None:
-  """Has JAX keep compiled programs in a folder of this user's own, so that a run that starts again is quick.
+  """Makes JAX keep compiled programs in a folder of this user, so that a run that starts again is quick.
 
-  cache_dir: the folder; "" is $LLMARCH_CACHE or ~/.cache/llmarch. A cache that is set already stays.
+  cache_dir: the folder; "" means $LLMARCH_CACHE or ~/.cache/llmarch. A cache that is configured already stays.
   """
   import jax
 
@@ -26,9 +26,9 @@ def keep_programs(cache_dir: str) -> None:
     return
   folder = Path(cache_dir or os.environ.get("LLMARCH_CACHE") or "~/.cache/llmarch").expanduser() / "programs"
   try:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies there is executed
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # only this user may write what will be executed
   except OSError:
-    return  # a cache is no condition
+    return  # the run works without a cache, only slower
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
@@ -36,10 +36,10 @@ def keep_programs(cache_dir: str) -> None:
 def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
   """Trains `config` in `workdir`; everything that can be refused is refused before anything is compiled.
 
-  Returns the last evaluation row (train/loop.py). Raises UserError, and what else that loop raises.
+  Returns the last evaluation row (train/loop.py). Raises UserError, and whatever else the training loop raises.
   """
   mesh = sharding.device_mesh(config.mesh, num_processes) if config.mesh else None
-  if config.train.init_from:  # the run keeps where it was, from wherever it is resumed
+  if config.train.init_from:  # the run records an absolute path, so that it can be resumed from any directory
     here = os.path.abspath(os.path.expanduser(config.train.init_from))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=here))
 
@@ -52,13 +52,13 @@ def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
   from llmarch.train.workdir import check_workdir
 
   c = config.train
-  if distributed.is_main():  # before the corpus is tokenised
+  if distributed.is_main():  # the corpus is not tokenised yet, so that bad input is refused first
     check_workdir(workdir, config)
-  with distributed.main_first("data"):  # the main process makes the cache of tokens
+  with distributed.main_first("data"):  # the main process writes the cache of tokens, which the others then read
     train_data = _batches(config, "train")
     eval_data = _batches(config, "validation") if config.eval.every else None
   distributed.check_same(config=json.dumps(to_dict(config)), corpus=train_data.hash, version=jax.__version__)
-  text = train_data.num_bytes > 0  # a synthetic task has none, nor a tokenizer
+  text = train_data.num_bytes > 0  # a synthetic task has neither text nor a tokenizer
   tokenizer = load_tokenizer(config.data.tokenizer) if text else None
   sample = _sampler(config, tokenizer) if text and config.eval.every and config.eval.sample_tokens else None
   devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
@@ -92,7 +92,7 @@ def _batches(config, split: str):
     config.data,
     batch_size=config.train.batch_size,
     seq_len=config.train.seq_len,
-    seed=config.seed if split == "train" else 0,  # runs of all seeds are judged on the same text
+    seed=config.seed if split == "train" else 0,  # runs with any seed are judged on the same text
     vocab_size=config.model.vocab_size,
     split=split,
     prefix=config.train.loss == "prefix",
@@ -102,8 +102,8 @@ def _batches(config, split: str):
 def _weights(config, tokenizer) -> dict:
   """The parameters of train.init_from by name, as this config has them.
 
-  Raises UserError where a name or a shape is not the config's, or the text is encoded by another tokenizer. What
-  else differs between the models (a window, an activation) changes what they compute, and is said.
+  Raises UserError if a name or a shape is not the config's, or if the text is encoded by another tokenizer. Any other
+  difference between the models (a window, an activation) changes what they compute, and is printed.
   """
   import numpy as np
   from flax import nnx
@@ -133,16 +133,16 @@ def _weights(config, tokenizer) -> dict:
 
 
 def _fits_one(model, devices: list) -> bool:
-  """Whether a device can hold all parameters beside its part of the state: the main process samples on one of its own.
+  """True if one device can hold all parameters beside its part of the state, so that the main process can sample there.
 
-  The state counts as four times the parameters in f32: those, their gradients and two moments.
+  The state counts as four times the parameters in f32: the parameters, their gradients and two moments.
   """
   import jax
 
   from llmarch.analysis import cost
 
   count = cost.params(model)["total"]
-  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))  # a CPU does not tell
+  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))  # CPUs report no limit
   return count * (jax.numpy.dtype(model.precision.param).itemsize + 16 / len(devices)) < limit
 
 
@@ -170,7 +170,7 @@ def _adapted(config) -> str:
 
 
 def _sampler(config, tokenizer):
-  """params -> a prompt and its continuation. Raises UserError where there can be none."""
+  """Makes a function from params to the prompt and its continuation. Raises UserError if the model cannot generate."""
   import jax
   from flax import nnx
 

@@ -14,7 +14,7 @@ from llmarch.experiment_checks import check_training
 
 
 class SourceConfig(Variant):
-  """Where documents come from; see data/sources.py."""
+  """A source of documents; see data/sources.py."""
 
 
 @config_dataclass
@@ -24,7 +24,7 @@ class Stdlib(SourceConfig, kind="stdlib"):
 
 @config_dataclass
 class TextFiles(SourceConfig, kind="text"):
-  """Text files. `paths` are globs; a file is one document, or many where `separator` cuts it."""
+  """Text files. `paths` are globs; a file is one document, or several if `separator` cuts it."""
 
   paths: tuple[str, ...]
   separator: str = ""  # "\n\n", "<|endoftext|>" ...; "" keeps a file whole
@@ -35,7 +35,7 @@ class TextFiles(SourceConfig, kind="text"):
 
 @config_dataclass
 class JSONL(SourceConfig, kind="jsonl"):
-  """JSON-lines files, a document a line, its text under `field`."""
+  """JSON-lines files with one document per line, whose text is the value of `field`."""
 
   paths: tuple[str, ...]
   field: str = "text"
@@ -53,7 +53,7 @@ class TokenFile(SourceConfig, kind="tokens"):
 
 @config_dataclass
 class HFDataset(SourceConfig, kind="hf"):
-  """A Hugging Face dataset (needs the package `datasets`)."""
+  """A Hugging Face dataset, for which the package `datasets` is needed."""
 
   path: str
   name: str | None = None
@@ -61,12 +61,12 @@ class HFDataset(SourceConfig, kind="hf"):
   field: str = "text"
 
 
-# Synthetic tasks: the exact layout of a row is in data/synthetic.py.
+# Synthetic tasks: data/synthetic.py has the exact layout of a row.
 
 
 @config_dataclass
 class Copy(SourceConfig, kind="copy"):
-  """Random symbols, a separator, the same symbols again; the loss counts the second half."""
+  """Copying: random symbols, a separator, and the same symbols again; the loss counts the second half."""
 
   length: int = 16
   num_symbols: int = 32
@@ -77,10 +77,10 @@ class Copy(SourceConfig, kind="copy"):
 
 @config_dataclass
 class Recall(SourceConfig, kind="recall"):
-  """Multi-query associative recall (2312.04927): key-value pairs, then each key, whose value is asked."""
+  """Multi-query associative recall (2312.04927): key-value pairs, then each key again, whose value is the answer."""
 
   num_pairs: int = 8
-  num_symbols: int = 32  # keys, and as many values
+  num_symbols: int = 32  # number of different keys, and of different values
 
   def __post_init__(self):
     check_at_least(self, 1, "num_pairs", "num_symbols")
@@ -92,7 +92,7 @@ class Recall(SourceConfig, kind="recall"):
 
 @config_dataclass
 class Induction(SourceConfig, kind="induction"):
-  """A random sequence repeated until the row is full; the loss counts all but the first copy."""
+  """Induction: a random sequence repeated until the row is full; the loss counts all but the first copy."""
 
   period: int = 16
   num_symbols: int = 32
@@ -103,7 +103,7 @@ class Induction(SourceConfig, kind="induction"):
 
 @config_dataclass
 class Needle(SourceConfig, kind="needle"):
-  """A marked key and value hidden at a random place in noise, and asked at the end."""
+  """Needle in a haystack: a marked key and value at a random place in noise; the key's value is asked at the end."""
 
   length: int = 64
   num_symbols: int = 32
@@ -114,15 +114,15 @@ class Needle(SourceConfig, kind="needle"):
 
 @config_dataclass
 class DataConfig:
-  """Text to batches. A batch is a pure function of this config, the seed and the step."""
+  """The way from text to batches. A batch is a pure function of this config, the seed and the step."""
 
   source: SourceConfig = Stdlib()
-  tokenizer: str = "bytes"  # "bytes", or a Hugging Face tokenizer.json (or the directory that holds it)
+  tokenizer: str = "bytes"  # "bytes", or a Hugging Face tokenizer.json (or the directory that holds one)
   packing: Literal["chunks", "documents"] = "chunks"
-  validation_fraction: float = 0.05  # of the different documents, chosen by hash of their content
+  validation_fraction: float = 0.05  # share of the different documents, chosen by a hash of their content
   shuffle: bool = True
-  cache_dir: str = ""  # tokenised caches; "" is $LLMARCH_CACHE or ~/.cache/llmarch
-  prefetch: int = 2  # batches made ahead
+  cache_dir: str = ""  # folder for caches of tokens; "" means $LLMARCH_CACHE or ~/.cache/llmarch
+  prefetch: int = 2  # number of batches made ahead
 
   def __post_init__(self):
     check_rate(self, "validation_fraction")
@@ -138,6 +138,8 @@ class AlgorithmConfig(Variant):
 
 @config_dataclass
 class AdamW(AlgorithmConfig, kind="adamw"):
+  """AdamW: Adam with decoupled weight decay (1711.05101)."""
+
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
@@ -149,6 +151,8 @@ class AdamW(AlgorithmConfig, kind="adamw"):
 
 @config_dataclass
 class Lion(AlgorithmConfig, kind="lion"):
+  """Lion, which steps by the sign of an interpolated momentum (2302.06675)."""
+
   b1: float = 0.9
   b2: float = 0.99
 
@@ -158,6 +162,8 @@ class Lion(AlgorithmConfig, kind="lion"):
 
 @config_dataclass
 class Adafactor(AlgorithmConfig, kind="adafactor"):
+  """Adafactor, whose second moments are factored into rows and columns (1804.04235)."""
+
   decay_rate: float = 0.8
   min_dim_size_to_factor: int = 128
 
@@ -168,13 +174,13 @@ class Adafactor(AlgorithmConfig, kind="adafactor"):
 
 @config_dataclass
 class Muon(AlgorithmConfig, kind="muon"):
-  """Muon for matrices inside the blocks; Adam for embeddings, head, norms and biases."""
+  """Muon for the matrices inside the blocks, and Adam for embeddings, head, norms and biases."""
 
   beta: float = 0.95
   ns_steps: int = 5
   adam_b1: float = 0.9
   adam_b2: float = 0.95
-  adam_learning_rate_ratio: float = 1.0  # Adam's rate over Muon's
+  adam_learning_rate_ratio: float = 1.0  # Adam's learning rate divided by Muon's
 
   def __post_init__(self):
     check_rate(self, "beta", "adam_b1", "adam_b2")
@@ -184,6 +190,8 @@ class Muon(AlgorithmConfig, kind="muon"):
 
 @config_dataclass
 class SGD(AlgorithmConfig, kind="sgd"):
+  """Stochastic gradient descent, with momentum if asked."""
+
   momentum: float = 0.0
 
   def __post_init__(self):
@@ -191,11 +199,13 @@ class SGD(AlgorithmConfig, kind="sgd"):
 
 
 class ScheduleConfig(Variant):
-  """Learning rate over steps, as a fraction of the peak; see train/optim.py."""
+  """The learning rate over steps, as a fraction of its peak; see train/optim.py."""
 
 
 @config_dataclass
 class Constant(ScheduleConfig, kind="constant"):
+  """A constant rate after a linear warm-up."""
+
   warmup: int = 0
 
   def __post_init__(self):
@@ -204,8 +214,10 @@ class Constant(ScheduleConfig, kind="constant"):
 
 @config_dataclass
 class Linear(ScheduleConfig, kind="linear"):
+  """Linear warm-up, then linear decay to `final`."""
+
   warmup: int = 0
-  final: float = 0.0  # fraction of the peak at the last step
+  final: float = 0.0  # rate at the last step, as a fraction of the peak
 
   def __post_init__(self):
     check_at_least(self, 0, "warmup", "final")
@@ -213,6 +225,8 @@ class Linear(ScheduleConfig, kind="linear"):
 
 @config_dataclass
 class Cosine(ScheduleConfig, kind="cosine"):
+  """Linear warm-up, then a half cosine down to `final`."""
+
   warmup: int = 0
   final: float = 0.1
 
@@ -222,7 +236,7 @@ class Cosine(ScheduleConfig, kind="cosine"):
 
 @config_dataclass
 class InverseSqrt(ScheduleConfig, kind="inverse_sqrt"):
-  """Linear warm-up, then sqrt(warmup / step) (1706.03762, section 5.3)."""
+  """Linear warm-up, then decay as sqrt(warmup / step) (1706.03762, section 5.3)."""
 
   warmup: int = 1000
 
@@ -232,7 +246,7 @@ class InverseSqrt(ScheduleConfig, kind="inverse_sqrt"):
 
 @config_dataclass
 class WSD(ScheduleConfig, kind="wsd"):
-  """Warm-up, stable, linear decay over the last `decay` steps (2404.06395)."""
+  """Linear warm-up, a constant rate, then linear decay over the last `decay` steps (2404.06395)."""
 
   warmup: int = 0
   decay: int = 0
@@ -244,10 +258,12 @@ class WSD(ScheduleConfig, kind="wsd"):
 
 @config_dataclass
 class OptimizerConfig:
+  """The optimizer: its algorithm, its schedule, and what all algorithms share."""
+
   algorithm: AlgorithmConfig = AdamW()
   schedule: ScheduleConfig = Cosine()
-  learning_rate: float = 1e-3  # at the peak
-  weight_decay: float = 0.1  # decoupled; on matrices and embeddings, not on norms and biases
+  learning_rate: float = 1e-3  # rate at the peak of the schedule
+  weight_decay: float = 0.1  # decoupled decay of matrices and embeddings; norms and biases do not decay
   clip_norm: float | None = 1.0
 
   def __post_init__(self):
@@ -260,9 +276,11 @@ class OptimizerConfig:
 
 @config_dataclass
 class SpikeConfig:
-  """A loss `sigma` deviations above the mean of the last `window` takes the run back to a checkpoint at least `back`
-  steps before it, and past the next `skip` batches, those up to the spike at least (PaLM, 2204.02311, section 5.1:
-  100 steps, 200 to 500 batches)."""
+  """Rewinds the run when its loss spikes (PaLM, 2204.02311, section 5.1: 100 steps, 200 to 500 batches).
+
+  A spike is a loss `sigma` deviations above the mean of the last `window` losses. The run returns to a checkpoint at
+  least `back` steps before it, and leaves out the next `skip` batches, or more until the spike is passed.
+  """
 
   window: int = 128
   sigma: float = 6.0
@@ -280,9 +298,10 @@ class LoRAConfig:
   """Low-rank adapters on frozen weights (2106.09685); see adapt/lora.py."""
 
   rank: int = 8
-  alpha: float = 16.0  # the adapter is times alpha / rank
-  targets: tuple[str, ...] = ("mixer/*", "ffn/*")  # patterns of the ends of names: "mixer/q", "blocks/0/ffn/*"
-  weights: Literal["int8", "fp8", "int4", "int4_32", "int4_128", "nf4"] | None = None  # of frozen matrices; QLoRA: nf4
+  alpha: float = 16.0  # the adapter's product is scaled by alpha / rank
+  targets: tuple[str, ...] = ("mixer/*", "ffn/*")  # patterns for the ends of names, as "mixer/q", "blocks/0/ffn/*"
+  # Format of the frozen matrices (QLoRA: nf4); None: they stay as they are.
+  weights: Literal["int8", "fp8", "int4", "int4_32", "int4_128", "nf4"] | None = None
 
   def __post_init__(self):
     check_at_least(self, 1, "rank")
@@ -292,25 +311,27 @@ class LoRAConfig:
 
 @config_dataclass
 class TrainConfig:
+  """The work of a training run: its steps, its batches, its loss, and its reaction to a step that goes wrong."""
+
   steps: int = 1000
-  batch_size: int = 16  # sequences a step, over all devices and micro-batches
+  batch_size: int = 16  # sequences per step, over all devices and micro-batches
   seq_len: int = 256
   log_every: int = 10
-  grad_accum: int = 1  # micro-batches a step; gradients are summed in f32
-  microbatches: int | None = None  # of those, in a pipeline over `stage`; None: up to four times the stages
-  circuits: int = 1  # that they make round the stages: more have a smaller bubble, and more to send
-  remat: Literal["none", "full", "dots", "dots_no_batch", "offload"] = "none"  # layers/stack.py
+  grad_accum: int = 1  # micro-batches per step; their gradients are summed in f32
+  microbatches: int | None = None  # pipeline microbatches in each micro-batch; None: 4, 3 or 2 per stage, as divides
+  circuits: int = 1  # times a microbatch passes through all stages; more: smaller bubble, more traffic
+  remat: Literal["none", "full", "dots", "dots_no_batch", "offload"] = "none"  # what is recomputed (layers/stack.py)
   loss: Literal["causal", "prefix"] = "causal"
-  loss_chunk: int = 128  # tokens a row whose logits exist at a time
-  z_loss: float = 0.0  # PaLM: 1e-4
+  loss_chunk: int = 128  # tokens of a row whose logits exist at the same time
+  z_loss: float = 0.0  # coefficient of log Z^2 (PaLM: 1e-4)
   label_smoothing: float = 0.0
-  init_from: str = ""  # a saved model, a run or a checkpoint of transformers to start from; "" draws the parameters
-  lora: LoRAConfig | None = None  # train adapters of init_from's weights, and nothing else
-  ema: float | None = None  # decay of an exponential moving average of the parameters
-  telemetry_every: int = 0  # steps between rows of per-layer statistics; 0 is never
-  on_nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is not finite; 3 in a row always stop
+  init_from: str = ""  # folder of a saved model, a run or a checkpoint of transformers; "" draws the parameters
+  lora: LoRAConfig | None = None  # trains only adapters of init_from's weights
+  ema: float | None = None  # decay of an exponential moving average of the parameters; None: no average
+  telemetry_every: int = 0  # steps between rows of per-layer statistics; 0: never
+  on_nonfinite: Literal["stop", "skip"] = "stop"  # reaction to a loss or gradient of inf or nan; 3 in a row always stop
   spike: SpikeConfig | None = None
-  replay_every: int = 0  # steps between checks that a step, done again, gives the same bits; 0 is never
+  replay_every: int = 0  # steps between checks that a repeated step gives the same bits; 0: never
   watchdog: float | None = None  # seconds that a step may take; None: 20 times the median, at least 60
 
   def __post_init__(self):
@@ -335,9 +356,11 @@ class TrainConfig:
 
 @config_dataclass
 class EvalConfig:
-  every: int = 100  # steps; 0 is never
+  """Evaluation on the validation split, with a sample of text."""
+
+  every: int = 100  # steps between evaluations; 0: never
   batches: int = 8
-  sample_tokens: int = 128  # length of the sample of text; 0 is none
+  sample_tokens: int = 128  # length of the sample of text; 0: no sample
   sample_prompt: str = "def "
   temperature: float = 0.8
 
@@ -348,9 +371,11 @@ class EvalConfig:
 
 @config_dataclass
 class CheckpointConfig:
-  every: int = 500  # steps; 0 saves the last step only
+  """The checkpoints that a run saves and keeps."""
+
+  every: int = 500  # steps between checkpoints; 0: only the last step is saved
   max_to_keep: int = 2
-  keep_best: int = 0  # and this many more, by eval/loss
+  keep_best: int = 0  # number of further checkpoints to keep, those with the lowest eval/loss
 
   def __post_init__(self):
     check_at_least(self, 0, "every", "keep_best")
@@ -359,7 +384,7 @@ class CheckpointConfig:
 
 @config_dataclass
 class RunConfig:
-  """Everything that decides a run; it is written to the run's workdir as config.json."""
+  """Everything that determines a run; it is written to the run's workdir as config.json."""
 
   model: ModelConfig
   seed: int = 0
@@ -368,7 +393,7 @@ class RunConfig:
   train: TrainConfig = TrainConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
-  mesh: str = ""  # sizes of the axes of sharding.TRAINING, such as "fsdp=2,tensor=4"; "" is one device
+  mesh: str = ""  # sizes of the axes of sharding.TRAINING, such as "fsdp=2,tensor=4"; "" means one device
 
   def __post_init__(self):
     check_at_least(self, 0, "seed")

@@ -1,4 +1,4 @@
-"""The decoder: tokens to logits. Training, prefill, a chunk and a decode step are this one forward.
+"""The decoder, from tokens to logits. Training, prefill, a chunk and a decode step are all this one forward.
 
 B batch, T tokens of this call, D model, V vocabulary.
 """
@@ -23,14 +23,17 @@ from llmarch.sharding import NARROW, RESIDUAL, move
 
 
 class Decoder(nnx.Module):
-  """logits, state, aux = model(tokens, positions); with an encoder, ..., memory=model.encode(source, positions))."""
+  """A decoder: logits, state, aux = model(tokens, positions).
+
+  With an encoder it is called as model(tokens, positions, memory=model.encode(source, source_positions)).
+  """
 
   def __init__(self, config: ModelConfig, key: jax.Array):
     self.config = config
     c, make = config, Maker(key, config.init, config.precision.param)
     at_embedding = make.child("embed", c.embed_init)
     width, dim = ("embed", c.d_model) if c.embed.dim is None else ("factor", c.embed.dim)
-    # fan_in: the summed dimension when the table is read as a head.
+    # `fan_in` names the dimension that is summed over when the table serves as the head.
     self.embed = at_embedding.weight("tokens", f"vocab {width}", (c.vocab_size, dim), fan_in=width)
     if c.embed.dim is not None:
       self.embed_in = make.weight("embed_in", "factor embed", (dim, c.d_model), fan_in="factor")
@@ -50,10 +53,10 @@ class Decoder(nnx.Module):
       self.encoder = Decoder(c.encoder, make.child("encoder").key)
 
   def __call__(self, tokens, positions, segment_ids=None, state=None, **options):
-    """tokens, positions int32 [B, T] -> logits f32 [B, T, V], the new state (None without one), Aux.
+    """Maps tokens and positions int32 [B, T] to logits f32 [B, T, V], the new state (None without one) and Aux.
 
-    A negative position is padding. `segment_ids` int32 [B, T] keeps packed documents apart. `options` are
-    those of `trunk`. Tokens and positions must be in range: this function cannot check them (JAX clamps).
+    A negative position is padding. `segment_ids` int32 [B, T] keeps packed documents apart. `options` are those of
+    `trunk`. The caller checks that tokens and positions are in range: this function cannot, and JAX would clamp them.
     """
     hidden, state, aux = self.trunk(tokens, positions, segment_ids, state, **options)
     return self.unembed(hidden), state, aux
@@ -62,13 +65,13 @@ class Decoder(nnx.Module):
     self, tokens, positions, segment_ids=None, state=None, *,
     prefix=None, memory=None, key=None, remat="none", telemetry=False,
   ):  # fmt: skip
-    """Everything below the final norm: -> hidden [B, T, D], state, Aux (layers/stack.py).
+    """Computes everything below the final norm: hidden [B, T, D], the new state, and Aux (layers/stack.py).
 
-    prefix: bool [B, T], tokens that their whole segment sees where a mixer's mask is "prefix"; a prefix must
-    lie in one call. memory: what `encode` made of a source; over a state, in the call that brings it alone. key:
-    dropout happens if it is given. remat: a name of REMAT_POLICIES or "none".
+    prefix: bool [B, T], the tokens that their whole segment sees if a mixer's mask is "prefix"; a prefix must lie in
+    one call. memory: the result of `encode`; with a decoding state, only the call that brings a source passes it.
+    key: random key of dropout; None: no dropout. remat: a name of REMAT_POLICIES, or "none".
     """
-    # JAX would broadcast a [T] or [B, 1] here and go on.
+    # JAX would silently broadcast a [T] or a [B, 1] here.
     chex.assert_rank(tokens, 2)
     chex.assert_equal_shape([a for a in (tokens, positions, segment_ids, prefix) if a is not None])
     context, shared_state = make_context(positions, segment_ids, prefix, state, memory, telemetry)
@@ -78,7 +81,7 @@ class Decoder(nnx.Module):
     return x, None if state is None else {**shared_state, "layers": layers}, aux
 
   def encode(self, tokens, positions, segment_ids=None, **options) -> Memory:
-    """What the encoder makes of a source, for `memory=`: int32 [B, S] each; options are those of `trunk`."""
+    """Encodes a source, int32 [B, S] each, for the argument `memory`; options are those of `trunk`."""
     hidden, _, _ = self.encoder.trunk(tokens, positions, segment_ids, **options)
     segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
     place = ("attn_batch", "attn_length")
@@ -86,12 +89,12 @@ class Decoder(nnx.Module):
     return Memory(self.encoder.finish(hidden), keys)
 
   def finish(self, hidden: jax.Array) -> jax.Array:
-    """The final norm: [B, T, D] -> the same, where the head's matrix meets it."""
+    """The final norm: hidden [B, T, D] -> [B, T, D], sharded as the head's matrix needs it."""
     hidden = move(hidden, RESIDUAL, (*RESIDUAL[:2], "post_norm_embed"))
     return self.final_norm(hidden, "post_norm_embed") if self.config.final_norm else hidden
 
   def enter(self, tokens, positions) -> jax.Array:
-    """The embedding: int32 [B, T] each -> [B, T, D], before its dropout."""
+    """Embeds tokens at positions, int32 [B, T] each -> [B, T, D], before the embedding's dropout."""
     c = self.config
     narrow = c.embed.dim is not None
     x = lookup(self.embed, tokens, c.precision.compute, NARROW if narrow else RESIDUAL)  # [B, T, D]
@@ -107,17 +110,20 @@ class Decoder(nnx.Module):
     return x
 
   def drop(self, x: jax.Array, key) -> jax.Array:
-    """The embedding's dropout, where there is a key."""
+    """Applies the embedding's dropout if there is a key."""
     kept = 1 - self.config.embed.dropout
     return x if key is None or kept == 1 else x * (jax.random.bernoulli(key, kept, x.shape) / kept).astype(x.dtype)
 
   @property
   def table(self) -> nnx.Param:
-    """Of the head: [V, D]."""
+    """The head's table [V, D], which is the embedding table if the head is tied."""
     return self.embed if self.config.head.tied else self.head
 
   def unembed(self, hidden: jax.Array, table: nnx.Param | None = None) -> jax.Array:
-    """The final norm and the head: hidden [B, T, D] -> logits f32 [B, T, V]. table: `self.table`, gathered or not."""
+    """Applies the final norm and the head: hidden [B, T, D] -> logits f32 [B, T, V].
+
+    table: `self.table` in another place or gathered already; None: `self.table` itself.
+    """
     c = self.config.head
     hidden = self.finish(hidden)
     if self.config.embed.dim is not None:
@@ -134,7 +140,7 @@ class Decoder(nnx.Module):
     return logits
 
   def state_spec(self, batch: int, max_len: int, chunk: int):
-    """Specs of a decoding state for `max_len` tokens a row, written at most `chunk` at a time."""
+    """Specs of a decoding state for `max_len` tokens per row, written at most `chunk` at a time."""
     c = self.config
     size = max_len, chunk, c.precision.state
     branches = [branch for block in c.blocks.values() for branch in block.branches.values()]
@@ -149,42 +155,42 @@ class Decoder(nnx.Module):
 
 
 def abstract(config: ModelConfig) -> Decoder:
-  """The decoder with shapes for arrays: nothing is allocated, however large it is."""
+  """The decoder with shapes in place of arrays; nothing is allocated, however large the model is."""
   return nnx.eval_shape(lambda: Decoder(config, jax.random.key(0)))
 
 
 def stacked(model: Decoder) -> Decoder:
-  """The decoder as it is made: each segment's repeats in arrays of their own axis."""
+  """The decoder in the form in which it is made, with each segment's repeats along an axis of their own."""
   return model
 
 
 def unstack(model: Decoder) -> Decoder:
-  """The same decoder with the layers apart: for decoding, and for weights layer by layer."""
+  """Gives each layer of the decoder its own arrays, for decoding, and for weights that come layer by layer."""
   return _with_segments(model, lambda model: map(stacks.unstack, model.stack.segments))
 
 
 def restack(model: Decoder) -> Decoder:
-  """The inverse of `unstack`."""
-  pairs = lambda model: zip(model.stack.segments, model.config.segments, strict=True)
-  return _with_segments(model, lambda model: (stacks.restack(s, *pattern) for s, pattern in pairs(model)))
+  """Stacks the layers of each segment again: the inverse of `unstack`."""
+  with_patterns = lambda model: zip(model.stack.segments, model.config.segments, strict=True)
+  return _with_segments(model, lambda model: (stacks.restack(s, *pattern) for s, pattern in with_patterns(model)))
 
 
 def fuse(model: Decoder) -> Decoder:
-  """The same decoder with the projections of its parallel blocks fused (layers/fused.py); `separate` undoes it."""
+  """Fuses the projections of the decoder's parallel blocks (layers/fused.py); `separate` undoes it."""
   return _with_segments(
     model, lambda model: (stacks.with_blocks(s, map(fused.fuse, s.blocks)) for s in model.stack.segments)
   )
 
 
 def separate(model: Decoder) -> Decoder:
-  """The inverse of `fuse`."""
+  """Separates fused projections: the inverse of `fuse`."""
   return _with_segments(
     model, lambda model: (stacks.with_blocks(s, map(fused.separate, s.blocks)) for s in model.stack.segments)
   )
 
 
 def _with_segments(model: Decoder, segments: Callable[[Decoder], Iterable]) -> Decoder:
-  """A decoder, and its encoder, with what `segments` makes of their segments."""
+  """Replaces the segments of a decoder, and of its encoder, by what the function `segments` makes of each."""
   model = nnx.merge(*nnx.split(model))  # a new object around the same arrays
   model.stack.segments = nnx.List(segments(model))
   if model.config.encoder:
