@@ -10,7 +10,9 @@ import shlex
 import pytest
 
 import llmarch
+import llmarch.layers.registry  # whose kinds join their families before a page adds to them
 from llmarch.__main__ import COMMANDS
+from llmarch.build import Variant
 from llmarch.commands.common import load_config, split_overrides
 from llmarch.errors import UserError
 
@@ -59,6 +61,22 @@ def cells(path: pathlib.Path) -> list[str]:
   return [content for language, content in fences(path.read_text()) if language == "python"]
 
 
+def families(root: type = Variant) -> list[type]:
+  """All families of alternative configs."""
+  return [family for one in root.__subclasses__() for family in ([one] if not one.kind else []) + families(one)]
+
+
+@pytest.fixture
+def no_new_kinds():
+  """A page may define alternatives of its own, which leave their families when the page is over."""
+  before = {family: dict(family.variants) for family in families()}
+  yield
+  for family, variants in before.items():
+    family.variants.clear()
+    family.variants.update(variants)
+
+
+@pytest.mark.usefixtures("no_new_kinds")
 @pytest.mark.parametrize("path", [path for path in PAGES if cells(path)], ids=name_of)
 def test_python_snippets_run_in_order(path, tmp_path, monkeypatch, cases):
   monkeypatch.setattr(os, "environ", os.environ.copy())  # a page may set flags for its reader
@@ -77,7 +95,7 @@ def commands(path: pathlib.Path) -> list[str]:
     return re.findall(r"(?:^ +|^Command: )(llmarch .*)$", ast.get_docstring(ast.parse(text)), re.M)
   found = []
   for language, content in fences(text):
-    if language in ("", "sh"):
+    if language in ("", "console"):
       found += content.replace("\\\n", " ").splitlines()
   found += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_fences(text))]
   lines = [re.sub(r"^pip install [^&]*&& ", "", line.split("  #")[0].strip()) for line in found]
@@ -193,7 +211,8 @@ def exists(name: str, page: pathlib.Path) -> bool:
   return any((folder / name).exists() for folder in (page.parent, ROOT, ROOT / "llmarch"))
 
 
-WRITTEN = {"ablation.py", "experiments/width/ablation.py", "quarantine/"}  # by a reader, or by a command
+# By a reader, or by a command.
+WRITTEN = {"ablation.py", "experiments/width/ablation.py", "llmarch/layers/mine.py", "quarantine/"}
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
