@@ -90,6 +90,14 @@ def build(annotation: Any, value: Any, path: str = "config") -> Any:
   return _dataclass(annotation, value, path)
 
 
+def accept_name(config: Any, field: str, family: type) -> None:
+  """Lets a field of a family be given by the name of a member: `mask="causal"` for `mask=Causal()`.
+
+  For the `__post_init__` of frozen dataclasses. Raises UserError for anything that is no member.
+  """
+  object.__setattr__(config, field, build(family, getattr(config, field), field))
+
+
 def _scalar(annotation, value, path):
   if annotation is float and type(value) is int:
     value = float(value) if abs(value) < 2**1023 else math.inf

@@ -11,7 +11,7 @@ import re
 from typing import Literal
 
 from llmarch.branches import BranchConfig, CrossConfig, FFNConfig, MixerConfig, check_kept
-from llmarch.build import FrozenDict, Variant, config_dataclass
+from llmarch.build import FrozenDict, Variant, accept_name, config_dataclass
 from llmarch.errors import UserError, check, check_above, check_at_least, check_rate, nearest
 from llmarch.residual import Pre, ResidualConfig
 
@@ -110,6 +110,7 @@ class BlockConfig:
   def __post_init__(self):
     check_rate(self, "dropout")
     check_above(self, 0, "init_scale", "output_init_scale")
+    accept_name(self, "residual", ResidualConfig)
     self.residual.groups(tuple(self.branches))  # raises UserError for branches that the scheme cannot run
 
   @functools.cached_property

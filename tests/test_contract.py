@@ -32,7 +32,7 @@ from llmarch.errors import UserError
 from llmarch.experiment_checks import check_training
 from llmarch.layers import registry
 from llmarch.layers.linear import LinearConfig
-from llmarch.layers.mask import Heads, MaskConfig
+from llmarch.layers.mask import Heads, MaskConfig, Prefix
 from llmarch.layers.position import ALiBi
 from llmarch.ops import attention, blockwise
 from llmarch.ops.attention import Extent, Keys
@@ -342,8 +342,13 @@ def test_the_facts_of_a_branch_are_documented():
   assert {n for n in public if f"`{n}" not in text} == set()
 
 
-def test_records_of_old_spellings_are_those_of_the_new(tmp_path):
-  """Masks and residual schemes were words, and are written as words still."""
+def test_records_of_old_spellings_are_those_of_the_new():
+  """Masks and residual schemes were words, and are read and written as words still."""
+  assert spaces.block(spaces.attention(mask="prefix"), residual="post") == spaces.block(
+    spaces.attention(mask=Prefix()), residual=Post()
+  )
+  with pytest.raises(UserError, match=r"residual\.kind: unknown kind 'paralell'; did you mean 'parallel'"):
+    spaces.block(residual="paralell")
   data = to_dict(MODELS["beside attention"])
   assert data["blocks"]["b"]["mixer"]["mask"] == "causal" and data["blocks"]["b"]["residual"] == "post"
   assert build(ModelConfig, json.loads(json.dumps(data)), "model") == MODELS["beside attention"]

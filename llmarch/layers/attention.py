@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmarch.branches import BranchConfig, MixerConfig
-from llmarch.build import config_dataclass
+from llmarch.build import accept_name, config_dataclass
 from llmarch.config import NormConfig, PositionConfig
 from llmarch.errors import check, check_above, check_at_least, check_rate
 from llmarch.layers.context import Context
@@ -89,6 +89,7 @@ class AttentionConfig(MixerConfig, kind="attention"):
   grows = True
 
   def __post_init__(self):
+    accept_name(self, "mask", MaskConfig)
     check_at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "window")
     check_above(self, 0, "query_scale", "softcap", "qkv_clip")
     check_rate(self, "dropout")
