@@ -1,8 +1,9 @@
-"""The train step: a pure jitted function closed over a config and a mesh.
+"""The train step: a pure jitted function made for one config and one mesh.
 
-A train state is a plain dict {"params", "opt_state", "step"} (and "ema"): parameters by name, the optax
-state, the number of steps done. With adapters (train.lora), params are those alone, and "base" has all else, frozen;
-it is not saved, for init makes it again of the same weights. A batch is a dict of [B, T] arrays; see data/pipeline.py.
+A train state is a plain dict {"params", "opt_state", "step"} (and "ema"): the parameters by name, the optax state,
+and the number of steps done. With adapters (train.lora), "params" has the adapters alone, and "base" has the frozen
+rest, which is not saved, because `init` makes it again from the same weights. A batch is a dict of [B, T] arrays; see
+data/pipeline.py.
 """
 
 import dataclasses
@@ -35,12 +36,12 @@ LAYOUT = sharding.TRAIN
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-  """What `make_train_step` returns. All functions are jitted; `step` donates its state."""
+  """The functions that `make_train_step` returns. All are jitted; `step` donates its state."""
 
-  init: Callable[..., dict]  # (params=None) -> state; params: all of the model's by name, drawn if not given
+  init: Callable[..., dict]  # (params=None) -> state; params: the whole model's by name, drawn if not given
   step: Callable[..., tuple[dict, dict]]  # (state, batch, *, telemetry=False) -> state, metrics
   evaluate: Callable[[dict, dict], dict]  # (state, batch) -> {"loss", "weight"} sums
-  export: Callable[[dict], dict]  # state -> all parameters of the model, averaged and merged, to sample from
+  export: Callable[[dict], dict]  # state -> all parameters of the model, averaged and merged, for sampling
   abstract_state: dict  # shapes, dtypes and shardings, for restoring
   batch_sharding: Any  # for jax.device_put of a batch; None on one device
 
@@ -52,11 +53,11 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
   named = flatten(abstract_params, variables=True)
   lora = Adapters(c.lora, config.model) if c.lora else None
   trained = lora.params if lora else named
-  # Biases of routers go against the sign of their gradient, and past the optimizer (layers/moe.py).
+  # A router's bias bypasses the optimizer: it steps against the sign of its gradient (layers/moe.py).
   rates = {name: p.balance_rate for name, p in trained.items() if hasattr(p, "balance_rate")}
   optimizer = make_optimizer(config.optimizer, c.steps, trained)
   stages = pipeline.plan(config, LAYOUT, mesh)
-  # Each chunk of the loss has tokens of every device, and as many logits on each as without a mesh.
+  # Each chunk of the loss has tokens on every device, so that a device has as many logits at a time as without a mesh.
   parts = 1 if mesh is None else sharding.ways("length", LAYOUT, mesh)
   loss_chunk = min(c.loss_chunk, math.ceil(c.seq_len / parts)) * parts
   ring = 1 if mesh is None or _in_order(config.model) else sharding.ways("attn_length", LAYOUT, mesh)
@@ -76,7 +77,7 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
     return state | base | ({"ema": _f32(params)} if c.ema else {})
 
   def loss_sum(params, base, batch, key, telemetry):
-    """The sum of weighted token losses, and what the metrics need."""
+    """The sum of weighted token losses, and the sums and statistics that the metrics need."""
     model = model_of(params, base)
     how = {"key": key, "remat": c.remat, "telemetry": telemetry}
     if stages:
@@ -91,16 +92,17 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
       functools.partial(model.unembed, table=gathered(model.table)), hidden, batch["targets"], batch["loss_weights"],
       chunk=loss_chunk, label_smoothing=c.label_smoothing, z_loss=c.z_loss,
     )  # fmt: skip
-    if aux.loss is not None:  # of a mean over a microbatch's tokens, as the loss is once it is divided by their weight
+    if aux.loss is not None:
+      # A branch's loss is a mean over a microbatch's tokens; times their weight, it can join the sum.
       weights = stages.by_microbatch(batch["loss_weights"]) if stages else batch["loss_weights"][None]
       total += jnp.sum(aux.loss.T * jnp.sum(weights, axis=(1, 2)))
     return total, (sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), aux))
 
   def accumulate(params, base, batch, key, telemetry):
-    """Gradients (f32, of the sum), sums and aux over `grad_accum` micro-batches."""
+    """Gradients (f32, of the sum of losses), sums and aux over `grad_accum` micro-batches."""
 
     def grad(params, base, batch, key, telemetry):
-      """Gradients in f32 that lie as their parameters, for every micro-batch."""
+      """Gradients of one micro-batch in f32, sharded as their parameters are."""
       grads, sums = jax.grad(loss_sum, has_aux=True)(params, base, batch, key, telemetry)
       return {name: sharding.shard(g, *trained[name].axes) for name, g in _f32(grads).items()}, sums
 
@@ -114,16 +116,17 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
       grads, (sums, aux) = grad(params, base, batch, key, telemetry)
       return jax.tree.map(jnp.add, total, (grads, sums)), aux
 
-    one = jax.tree.map(lambda x: x[0], micro)
-    like = jax.eval_shape(lambda: grad(params, base, one, key, telemetry))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (like[0], like[1][0]))
+    first_micro = jax.tree.map(lambda x: x[0], micro)
+    shapes = jax.eval_shape(lambda: grad(params, base, first_micro, key, telemetry))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (shapes[0], shapes[1][0]))
     (grads, sums), aux = jax.lax.scan(body, zeros, (micro, jax.random.split(key, c.grad_accum)))
     return grads, sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
 
   def step(state: dict, batch: dict, *, telemetry: bool = False) -> tuple[dict, dict]:
     with sharding.use_layout(LAYOUT, mesh):
       params, batch = state["params"], deal(batch)
-      key = jax.random.fold_in(jax.random.key(config.seed), state["step"])  # nothing to restore on resume
+      # The key is a function of seed and step, so that resuming has none to restore.
+      key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
       grads, sums, aux = accumulate(params, state.get("base"), batch, key, telemetry)
       weight = jnp.maximum(sums["weight"], 1.0)
       grads = jax.tree.map(lambda g: g / weight, grads)
@@ -142,11 +145,11 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
       if aux.loss is not None:
         metrics["branch_loss"] = jnp.sum(aux.loss)
       if telemetry:
-        ratio = lambda u, p: jnp.linalg.norm(u) / jnp.maximum(jnp.linalg.norm(p.astype(jnp.float32)), 1e-12)
+        norm_ratio = lambda u, p: jnp.linalg.norm(u) / jnp.maximum(jnp.linalg.norm(p.astype(jnp.float32)), 1e-12)
         losses = {} if aux.loss is None else {"branch_loss": aux.loss}
         metrics["telemetry"] = aux.stats | losses | {
           "logit_rms": sums["logit_rms"] / weight,
-          "update_ratio": jax.tree.map(ratio, updates, params),
+          "update_ratio": jax.tree.map(norm_ratio, updates, params),
         }
       out = {"params": new, "opt_state": opt_state, "step": state["step"] + 1}
       if lora:
@@ -155,9 +158,10 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
         out["ema"] = jax.tree.map(lambda e, p: c.ema * e + (1 - c.ema) * p.astype(jnp.float32), state["ema"], new)
       sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
       out |= {name: _where(sound, out[name], state[name]) for name in ("params", "opt_state", "ema") if name in out}
-      # Of the state as it came in: what this step writes would be computed twice for it. A save looks at that.
-      whole = _finite({name: state[name] for name in state if name != "base"})
-      metrics["finite"] = {"update": sound, "state": whole}
+      # This checks the incoming state: a check of the new one makes XLA compute the update twice (5.7 % slower).
+      # Checkpoints.save checks the state that it writes.
+      is_finite = _finite({name: state[name] for name in state if name != "base"})
+      metrics["finite"] = {"update": sound, "state": is_finite}
       return out, metrics
 
   def evaluate(state: dict, batch: dict) -> dict:
@@ -168,7 +172,7 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
   def export(state: dict) -> dict:
     return lora.merge(state["base"], eval_params(state)) if lora else eval_params(state)
 
-  seed = np.uint32(config.seed)  # an argument, so that one compiled program draws the parameters of every seed
+  seed = np.uint32(config.seed)  # an argument and no constant, so that one compiled program serves every seed
   shapes = jax.eval_shape(init, seed)
   if mesh is None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -190,10 +194,10 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
 
 
 def _dealt(x: jax.Array, ring: int) -> jax.Array:
-  """The tokens of rows [B, T] in the order in which each device of a ring has as many causal pairs as any other.
+  """Reorders the tokens of rows [B, T] so that each device of a ring has the same number of causal pairs.
 
   Of 2 `ring` pieces, device i gets the i-th from the start and the i-th from the end (2407.21783, section 3.3.2).
-  Positions travel along, and nothing else says where a token stands.
+  Positions move along with the tokens, and nothing else says where a token stands.
   """
   if ring == 1:
     return x
@@ -202,25 +206,27 @@ def _dealt(x: jax.Array, ring: int) -> jax.Array:
 
 
 def _in_order(model: ModelConfig) -> bool:
-  """Whether a token's place in its row matters beside its position: some part draws, recurs, or takes the first."""
+  """True if the order of a row's tokens matters besides their positions: a branch draws, recurs, or takes the first."""
   blocks = model.blocks.values()
   branches = [branch for block in blocks for branch in block.branches.values()]
   return any(part.dropout for part in (model.embed, *blocks)) or any(branch.in_order for branch in branches)
 
 
 def eval_params(state: dict) -> dict:
-  """The trained parameters to evaluate, sample from and export: the moving average where there is one."""
+  """The trained parameters to evaluate, sample from and export: the moving average if there is one."""
   return state.get("ema", state["params"])
 
 
 def _where(sound: jax.Array, new, old):
-  """The new floats if the update is sound, else the old ones; counters go on, as the step does."""
+  """Selects the new floats if the update is sound, else the old ones; integers are always new, as the step is."""
   return jax.tree.map(lambda n, o: jnp.where(sound, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n, new, old)
 
 
 def _finite(tree) -> jax.Array:
-  """Whether all numbers are finite. (A maximum keeps a NaN, and on a CPU runs at the speed of memory;
-  `isfinite(x).all()` at a third of it.)"""
+  """True if all numbers are finite.
+
+  A maximum keeps a NaN, and on a CPU it runs at the speed of memory, `isfinite(x).all()` at a third of it.
+  """
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
   return jnp.stack([jnp.max(jnp.abs(x)) < jnp.inf for x in floats]).all()
 
@@ -230,15 +236,15 @@ def _f32(tree):
 
 
 def _state_shardings(shapes: dict, named: dict, mesh: Mesh):
-  """A parameter's sharding for it and for every moment of its name and shape; all else is replicated."""
+  """Gives a parameter, and each moment of its name and shape, that parameter's sharding; all else is replicated."""
   params = {
     name: NamedSharding(mesh, sharding.spec(p.axes, p.shape, LAYOUT, mesh)) for name, p in named.items()
   }
 
-  def one(path, leaf):
+  def sharding_of(path, leaf):
     name = next((k.key for k in reversed(path) if getattr(k, "key", None) in params), None)
     if name is not None and leaf.shape == tuple(named[name].shape):
       return params[name]
     return NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-  return jax.tree_util.tree_map_with_path(one, shapes)
+  return jax.tree_util.tree_map_with_path(sharding_of, shapes)
