@@ -1,7 +1,7 @@
-"""Checkpoints of a run that prove themselves: the train state and a record of it, by orbax, and a line in the journal.
+"""Checkpoints that verify themselves: a run's train state and a record of it, by orbax, and a line in the journal.
 
-orbax has no checksum on the data of arrays: a changed bit comes back as another number. So the record holds a
-fingerprint of every array, and its own checksum, and nothing is trusted that does not agree with it.
+orbax has no checksum on the data of arrays, so a changed bit comes back as another number. Therefore the record holds
+a fingerprint of every array, and its own checksum, and an array that does not agree with it is not trusted.
 """
 
 import collections
@@ -41,13 +41,13 @@ TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted-"
 
 
 class Damaged(Exception):
-  """A checkpoint that is not what was saved. The message says in what."""
+  """Raised if a checkpoint is not what was saved. The message says which part of it."""
 
 
 class Checkpoints:
-  """Saves and restores the train states of a workdir. Close it (it is a context manager): saving goes on behind.
+  """Saves and restores the train states of a workdir. Close it (it is a context manager), since saves run in a thread.
 
-  What is on the disk counts, and whether it verifies; nothing that this process believes about it does.
+  All answers come from the disk and from verifying what lies there, and never from what this process remembers.
   """
 
   def __init__(self, workdir: str, config: CheckpointConfig, journal: Journal | None = None):
@@ -68,20 +68,20 @@ class Checkpoints:
     self.wait() if kind is None else self.join()
 
   def steps(self) -> list[int]:
-    """Those on the disk, ascending, whether good or not."""
+    """The steps on the disk, ascending, good or not."""
     return steps_of(self.folder)
 
   def save(self, step: int, state: dict, meta: dict, metrics: dict | None, *, began: float | None = None) -> None:
-    """Starts saving `state` as `step`; returns once the arrays are copied, so that they may be donated.
+    """Starts saving `state` as `step`; returns as soon as the arrays are copied, so that they may be donated.
 
-    meta: more for the record. metrics: of this step, {"eval/loss"} for keep_best. began: when training stood still
-    for it (time.monotonic). Raises Fault, and saves nothing, if a number is not finite; StorageFault if this save
-    cannot begin or an earlier one failed.
+    meta: further entries of the record. metrics: those of this step, {"eval/loss"} for keep_best. began: the time
+    (time.monotonic) at which training paused for the save. Raises Fault, and saves nothing, if a number is not finite;
+    StorageFault if this save cannot begin or an earlier one failed.
     """
     self.wait()
     began, at = time.monotonic() if began is None else began, time.time()
     newest = max(self.journal.saved(), default=None)
-    if not (self.folder / str(newest or "")).is_dir():  # orbax would make it anew, perhaps where a disk was mounted
+    if not (self.folder / str(newest or "")).is_dir():  # orbax would make the folder anew, perhaps below a lost mount
       raise self._failed(step, FileNotFoundError("the folder is gone, or what was in it"))
     flat = flatten_state(state)
     prints = jax.device_get(fingerprints(flat))
@@ -105,24 +105,24 @@ class Checkpoints:
     self._thread.start()
 
   def check(self) -> None:
-    """Raises StorageFault if a save has failed by now."""
+    """Raises StorageFault if a save has failed so far."""
     if self._error:
       error, self._error = self._error, None
       raise error
 
   def wait(self) -> None:
-    """Until the last save is on the disk and in the journal. Raises StorageFault if it failed."""
+    """Waits until the last save is on the disk and in the journal. Raises StorageFault if it failed."""
     self.join()
     self.check()
 
   def join(self) -> None:
-    """Until no save is on its way, whatever became of it."""
+    """Waits until no save is in progress, whether it failed or not."""
     if self._thread:
       self._thread.join()
       self._thread = None
 
   def _finish(self, response, line: dict) -> None:
-    """What comes after orbax's rename, in a thread: the disk, then the journal, then room for the next."""
+    """Completes a save after orbax's rename, in a thread: syncs the disk, writes the journal, removes old steps."""
     step = line["step"]
     try:
       response.result()
@@ -134,14 +134,14 @@ class Checkpoints:
       self._error = self._failed(step, e)
 
   def _clear(self) -> None:
-    """Removes what killed processes and failed saves left; no save may be on its way."""
+    """Removes what killed processes and failed saves left; no save may be in progress."""
     for path in self.folder.iterdir() if jax.process_index() == 0 else ():
       if TEMPORARY in path.name or path.name.startswith(DELETED):
         shutil.rmtree(path, ignore_errors=True)
 
   def _failed(self, step: int, e: BaseException) -> StorageFault:
     with contextlib.suppress(OSError):
-      self._clear()  # room on the disk
+      self._clear()  # frees space on the disk
     free = "its size is unknown"
     with contextlib.suppress(OSError):
       free = f"{shutil.disk_usage(self.folder).free:,} bytes are free there"
@@ -152,19 +152,19 @@ class Checkpoints:
     return f"the checkpoint of step {steps[-1]} is kept" if steps else "nothing was saved before"
 
   def _prune(self) -> None:
-    """Removes what the config does not keep, of the steps that are in the journal; others do not count."""
+    """Removes the steps that the config does not keep. Only steps in the journal count."""
     self._clear()
     saved = {step: m for step, m in self.journal.saved().items() if (self.folder / str(step)).is_dir()}
     by_loss = sorted((m["eval/loss"], step) for step, m in saved.items() if "eval/loss" in m)
     keep = set(sorted(saved)[-self._config.max_to_keep :]) | {step for _, step in by_loss[: self._config.keep_best]}
     for step in saved.keys() - keep:
-      gone = (self.folder / str(step)).rename(self.folder / f"{DELETED}{step}")  # a killed removal leaves no torn step
+      gone = (self.folder / str(step)).rename(self.folder / f"{DELETED}{step}")  # so that a kill leaves no partial step
       shutil.rmtree(gone)
 
   def restore(self, abstract_state: dict, step: int) -> tuple[dict, dict]:
-    """The state of `step` in the shapes, dtypes and shardings of `abstract_state`: -> state, its record.
+    """Restores the state of `step` in the shapes, dtypes and shardings of `abstract_state` -> state, its record.
 
-    Raises Damaged if it is not what was saved, UserError if there is none or it is of another model.
+    Raises Damaged if it is not what was saved, and UserError if there is none or it is another model's.
     """
     flat, record = load_step(self.folder, step, flatten_state(abstract_state))
     leaves = [flat[name] for name in flatten_state(abstract_state)]
@@ -173,10 +173,11 @@ class Checkpoints:
   def latest_good(
     self, abstract_state: dict, *, before: int | None = None, say: Callable[[str], None] = lambda text: None
   ) -> tuple[int, dict, dict] | None:
-    """The newest checkpoint (of those before a step) that verifies: -> step, state, record; None if there is none.
+    """Restores the newest checkpoint that verifies -> step, state, record; None if there is none.
 
-    Newer ones that do not, and those of a part of the run that was taken back, go to quarantine/; `say` is told
-    which, and why. Raises Fault, and moves nothing, if there are some and all are damaged.
+    With `before`, only earlier steps count. Newer checkpoints that do not verify, and those of a part of the run that
+    was taken back, move to quarantine/, and `say` is told which and why. Raises Fault, and moves nothing, if all are
+    damaged.
     """
     stale, damaged = [], []
     for step in reversed([s for s in distributed.from_main(self.steps()) if before is None or s < before]):
@@ -205,13 +206,13 @@ class Checkpoints:
         self.journal.add("quarantined", step=gone, why="it is gone", to=None)
     if step is None:
       return None
-    if step not in self.journal.saved() and jax.process_index() == 0:  # killed between the rename and the journal
+    if step not in self.journal.saved() and jax.process_index() == 0:  # the process died between rename and journal
       sync_tree(self.folder / str(step))
       self.journal.add("saved", step=step, metrics=record.get("metrics"), at=time.time(), stall=0.0)
     return step, state, record
 
   def quarantine(self, step: int, why: str) -> Path:
-    """Moves a step where it is neither resumed nor in the way of saving it again. Nothing is deleted."""
+    """Moves a step to quarantine/, where it is neither resumed nor in the way of a new save. Nothing is deleted."""
     room = self.workdir / "quarantine"
     number = 1 + sum(path.name.split("-")[0] == str(step) for path in room.iterdir()) if room.is_dir() else 1
     target = room / f"{step}-{number}"
@@ -226,46 +227,45 @@ class Checkpoints:
 
 
 def flatten_state(state: dict) -> dict:
-  """A train state as {"opt_state/0/mu/embed": array, ...}: readable, and free of optax's classes."""
-  key = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
-  return {"/".join(map(key, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+  """Flattens a train state to {"opt_state/0/mu/embed": array, ...}, names that do not depend on optax's classes."""
+  name_of = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+  return {"/".join(map(name_of, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def without_base(state: dict) -> dict:
-  """What a checkpoint holds of a train state: all but the frozen weights of adapters, which train.init_from keeps."""
+  """The part of a train state that is saved: all but adapters' frozen weights, which train.init_from keeps."""
   return {name: value for name, value in state.items() if name != "base"}
 
 
 def needs_weights(config: RunConfig, workdir: str) -> bool:
-  """Whether a run starts or goes on with the weights of train.init_from: at its start, and always for adapters."""
+  """True if a run needs the weights of train.init_from: at its start, and with adapters always."""
   return config.train.lora is not None or not steps_of(Path(workdir) / "checkpoints")
 
 
 def weights_hash(params: dict) -> str:
-  """Of arrays by name, whatever their order."""
+  """A hash of arrays by name, which does not depend on their order."""
   sums = {name: zlib.crc32(np.ascontiguousarray(value).view(np.uint8)) for name, value in sorted(params.items())}
   return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def check_base(meta: dict, params: dict, workdir: str, source: str) -> None:
-  """Raises UserError unless the params are those that the adapters of a checkpoint were trained on."""
+  """Raises UserError unless params are the weights that the adapters of a checkpoint were trained on."""
   if meta.get("base_hash") != weights_hash(params):
     raise UserError(f"the adapters in {workdir} were trained on other weights than {source} has now; restore them")
 
 
 def steps_of(folder: Path) -> list[int]:
-  """The steps of a folder of checkpoints, ascending, from the disk."""
+  """The steps of the checkpoints in a folder, ascending, read from the disk."""
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def restore_params(workdir: str, *, step: int | None = None, base: Callable[[str], dict] | None = None):
-  """(ModelConfig, nnx.State of its Decoder, tokenizer spec) of a run, the moving average where there is one.
+  """(ModelConfig, nnx.State of its Decoder, tokenizer spec) of a run, with the moving average if there is one.
 
-  The spec is None for a synthetic task, whose ids are no text.
-
-  step: None is the newest that is whole. The tokenizer is the one that the run keeps, where it does. Parameters
-  only: the optimizer's state is not read. Nothing is moved or written. base(folder): the parameters by name of the
-  model there, for a run of adapters, which are merged with it.
+  The spec is None for a synthetic task, whose ids are no text; otherwise it names the tokenizer that the run keeps, if
+  it does. step: None means the newest step that verifies. Only parameters are read, not the optimizer's state, and
+  nothing is moved or written. base(folder) gives the parameters by name of the model there, with which a run's
+  adapters are merged.
   """
   config, flat, record = restore_trained(workdir, step=step)
   if config.train.lora:
@@ -280,7 +280,7 @@ def restore_params(workdir: str, *, step: int | None = None, base: Callable[[str
 
 
 def restore_trained(workdir: str, *, step: int | None = None) -> tuple[RunConfig, dict, dict]:
-  """(config, {name: array} of what a run trains: all parameters, or adapters alone; the checkpoint's record)."""
+  """(config, {name: array} of what a run trains (all parameters, or adapters alone), the checkpoint's record)."""
   config = read_config(workdir)
   folder = Path(workdir).absolute() / "checkpoints"
   root = "ema" if config.train.ema else "params"
@@ -288,40 +288,40 @@ def restore_trained(workdir: str, *, step: int | None = None) -> tuple[RunConfig
   if config.train.lora:
     trained = {name: p.get_value() for name, p in Adapters(config.train.lora, config.model).params.items()}
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  dtype = lambda p: "float32" if config.train.ema else p.dtype
-  want = {f"{root}/{name}": jax.ShapeDtypeStruct(p.shape, dtype(p), sharding=device) for name, p in trained.items()}
+  dtype_of = lambda p: "float32" if config.train.ema else p.dtype
+  want = {f"{root}/{name}": jax.ShapeDtypeStruct(p.shape, dtype_of(p), sharding=device) for name, p in trained.items()}
   found = steps_of(folder) if step is None else [step]
   if not found:
     raise UserError(f"{folder} holds no checkpoint; train first")
-  for at in reversed(found):
+  for candidate in reversed(found):
     try:
-      loaded, record = load_step(folder, at, want, partial=True)
+      loaded, record = load_step(folder, candidate, want, partial=True)
       break
     except Damaged as e:
-      if at == found[0]:
-        raise Fault(f"{folder / str(at)} cannot be restored ({e}), nor can a newer one") from e
-      print(f"llmarch: {folder / str(at)} cannot be restored ({e}); reading the one before", file=sys.stderr)
+      if candidate == found[0]:
+        raise Fault(f"{folder / str(candidate)} cannot be restored ({e}), nor can a newer one") from e
+      print(f"llmarch: {folder / str(candidate)} cannot be restored ({e}); reading the one before", file=sys.stderr)
   return config, {name: loaded[f"{root}/{name}"] for name in trained}, record
 
 
 def load_step(folder: Path, step: int, want: dict, *, partial: bool = False) -> tuple[dict, dict]:
-  """{name: array} as `want` ({name: ShapeDtypeStruct}) names them, all of it verified, and the record.
+  """Loads and verifies the arrays that `want` ({name: ShapeDtypeStruct}) names -> {name: array}, the record.
 
-  partial: `want` names some of the arrays that were saved. Raises Damaged if an array, or the record, is not what
-  was saved, UserError if there is no such step or it holds other names, shapes or dtypes than these.
+  partial: `want` names only some of the saved arrays. Raises Damaged if an array, or the record, is not what was saved,
+  and UserError if there is no such step or its names, shapes or dtypes are others.
   """
   path = folder / str(step)
   if not path.is_dir():
     raise UserError(f"{folder} holds no checkpoint of step {step}; train first")
-  record = _by_all(lambda: _open(path, _load(path, {"meta": None}, "its record")["meta"]))
+  record = _read_together(lambda: _open(path, _load(path, {"meta": None}, "its record")["meta"]))
   if record["step"] != step:
     raise Damaged(f"its record is that of step {record['step']}")
   _refuse_others(path, record["arrays"], want, partial)
   try:
-    arrays = _by_all(lambda: _load(path, {"state": want}, "its arrays")["state"])
+    arrays = _read_together(lambda: _load(path, {"state": want}, "its arrays")["state"])
   except Damaged as e:
     raise Damaged(_which(path, want) or str(e)) from e
-  for name, x in want.items():  # a changed bit of its metadata makes orbax give a placeholder, without a word
+  for name, x in want.items():  # if a bit of its metadata has changed, orbax silently returns a placeholder
     if not isinstance(arrays.get(name), jax.Array) or (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype):
       raise Damaged(f"{name} was not read, by the checkpoint's metadata")
   for name, (value, finite) in jax.device_get(fingerprints({name: arrays[name] for name in want})).items():
@@ -330,8 +330,8 @@ def load_step(folder: Path, step: int, want: dict, *, partial: bool = False) -> 
   return arrays, record
 
 
-def _by_all(read: Callable):
-  """What `read` gives. A part that one process cannot read is damage to all: they must do the same next."""
+def _read_together(read: Callable):
+  """Runs read() on every process. If one finds damage, all raise Damaged, so that they take the same next step."""
   found, why = None, None
   try:
     found = read()
@@ -343,7 +343,7 @@ def _by_all(read: Callable):
 
 
 def _load(path: Path, items: dict, what: str) -> dict:
-  """Each process reads what its devices hold, and waits for no other: a damaged file may stop but one of them."""
+  """Reads the parts that this process's devices hold, and waits for no other process, which damage may have stopped."""
   try:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
@@ -360,7 +360,7 @@ def _load(path: Path, items: dict, what: str) -> dict:
 
 
 def _which(path: Path, want: dict) -> str | None:
-  """Names the arrays that cannot be read, which orbax does not."""
+  """Names the arrays that cannot be read, since orbax does not name them."""
   bad = []
   for name in want:
     try:
@@ -372,7 +372,7 @@ def _which(path: Path, want: dict) -> str | None:
 
 @functools.cache
 def _versions() -> dict:
-  """Of the packages that are installed: what made a checkpoint, should its bits ever be asked about."""
+  """Versions of the installed packages, which are recorded in case a checkpoint's bits are ever questioned."""
   found = {}
   for name in ("llmarch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -397,14 +397,14 @@ def _open(path: Path, meta: dict) -> dict:
 
 
 def _refuse_others(path: Path, saved: dict, want: dict, partial: bool) -> None:
-  """Another model's arrays are no damage: all differences in one sentence."""
-  show = lambda kind, shape: f"{kind}{list(shape)}"
-  here = {name: show(x.dtype, x.shape) for name, x in want.items()}
-  there = {name: show(*entry[:2]) for name, entry in saved.items() if not partial or name in want}
+  """Raises UserError, with all differences in one sentence, if the arrays are those of another model (no damage)."""
+  describe = lambda kind, shape: f"{kind}{list(shape)}"
+  wanted = {name: describe(x.dtype, x.shape) for name, x in want.items()}
+  found = {name: describe(*entry[:2]) for name, entry in saved.items() if not partial or name in want}
   differ = [
-    f"{name}: {here.get(name, 'absent')} here, {there.get(name, 'absent')} there"
-    for name in sorted(here.keys() | there.keys())
-    if here.get(name) != there.get(name)
+    f"{name}: {wanted.get(name, 'absent')} here, {found.get(name, 'absent')} there"
+    for name in sorted(wanted.keys() | found.keys())
+    if wanted.get(name) != found.get(name)
   ]
   if differ:
     more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
@@ -412,21 +412,21 @@ def _refuse_others(path: Path, saved: dict, want: dict, partial: bool) -> None:
 
 
 def _missing(journal: list, record: list, step: int) -> bool:
-  """Whether a checkpoint of `step` was made without a skip that the journal has of the steps before it."""
-  before = lambda skips: collections.Counter(tuple(s) for s in skips if s[0] < step)
-  return bool(before(journal) - before(record))
+  """True if a checkpoint of `step` lacks a skip that the journal has for the steps before it."""
+  count_before = lambda skips: collections.Counter(tuple(s) for s in skips if s[0] < step)
+  return bool(count_before(journal) - count_before(record))
 
 
 @jax.jit
 def fingerprints(arrays: dict) -> dict:
   """{name: array} -> {name: uint32 [2]}: a fingerprint of its bits, and whether all its numbers are finite.
 
-  The fingerprint is the sum, modulo 2^32, of a hash of each element's bits and index (the finaliser of MurmurHash3:
-  a bijection, so that one changed element always shows, and any other change but once in 2^32). It does not depend
-  on how the array is sharded, nor on the number of processes.
+  The fingerprint is the sum, modulo 2^32, of a hash of each element's bits and index. The hash is the finaliser of
+  MurmurHash3, a bijection: a single changed element always shows, and any other change escapes once in 2^32 cases. The
+  fingerprint depends neither on how the array is sharded nor on the number of processes.
   """
 
-  def one(x):
+  def fingerprint(x):
     finite = jnp.max(jnp.abs(x)) < jnp.inf if jnp.issubdtype(x.dtype, jnp.inexact) else True
     kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     h = jax.lax.bitcast_convert_type(x.astype(jnp.uint8) if x.dtype == bool else x, kind).astype(jnp.uint32)
@@ -438,7 +438,7 @@ def fingerprints(arrays: dict) -> dict:
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.stack([jnp.sum(h ^ (h >> 16), dtype=jnp.uint32), jnp.asarray(finite, jnp.uint32)])
 
-  return jax.tree.map(one, arrays)
+  return jax.tree.map(fingerprint, arrays)
 
 
 def _first_line(e: BaseException) -> str:

@@ -1,8 +1,8 @@
-"""Several processes that train together: how they find each other, share a batch, and end together.
+"""Several processes that train together: they find each other, share a batch, and end together.
 
-Every process runs the same program over one mesh of all their devices. The main process (number 0) alone writes
-metrics, the config and text to the terminal; checkpoints are written by all. An environment is read, or explicit
-flags; one process needs none of this and does not start jax.distributed.
+Every process runs the same program over one mesh of all their devices. Only the main process (number 0) writes
+metrics, the config and text to the terminal; all processes write checkpoints. The cluster is found from explicit flags
+or from the environment; a single process does not start jax.distributed.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ import numpy as np
 from llmarch.errors import UserError, check
 from llmarch.train.faults import INTERRUPTED, WATCHDOG
 
-# Seconds without a heartbeat after which a process counts as dead, and all others end (jax: 100).
+# A process counts as dead after this many seconds without a heartbeat, and all others end (jax: 100).
 HEARTBEAT = 30
-# Seconds in which all processes must have started.
+# All processes must have started within this many seconds.
 START_TIMEOUT = 300
-# Numbers that `from_main` hands on.
+# `from_main` passes this many numbers on.
 ROOM = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """This process among those of its job."""
+  """This process, as one of the processes of its job."""
 
   num_processes: int
   process_id: int
-  coordinator: str | None  # HOST:PORT of process 0; None: jax finds all by itself (Cloud TPU)
+  coordinator: str | None  # HOST:PORT of process 0; None: jax finds all processes by itself (Cloud TPU)
   local_devices: tuple[int, ...] | None = None  # the GPUs of this process; None: all that it sees
   one_host: bool = False
 
@@ -49,14 +49,15 @@ def find_cluster(
   *, num_processes: int | None = None, process_id: int | None = None, coordinator: str | None = None,
   environ: Mapping[str, str] = os.environ,
 ) -> Cluster | None:  # fmt: skip
-  """The cluster of this process: the given numbers, else what the environment says; None for a process alone.
+  """The cluster of this process, from the given numbers or else the environment; None for a single process.
 
-  Looked at in turn: the arguments (or JAX_NUM_PROCESSES, JAX_PROCESS_ID, JAX_COORDINATOR_ADDRESS; in an indexed
-  Kubernetes job, the number of processes is enough), Slurm, Open MPI, Cloud TPU. Raises UserError for half a
-  cluster.
+  Sources in order: the arguments (or JAX_NUM_PROCESSES, JAX_PROCESS_ID, JAX_COORDINATOR_ADDRESS; in an indexed
+  Kubernetes job, the number of processes is enough), Slurm, Open MPI, Cloud TPU. Raises UserError if only a part of a
+  cluster is given.
   """
-  number = lambda given, name: given if given is not None else _integer(environ, name)
-  num_processes, process_id = number(num_processes, "JAX_NUM_PROCESSES"), number(process_id, "JAX_PROCESS_ID")
+  given_or_set = lambda given, name: given if given is not None else _integer(environ, name)
+  num_processes = given_or_set(num_processes, "JAX_NUM_PROCESSES")
+  process_id = given_or_set(process_id, "JAX_PROCESS_ID")
   coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
   if num_processes is not None:
     return _explicit(num_processes, process_id, coordinator, environ)
@@ -65,7 +66,7 @@ def find_cluster(
   )
   for find in (_slurm, _open_mpi, _cloud_tpu):
     if cluster := find(environ):
-      if coordinator and cluster.coordinator:  # a host may have a network for this, and a firewall a port
+      if coordinator and cluster.coordinator:  # an explicit address wins: hosts may have several networks, or firewalls
         cluster = dataclasses.replace(cluster, coordinator=coordinator)
       return cluster if cluster.num_processes > 1 else None
   check(coordinator is None, "--coordinator (JAX_COORDINATOR_ADDRESS) is given without --num_processes; give both")
@@ -93,13 +94,13 @@ def _explicit(num_processes, process_id, coordinator, environ) -> Cluster | None
 
 
 def _first_pod(name: str, index: int) -> str | None:
-  """JOB-3.SERVICE.NAMESPACE... -> JOB-0.SERVICE.NAMESPACE...:PORT; pods have names where the job has a subdomain."""
+  """JOB-3.SERVICE.NAMESPACE... -> JOB-0.SERVICE.NAMESPACE...:PORT; pods have names if the job has a subdomain."""
   pod, dot, domain = name.partition(".")
   return f"{pod.removesuffix(str(index))}0.{domain}:8476" if dot and pod.endswith(f"-{index}") else None
 
 
 def _slurm(environ) -> Cluster | None:
-  """A task of an srun step of several."""
+  """The cluster of an srun step of several tasks."""
   need = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
   if not all(name in environ for name in need):
     return None
@@ -107,7 +108,7 @@ def _slurm(environ) -> Cluster | None:
   nodes = environ["SLURM_STEP_NODELIST"]  # node7 | node7,other | node[007-009,12],other
   first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
   host = "127.0.0.1" if one_host else (first[1] + (first[2] or ""))
-  # 8(x2),4 are the tasks on each node.
+  # SLURM_STEP_TASKS_PER_NODE has the tasks of each node, as in 8(x2),4.
   alone = re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
   port = _port(*(environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")))
   return Cluster(
@@ -117,14 +118,14 @@ def _slurm(environ) -> Cluster | None:
 
 
 def _open_mpi(environ) -> Cluster | None:
-  """A process of mpirun."""
+  """The cluster of a process of mpirun."""
   if "OMPI_COMM_WORLD_RANK" not in environ:
     return None
-  size, here = int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
+  size, on_host = int(environ["OMPI_COMM_WORLD_SIZE"]), int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
   job = environ.get("OMPI_MCA_orte_hnp_uri") or environ.get("PMIX_NAMESPACE", "")
-  if size == here:
+  if size == on_host:
     host = "127.0.0.1"
-  else:  # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911", the addresses of mpirun, whose host has rank 0
+  else:  # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911" has the addresses of mpirun, whose host has rank 0
     found = re.search(r"tcp://([^,:]+)|tcp6://(\[[^,\]]+)", job)
     check(
       found or "JAX_COORDINATOR_ADDRESS" in environ,
@@ -133,12 +134,12 @@ def _open_mpi(environ) -> Cluster | None:
     host = (found[1] or found[2] + "]") if found else ""
   return Cluster(
     size, int(environ["OMPI_COMM_WORLD_RANK"]), f"{host}:{_port(job)}",
-    None if here == 1 else _own_gpu(environ, int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])), size == here,
+    None if on_host == 1 else _own_gpu(environ, int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])), size == on_host,
   )  # fmt: skip
 
 
 def _cloud_tpu(environ, chips: Callable[[], bool] | None = None) -> Cluster | None:
-  """A host of a Cloud TPU slice of several hosts, or of several slices; jax finds the others by itself."""
+  """The cluster of a Cloud TPU slice of several hosts, or of several slices; jax finds the other hosts by itself."""
   chips = chips or (lambda: any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*")))
   if environ.get("JAX_PLATFORMS") == "cpu" or not chips():
     return None
@@ -150,17 +151,17 @@ def _cloud_tpu(environ, chips: Callable[[], bool] | None = None) -> Cluster | No
       request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
       hosts = urllib.request.urlopen(request, timeout=3).read().decode()
   count = len((hosts or "").split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
-  return Cluster(count, 0, None)  # jax knows which it is
+  return Cluster(count, 0, None)  # jax finds this process's number
 
 
 def _own_gpu(environ, index: int) -> tuple[int, ...] | None:
-  """Of several processes on a host each takes one GPU, unless the launcher has already shown it no other."""
+  """The one GPU of a process that shares its host with others; None if the launcher has hidden the other GPUs."""
   shown = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
   return None if len(shown) == 1 and shown[0] else (index,)
 
 
 def _port(*words: str) -> int:
-  """A port that all processes of a job agree on and other jobs probably do not use, of [61440, 65536)."""
+  """A port in [61440, 65536) that all processes of a job agree on and other jobs probably do not use."""
   return 61440 + zlib.crc32("/".join(words).encode()) % 4096
 
 
@@ -179,33 +180,33 @@ def _is_loopback(address: str) -> bool:
 
 
 def initialize(cluster: Cluster | None, *, heartbeat: int = HEARTBEAT, timeout: int = START_TIMEOUT) -> None:
-  """Joins the processes of a cluster, before the first use of jax's devices; nothing for a process alone.
+  """Joins the processes of a cluster, before the first use of jax's devices; does nothing for a single process.
 
-  The coordinator listens on the loopback alone where all are on one host; else on all interfaces, or on
-  JAX_COORDINATOR_BIND_ADDRESS: it knows no passwords, so keep its port behind a firewall. Within `timeout`
-  seconds all have joined, or this process ends with code 75 and a sentence (jax would abort it).
-  Raises UserError where the coordinator cannot listen.
+  If all processes are on one host, the coordinator listens on the loopback alone; otherwise on all interfaces, or on
+  JAX_COORDINATOR_BIND_ADDRESS. It knows no passwords, so keep its port behind a firewall. If not all have joined within
+  `timeout` seconds, this process ends with code 75 and a sentence (jax would abort it). Raises UserError if the
+  coordinator cannot listen.
   """
   if cluster is None:
     return
   import jax
 
-  at = cluster.coordinator
-  bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or (at if cluster.one_host else None)
-  if at and cluster.process_id == 0:
-    _check_free(bind or f":{at.rpartition(':')[2]}")
-  given = {} if at is None else dict(
-    coordinator_address=at, num_processes=cluster.num_processes, process_id=cluster.process_id,
+  address = cluster.coordinator
+  bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or (address if cluster.one_host else None)
+  if address and cluster.process_id == 0:
+    _check_free(bind or f":{address.rpartition(':')[2]}")
+  given = {} if address is None else dict(
+    coordinator_address=address, num_processes=cluster.num_processes, process_id=cluster.process_id,
     local_device_ids=cluster.local_devices, cluster_detection_method="deactivate", coordinator_bind_address=bind,
   )  # fmt: skip
   jax.config.update("jax_enable_preemption_service", True)
-  who = f"process {cluster.process_id}" if at else "this process"
+  who = f"process {cluster.process_id}" if address else "this process"
   late = threading.Timer(
     timeout,
     lambda: die(
       WATCHDOG,
-      f"{who} of {cluster.num_processes} waited {timeout} s for the others at {at or 'the coordinator'}; start them"
-      " all, with the same --coordinator, and see that its port is reachable",
+      f"{who} of {cluster.num_processes} waited {timeout} s for the others at {address or 'the coordinator'}; start"
+      " them all, with the same --coordinator, and see that its port is reachable",
     ),
   )
   late.daemon = True
@@ -213,18 +214,18 @@ def initialize(cluster: Cluster | None, *, heartbeat: int = HEARTBEAT, timeout: 
   try:
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=heartbeat, initialization_timeout=timeout + 60)
   except (RuntimeError, ValueError) as e:
-    raise UserError(f"cannot join {cluster.num_processes} processes at {at}: {_first_line(e)}") from e
+    raise UserError(f"cannot join {cluster.num_processes} processes at {address}: {_first_line(e)}") from e
   finally:
     late.cancel()
 
 
 def _check_free(address: str) -> None:
-  """Raises UserError where nothing can listen; jax would crash."""
+  """Raises UserError if nothing can listen at this address; jax would crash."""
   host, _, port = address.rpartition(":")
   host = host.strip("[]")
   try:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
-      s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run of just now left does not matter
+      s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a socket that a run has just closed is no obstacle
       s.bind((host, int(port)))
   except OSError as e:
     raise UserError(
@@ -233,14 +234,14 @@ def _check_free(address: str) -> None:
 
 
 def several() -> bool:
-  """Whether this process trains together with others."""
+  """True if this process trains together with others."""
   import jax
 
   return jax.distributed.is_initialized()
 
 
 def is_main() -> bool:
-  """Whether this is the process that writes metrics and speaks; one alone is."""
+  """True in the process that writes metrics and text; a single process is the main one."""
   import jax
 
   return not several() or jax.process_index() == 0
@@ -250,7 +251,7 @@ def is_main() -> bool:
 
 
 def barrier(name: str) -> None:
-  """Returns once every process has come here; at once in a process alone."""
+  """Returns once every process has called it; at once in a single process."""
   if several():
     from jax.experimental import multihost_utils
 
@@ -259,7 +260,7 @@ def barrier(name: str) -> None:
 
 @contextlib.contextmanager
 def main_first(name: str):
-  """The main process runs the body, then the others do: what it leaves in a cache is made once."""
+  """Lets the main process run the body before the others do, so that a cache which it fills is made only once."""
   if not is_main():
     barrier(name)
   yield
@@ -268,9 +269,9 @@ def main_first(name: str):
 
 
 def from_main(numbers: list[int]) -> list[int]:
-  """The main process's numbers, from 0 to 2^31, on every process: what each might read differently from a disk.
+  """Passes the main process's numbers, from 0 to 2^31, to every process, since each may read a disk differently.
 
-  The last ROOM of them.
+  Only the last ROOM numbers are passed.
   """
   if not several():
     return numbers
@@ -282,7 +283,7 @@ def from_main(numbers: list[int]) -> list[int]:
 
 
 def anywhere(condition: bool) -> bool:
-  """Whether the condition holds on any process; all must ask."""
+  """True if the condition holds on any process; all processes must ask."""
   if not several():
     return condition
   from jax.experimental import multihost_utils
@@ -291,7 +292,7 @@ def anywhere(condition: bool) -> bool:
 
 
 def check_same(**texts: str) -> None:
-  """Raises UserError, on every process, unless all were given the same texts."""
+  """Raises UserError, on every process, unless all processes were given the same texts."""
   if not several():
     return
   from jax.experimental import multihost_utils
@@ -304,9 +305,9 @@ def check_same(**texts: str) -> None:
 
 
 def preempted(step: int) -> bool:
-  """Whether all processes are to stop after this step, because one of them got SIGTERM: the same answer for all.
+  """True if all processes are to stop after this step, because one of them got SIGTERM; all get the same answer.
 
-  Every process must ask after every step, for they agree on a step that none has passed yet.
+  Every process must ask after every step, because they agree on a step that none has passed yet.
   """
   from jax.experimental import multihost_utils
 
@@ -314,15 +315,15 @@ def preempted(step: int) -> bool:
 
 
 def gather(tree):
-  """The whole of every array, as numpy, on the main process (None elsewhere); leaf by leaf. All must call it."""
+  """Gathers every array to numpy on the main process (None elsewhere), leaf by leaf. All processes must call it."""
   import jax
   from jax.experimental import multihost_utils
 
-  def one(x):
-    whole = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(whole) if is_main() else None
+  def gather_leaf(x):
+    value = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(value) if is_main() else None
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(gather_leaf, tree)
 
 
 # ----------------------------------------------------------------------------------------------- the batch
@@ -334,30 +335,30 @@ def local_rows(sharding, shape: tuple[int, int]) -> np.ndarray:
 
 
 def rows_of(indices: Iterable[tuple[slice, ...]], size: int) -> np.ndarray:
-  """The rows of `size` that any of these indices of arrays takes, ascending."""
+  """The rows, of `size` many, that any of these indices of arrays takes, ascending."""
   return np.unique(np.concatenate([np.arange(size)[index[0]] for index in indices]))
 
 
 def place(batch: dict[str, np.ndarray], rows: np.ndarray, sharding, size: int):
-  """The global batch {name: [size, T]} on the mesh, of which `batch` has this process's rows (`local_rows`)."""
+  """Makes the global batch {name: [size, T]} on the mesh, from this process's rows (`local_rows`) in `batch`."""
   import jax
 
-  def one(local):
-    def part(index):
+  def global_array(local):
+    def piece_at(index):
       start, stop, _ = index[0].indices(size)
       first = np.searchsorted(rows, start)
       return local[(slice(first, first + stop - start), *index[1:])]
 
-    return jax.make_array_from_callback((size, *local.shape[1:]), sharding, part)
+    return jax.make_array_from_callback((size, *local.shape[1:]), sharding, piece_at)
 
-  return {name: one(local) for name, local in batch.items()}
+  return {name: global_array(local) for name, local in batch.items()}
 
 
 # ----------------------------------------------------------------------------------------------- endings
 
 
 def die(code: int, message: str = "") -> None:
-  """Ends the process now: no exit handler may wait for another process that waits for this one."""
+  """Ends the process now, without exit handlers, which might wait for another process that waits for this one."""
   if message:
     print(f"llmarch: {message}", file=sys.stderr)
   for stream in (sys.stdout, sys.stderr):
@@ -368,9 +369,9 @@ def die(code: int, message: str = "") -> None:
 
 @contextlib.contextmanager
 def ends_together():
-  """With several processes, an exception in the body ends this process at once, and so, soon, the others.
+  """Ends this process at once on an exception in the body if there are several, and thereby soon the others.
 
-  Otherwise it would wait in jax's barrier at exit, or in the close of a save, for peers that wait for it in a
+  Otherwise it would wait in jax's barrier at exit, or in the close of a save, for processes that wait for it in a
   collective. The exit codes are those of train/faults.py.
   """
   try:

@@ -1,4 +1,4 @@
-"""What can go wrong with a run, and what the process that ends for it says (standard library only).
+"""The ways in which a training process ends, with their exit codes (standard library only).
 
 exit code   the run                                                           --supervise
 0           is done                                                           ends
@@ -22,18 +22,18 @@ FINAL = {0, CONFIG, 78, NUMBERS, INTERRUPTED}
 
 
 class Fault(UserError):
-  """A run that cannot go on; its last good checkpoint is kept."""
+  """Raised by a run that cannot go on; its last good checkpoint is kept."""
 
   exit_code = NUMBERS
 
 
 class StorageFault(Fault):
-  """A checkpoint that could not be written."""
+  """Raised if a checkpoint could not be written."""
 
   exit_code = STORAGE
 
 
 class Preempted(UserError):
-  """A run that was told to stop, and has saved its state."""
+  """Raised by a run that was told to stop, after it has saved its state."""
 
   exit_code = PREEMPTED

@@ -1,7 +1,7 @@
 """The journal of a run: WORKDIR/journal.jsonl, one JSON line for each thing that happened to it.
 
-A line is on the disk when `add` returns, and carries its own checksum (files.py). Standard library only: the
-supervisor, which reads it, has no use for JAX.
+A line is on the disk when `add` returns, and carries its own checksum (files.py). This module needs the standard
+library alone, because the supervisor reads the journal without JAX.
 
 event          fields besides time (seconds since 1970) and pid
 start          step: that the process goes on from; began: when the process did
@@ -21,18 +21,18 @@ from pathlib import Path
 from llmarch.files import append_line, read_lines
 
 NAME = "journal.jsonl"
-BEGAN = time.time()  # of this process, near enough
+BEGAN = time.time()  # start of this process, to within the time of its imports
 
 
 class Journal:
-  """Reads what there is, and appends (writes=False: nothing, in a process that only follows)."""
+  """Reads a run's journal and appends to it; with writes=False, in processes that only follow, `add` does nothing."""
 
   def __init__(self, workdir: str | os.PathLike, *, writes: bool = True):
     self.path, self._writes = Path(workdir) / NAME, writes
     self.events = read_lines(self.path)
 
   def add(self, event: str, **fields) -> dict:
-    """Appends an event. It is durable on return. Raises OSError where it cannot be written."""
+    """Appends an event, which is on the disk on return. Raises OSError if it cannot be written."""
     row = {"event": event, "time": time.time(), "pid": os.getpid(), **fields}
     if self._writes:
       append_line(self.path, row)
@@ -40,7 +40,7 @@ class Journal:
     return row
 
   def saved(self) -> dict[int, dict]:
-    """{step: metrics} of the checkpoints that were finished, and neither quarantined nor taken back."""
+    """{step: metrics} of the checkpoints that were completed, and neither quarantined nor taken back."""
     found = {}
     for row in self.events:
       if row["event"] == "saved":
@@ -52,10 +52,10 @@ class Journal:
     return found
 
   def skips(self) -> list[tuple[int, int]]:
-    """[(step, batches)]: after `step` steps, so many batches of the data are left out. See `batch_index`."""
+    """[(step, batches)]: after `step` steps, this many batches of the data are skipped. See `batch_index`."""
     return [tuple(row["skip"]) for row in self.events if row["event"] == "rollback"]
 
 
 def batch_index(step: int, skips: list[tuple[int, int]]) -> int:
-  """The index of the batch that the run reads after `step` steps."""
+  """The index of the batch that the run reads after `step` steps, given the skips of `Journal.skips`."""
   return step + sum(count for at, count in skips if at <= step)

@@ -1,4 +1,4 @@
-"""The training loop: batches in, metrics, samples and checkpoints out; and what becomes of a run that meets faults."""
+"""The training loop: it reads batches, writes metrics, samples and checkpoints, and handles the faults of a run."""
 
 import collections
 import contextlib
@@ -33,7 +33,7 @@ from llmarch.train.step import TrainStep, make_train_step
 from llmarch.train.watch import Preemption, Watchdog, tidy
 from llmarch.train.workdir import claim_workdir, only_process
 
-IN_A_ROW = 3  # steps whose update is left out, and rollbacks that the run did not get past, that end it
+IN_A_ROW = 3  # the run ends after this many skipped updates in a row, or rollbacks without progress
 
 
 def train(
@@ -51,18 +51,19 @@ def train(
 ) -> dict:
   """Trains from the newest good checkpoint of `workdir`, or from the start, to config.train.steps.
 
-  train_data, eval_data (unused if eval.every is 0): see data.pipeline.Pipeline. sample(params) gives text.
-  flops_per_token: of a train step, per token of it; peak_flops: of all devices together, None if unknown
-  (mfu is then null). tokenizer: kept in the workdir.
-  weights() gives all parameters of the model by name, to start from (train.init_from); None: they are drawn.
-  Returns the last evaluation row ({} if eval.every is 0). Raises UserError for a workdir that belongs to
-  another run or is in use by another process, or a checkpoint of other data; Fault (train/faults.py) for numbers
-  that are not finite and checkpoints that cannot be written or read; Preempted after SIGTERM, with the state saved.
+  train_data and eval_data (unused if eval.every is 0) are as data.pipeline.Pipeline. sample(params) gives text.
+  flops_per_token: FLOPs of a train step for each of its tokens. peak_flops: FLOP/s of all devices together; None if
+  unknown (mfu is then null). tokenizer: a copy of it is kept in the workdir. weights() gives all parameters of the
+  model by name (train.init_from); None: they are drawn. Returns the last evaluation row ({} if eval.every is 0).
+
+  Raises UserError for a workdir that belongs to another run or is in use by another process, or a checkpoint of other
+  data; Fault (train/faults.py) for numbers that are not finite and checkpoints that cannot be written or read;
+  Preempted after SIGTERM, with the state saved.
   """
   functions = make_train_step(config, mesh)
   given = weights() if weights and needs_weights(config, workdir) else None
   if distributed.is_main():
-    claim_workdir(workdir, config, tokenizer)  # after all that may be refused: a mended config may use the folder
+    claim_workdir(workdir, config, tokenizer)  # last among all refusals, since a corrected config may use the folder
   distributed.barrier("claimed")
   with contextlib.ExitStack() as stack:
     stack.enter_context(only_process(workdir))
@@ -72,13 +73,13 @@ def train(
     meter = Meter(c.batch_size * c.seq_len, flops_per_token, peak_flops)
     run = _Run(config, workdir, functions, train_data, eval_data, given, sample, meter, journal, checkpoints)
     stack.callback(run.close)
-    stuck = lambda what, seconds: journal.add("stuck", step=run.step, what=what, seconds=seconds)
+    record_stuck = lambda what, seconds: journal.add("stuck", step=run.step, what=what, seconds=seconds)
     if not distributed.several():
-      tidy(workdir)  # it is ours alone
-    run.watchdog = stack.enter_context(Watchdog(workdir, c.watchdog, on_stuck=stuck))
-    if not distributed.several():  # then jax has the signal
+      tidy(workdir)  # the lock is held, so no other process uses the folder
+    run.watchdog = stack.enter_context(Watchdog(workdir, c.watchdog, on_stuck=record_stuck))
+    if not distributed.several():  # with several processes, jax handles SIGTERM
       run.preemption = stack.enter_context(Preemption())
-    stack.enter_context(distributed.ends_together())  # before the end of a save, where another might be waited for
+    stack.enter_context(distributed.ends_together())  # entered last, so that it acts before the end of a save waits
     try:
       run.restore()
       run.train()
@@ -96,10 +97,10 @@ class Spike(Exception):
 
 @dataclasses.dataclass
 class _Run:
-  """A run in the making: its state after `step` steps, and what it takes to go on from there.
+  """A run in progress: its state after `step` steps, and everything that it needs to go on.
 
-  The numbers of a step are looked at while the next one runs (`pending`), or at once where something is due that
-  must not happen with bad ones. A bad update never enters the state: the step itself leaves it out.
+  The numbers of a step are checked while the next one runs (`pending`), or at once if a save or an evaluation is due,
+  which must not happen with bad numbers. A bad update never enters the state: the step itself leaves it out.
   """
 
   config: RunConfig
@@ -130,7 +131,7 @@ class _Run:
   # ---------------------------------------------------------------------------------------- where it stands
 
   def restore(self, before: int | None = None) -> None:
-    """Takes the newest good checkpoint (of those before a step), or starts anew."""
+    """Restores the newest good checkpoint (of those before the step `before`, if given), or starts anew."""
     found = self.checkpoints.latest_good(without_base(self.functions.abstract_state), before=before, say=self.say)
     if found is None and before is None and self.journal.saved():
       raise Fault(
@@ -140,7 +141,7 @@ class _Run:
     self.start_from(found)
 
   def start_from(self, found: tuple[int, dict, dict] | None) -> None:
-    """Goes on from (step, state, record), or from the beginning."""
+    """Continues from (step, state, record), or from the beginning if `found` is None."""
     given, self.state = self.given, None
     if found:
       self.step, state, record = found
@@ -157,7 +158,7 @@ class _Run:
       self.step, record = 0, {}
       state = self.functions.init() if given is None else self.functions.init(given)
     self.state, self.pending, self.first = state, None, True
-    # Those of the record too, should the journal have lost a line.
+    # The skips in the record count too, in case the journal has lost a line.
     known, lost = self.journal.skips(), [tuple(s) for s in record.get("skips", ())]
     self.skips = known + list((collections.Counter(lost) - collections.Counter(known)).elements())
     self.spikes = Spikes(self.config.train.spike, record.get("losses", ()))
@@ -180,17 +181,17 @@ class _Run:
       self.line.say(text)
 
   def read_batches(self) -> Iterator[dict]:
-    """The batches of the steps from here on, on the devices, without those that were skipped."""
-    at = self.step
+    """Yields the batches of the steps from here on, on the devices, without those that are skipped."""
+    step = self.step
     while True:
-      until = min((s for s, _ in self.skips if s > at), default=math.inf)
-      index = batch_index(at, self.skips)
+      until = min((s for s, _ in self.skips if s > step), default=math.inf)
+      index = batch_index(step, self.skips)
       with contextlib.closing(
         self.train_data.iterate(index) if self.rows is None else self.train_data.iterate(index, self.rows)
       ) as batches:
-        while at < until:
+        while step < until:
           yield self.place(next(batches))
-          at += 1
+          step += 1
 
   def place(self, batch: dict) -> dict:
     if self.rows is None:
@@ -210,11 +211,11 @@ class _Run:
     self.settle()
 
   def advance(self) -> None:
-    """One step, and what is due after it."""
+    """Runs one step, and what is due after it."""
     c, step = self.config.train, self.step + 1
     last = step == c.steps
-    due = lambda every: every and step % every == 0
-    telemetry, replay = bool(due(c.telemetry_every)), due(c.replay_every)
+    is_due = lambda every: every and step % every == 0
+    telemetry, replay = bool(is_due(c.telemetry_every)), is_due(c.replay_every)
     self.watchdog.begin(f"step{' with telemetry' * telemetry}{' and its replay' * bool(replay)}")
     batch = next(self.batches)
     before = jax.tree.map(jnp.copy, self.state) if replay else None
@@ -226,15 +227,15 @@ class _Run:
     self.judge()
     self.pending = step, {name: metrics[name] for name in ("loss", "grad_norm", "finite")}
     self.checkpoints.check()
-    if due(c.log_every) or telemetry or last:
+    if is_due(c.log_every) or telemetry or last:
       self.judge()
       self.log(metrics)
-    if self.config.eval.every and (due(self.config.eval.every) or last):
+    if self.config.eval.every and (is_due(self.config.eval.every) or last):
       self.judge()
       with self.meter.paused():
         self.evaluate()
     stop = distributed.preempted(step) if distributed.several() else self.preemption.asked
-    if due(self.config.checkpoint.every) or last or stop:
+    if is_due(self.config.checkpoint.every) or last or stop:
       with self.meter.paused():
         self.save()
     if stop and not last:
@@ -242,7 +243,7 @@ class _Run:
       raise Preempted(f"told to stop: step {step} is saved in {self.workdir}; start it again to go on")
 
   def judge(self) -> None:
-    """Looks at the numbers of the pending step. Raises Fault if the run cannot go on, Spike if it must go back."""
+    """Checks the numbers of the pending step. Raises Fault if the run cannot continue, Spike if it must go back."""
     if self.pending is None:
       return
     (step, metrics), self.pending = self.pending, None
@@ -308,7 +309,7 @@ class _Run:
   # --------------------------------------------------------------------------------------------- its faults
 
   def settle(self) -> None:
-    """Until the last save is on the disk and in the journal, which is the main process's work."""
+    """Waits until the last save is on the disk and in the journal, which the main process writes."""
     self.watchdog.begin("save", slow=True)
     self.checkpoints.wait()
     distributed.barrier("saved")
@@ -329,10 +330,10 @@ class _Run:
     self.checkpoints.save(self.step, without_base(self.state), meta, known, began=began)
 
   def roll_back(self, step: int, loss: float) -> None:
-    """After a spike: the last good checkpoint before it, without the batches that come next.
+    """Restores the last good checkpoint before a spike, and skips the batches that come next.
 
-    The decision is in the journal before anything is done about it. A process killed after that line finds there
-    that the later checkpoints were taken back (`Checkpoints.latest_good`), and which batches to leave out.
+    The journal has the decision before anything is done about it. If the process is killed after that line, the next
+    one finds there that later checkpoints were taken back (`Checkpoints.latest_good`), and which batches to skip.
     """
     self.watchdog.begin("rollback", slow=True)
     self.checkpoints.wait()
@@ -352,8 +353,10 @@ class _Run:
     self.start_from(found)
 
   def replay(self, before: dict, batch: dict, telemetry: bool) -> None:
-    """Does a step again, from the same state and batch. Raises Fault unless every bit comes out the same, on every
-    device that has a copy of it."""
+    """Repeats a step from the same state and batch.
+
+    Raises Fault unless every bit is the same, on every device that has a copy of it.
+    """
     again, _ = self.functions.step(before, batch, telemetry=telemetry)
     first, second = (jax.device_get(fingerprints(flatten_state(without_base(s)))) for s in (self.state, again))
     differ = [name for name in first if first[name][0] != second[name][0]]
@@ -367,7 +370,7 @@ class _Run:
 
 
 def diverging(arrays: dict) -> list[str]:
-  """The names of arrays of which two devices of this process hold copies that differ."""
+  """Names of the arrays of which two devices of this process hold different copies."""
   found = []
   for name, x in arrays.items():
     copies = collections.defaultdict(list)
@@ -381,19 +384,19 @@ def diverging(arrays: dict) -> list[str]:
 
 
 def validation_metrics(evaluate_step, state: dict, data, batches: int, batch: Callable[[int], dict]) -> dict:
-  """Mean loss over the first `batches` batches of the validation split: the same ones each time."""
+  """The mean loss over the first `batches` batches of the validation split, which are the same each time."""
   sums = [jax.device_get(evaluate_step(state, batch(i))) for i in range(batches)]
   loss = float(sum(s["loss"] for s in sums) / max(sum(s["weight"] for s in sums), 1.0))
   return {"eval/loss": loss, "eval/bits_per_byte": _bits_per_byte(loss, data)}
 
 
 def _bits_per_byte(loss: float, data) -> float:
-  """Nats a token -> bits a byte of text."""
+  """Converts nats per token to bits per byte of text."""
   return loss / math.log(2) / data.bytes_per_token
 
 
 class Meter:
-  """Tokens a second and MFU since the last reading, without pauses and without the compiling first step.
+  """Measures tokens per second and MFU since the last reading, without pauses and the first step, which compiles.
 
   MFU = tokens/s * FLOPs per token of a train step (forward and backward, no recomputation) / peak FLOP/s.
   """

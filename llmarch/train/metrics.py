@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard events and a live line."""
+"""Writers of metrics: metrics.jsonl, TensorBoard events and a live line on the terminal."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from llmarch.files import write_text
 class MetricsWriter:
   """Writes rows {"step": int, name: number or nested dict} to WORKDIR/metrics.jsonl and TensorBoard.
 
-  A resumed run continues the file: rows after `resume_step` are dropped, for those steps come again.
+  A resumed run continues the file: rows after `resume_step` are dropped, because the run repeats those steps.
   """
 
   def __init__(self, workdir: str, resume_step: int):
@@ -41,7 +41,7 @@ class MetricsWriter:
 
 
 def _rows_until(path: Path, step: int) -> list[str]:
-  """The whole lines of a metrics file up to a step; a line that a crash cut off or garbled is dropped."""
+  """The complete lines of a metrics file up to a step; a line that a crash cut off or garbled is dropped."""
   kept = []
   for line in path.read_text(errors="replace").splitlines():
     try:
@@ -53,7 +53,7 @@ def _rows_until(path: Path, step: int) -> list[str]:
 
 
 def _flat(row: dict, prefix: str = ""):
-  """('telemetry/residual_rms/3', value) for every number in a nested row."""
+  """Yields ('telemetry/residual_rms/3', value) for every number in a nested row."""
   for name, value in row.items():
     if isinstance(value, dict):
       yield from _flat(value, f"{prefix}{name}/")
@@ -64,7 +64,7 @@ def _flat(row: dict, prefix: str = ""):
 
 
 class LiveLine:
-  """One line on a terminal that is rewritten, with the time left; plain lines where there is no terminal."""
+  """A line on a terminal that is rewritten, with the time left; plain lines if there is no terminal."""
 
   def __init__(self, steps: int, start: int):
     self.steps, self.start, self.began = steps, start, time.monotonic()
@@ -82,7 +82,7 @@ class LiveLine:
     self._print(text, "" if self.live and row["step"] < self.steps else "\n")
 
   def say(self, text: str) -> None:
-    """A line that stays."""
+    """Prints a line that stays."""
     self._print(text, "\n")
 
   def _print(self, text: str, end: str) -> None:
@@ -91,6 +91,7 @@ class LiveLine:
 
 
 def clock(seconds: float) -> str:
+  """Formats a duration in seconds for people."""
   minutes, seconds = divmod(math.ceil(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""Optimizers and schedules: configs to optax. Parameters are a flat dict {name: array} here."""
+"""Optimizers and schedules: configs turned into optax. Parameters are a flat dict {name: array} here."""
 
 import jax.numpy as jnp
 import optax
@@ -23,10 +23,10 @@ from llmarch.run_config import (
 
 
 def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
-  """The learning rate of step 0 .. steps-1: linear warm-up, then the config's curve.
+  """The learning rate of steps 0 .. steps-1: a linear warm-up, then the config's curve.
 
-  Warm-up reaches the peak at step `warmup` and starts above zero: step 0 is not wasted.
-  Raises UserError where warm-up and decay do not fit into the steps.
+  Warm-up reaches the peak at step `warmup` and starts above zero, so that step 0 is not wasted. Raises UserError if
+  warm-up and decay do not fit into the steps.
   """
   warmup, decay = config.warmup, getattr(config, "decay", 0)
   check(
@@ -56,9 +56,9 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> optax.Sche
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: dict[str, nnx.Param]) -> optax.GradientTransformation:
-  """clip -> the algorithm's direction -> decoupled weight decay -> learning rate.
+  """Chains clipping, the algorithm's direction, decoupled weight decay and the learning rate.
 
-  params: the model's parameters by name (abstract ones will do), whose metadata says what decays and which
+  params are the model's parameters by name (abstract ones suffice); their metadata says which of them decay and which
   dimensions a matrix sums over.
   """
   direction = _direction(config.algorithm, params)
@@ -81,7 +81,7 @@ def _direction(config, params) -> optax.GradientTransformation:
     case SGD():
       return optax.trace(config.momentum) if config.momentum else optax.identity()
     case Adafactor():
-      # 1804.04235 without its own step sizes: the learning rate and its schedule are ours.
+      # Adafactor (1804.04235) is used without its own step sizes: the learning rate and its schedule are ours.
       return optax.chain(
         optax.scale_by_factored_rms(
           decay_rate=config.decay_rate, min_dim_size_to_factor=config.min_dim_size_to_factor
@@ -91,7 +91,7 @@ def _direction(config, params) -> optax.GradientTransformation:
     case Muon():
       dims = {name: _muon_dims(name, p) for name, p in params.items()}
       return contrib.muon(
-        learning_rate=-1.0,  # the sign that scale_by_learning_rate will turn again
+        learning_rate=-1.0,  # negative, because scale_by_learning_rate flips the sign again
         ns_steps=config.ns_steps,
         beta=config.beta,
         adam_b1=config.adam_b1,
@@ -102,10 +102,10 @@ def _direction(config, params) -> optax.GradientTransformation:
 
 
 def _muon_dims(name: str, p: nnx.Param) -> contrib.MuonDimensionNumbers | None:
-  """Which dimensions form the matrix; stacked layers and experts are a batch. None: Adam's share."""
+  """The dimensions that form the matrix; those of stacked layers and experts are a batch. None: Adam trains it."""
   if not p.fan_in or not name.startswith("stack/segments"):
     return None
   offset = len(p.shape) - len(p.axes)
   summed = tuple(offset + i for i, axis in enumerate(p.axes) if axis in p.fan_in)
-  others = tuple(offset + i for i, axis in enumerate(p.axes) if axis not in (*p.fan_in, "experts"))
-  return contrib.MuonDimensionNumbers(summed, others)
+  output_dims = tuple(offset + i for i, axis in enumerate(p.axes) if axis not in (*p.fan_in, "experts"))
+  return contrib.MuonDimensionNumbers(summed, output_dims)

@@ -1,4 +1,4 @@
-"""Losses that leap: what counts as one. What is done about it is the loop's."""
+"""The test for a loss that leaps; the training loop decides what to do about one."""
 
 import math
 import statistics
@@ -8,15 +8,14 @@ from llmarch.run_config import SpikeConfig
 
 
 class Spikes:
-  """Tells a loss far above the last ones. Its memory is `losses`, which a checkpoint keeps: a resumed run decides
-  as an uninterrupted one."""
+  """Detects a loss far above the last ones. A checkpoint keeps `losses`, so that a resumed run decides the same."""
 
   def __init__(self, config: SpikeConfig | None, losses=()):
     self._config = config
     self.losses = deque(losses, maxlen=config.window if config else 0)
 
   def leaps(self, loss: float) -> bool:
-    """Whether this loss is a spike; if it is none, it joins the window. Never before the window is full."""
+    """True if this loss is a spike, and never before the window is full; a loss that is none joins the window."""
     if self._config is None or not math.isfinite(loss):
       return False
     if len(self.losses) == self._config.window:

@@ -1,8 +1,9 @@
-"""The train step: a pure jitted function closed over a config and a mesh.
+"""The train step: a pure jitted function made for one config and one mesh.
 
-A train state is a plain dict {"params", "opt_state", "step"} (and "ema"): parameters by name, the optax
-state, the number of steps done. With adapters (train.lora), params are those alone, and "base" has all else, frozen;
-it is not saved, for init makes it again of the same weights. A batch is a dict of [B, T] arrays; see data/pipeline.py.
+A train state is a plain dict {"params", "opt_state", "step"} (and "ema"): the parameters by name, the optax state,
+and the number of steps done. With adapters (train.lora), "params" has the adapters alone, and "base" has the frozen
+rest, which is not saved, because `init` makes it again from the same weights. A batch is a dict of [B, T] arrays; see
+data/pipeline.py.
 """
 
 import dataclasses
@@ -36,12 +37,12 @@ LAYOUT = sharding.TRAIN
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-  """What `make_train_step` returns. All functions are jitted; `step` donates its state."""
+  """The functions that `make_train_step` returns. All are jitted; `step` donates its state."""
 
-  init: Callable[..., dict]  # (params=None) -> state; params: all of the model's by name, drawn if not given
+  init: Callable[..., dict]  # (params=None) -> state; params: the whole model's by name, drawn if not given
   step: Callable[..., tuple[dict, dict]]  # (state, batch, *, telemetry=False) -> state, metrics
   evaluate: Callable[[dict, dict], dict]  # (state, batch) -> {"loss", "weight"} sums
-  export: Callable[[dict], dict]  # state -> all parameters of the model, averaged and merged, to sample from
+  export: Callable[[dict], dict]  # state -> all parameters of the model, averaged and merged, for sampling
   abstract_state: dict  # shapes, dtypes and shardings, for restoring
   batch_sharding: Any  # for jax.device_put of a batch; None on one device
 
@@ -244,10 +245,10 @@ class _Program:
 
 
 def _dealt(x: jax.Array, ring: int) -> jax.Array:
-  """The tokens of rows [B, T] in the order in which each device of a ring has as many causal pairs as any other.
+  """Reorders the tokens of rows [B, T] so that each device of a ring has the same number of causal pairs.
 
   Of 2 `ring` pieces, device i gets the i-th from the start and the i-th from the end (2407.21783, section 3.3.2).
-  Positions travel along, and nothing else says where a token stands.
+  Positions move along with the tokens, and nothing else says where a token stands.
   """
   if ring == 1:
     return x
@@ -256,25 +257,27 @@ def _dealt(x: jax.Array, ring: int) -> jax.Array:
 
 
 def _in_order(model: ModelConfig) -> bool:
-  """Whether a token's place in its row matters beside its position: some part draws, recurs, or takes the first."""
+  """True if the order of a row's tokens matters besides their positions: a branch draws, recurs, or takes the first."""
   blocks = model.blocks.values()
   branches = [branch for block in blocks for branch in block.branches.values()]
   return any(part.dropout for part in (model.embed, *blocks)) or any(branch.in_order for branch in branches)
 
 
 def eval_params(state: dict) -> dict:
-  """The trained parameters to evaluate, sample from and export: the moving average where there is one."""
+  """The trained parameters to evaluate, sample from and export: the moving average if there is one."""
   return state.get("ema", state["params"])
 
 
 def _where(sound: jax.Array, new, old):
-  """The new floats if the update is sound, else the old ones; counters go on, as the step does."""
+  """Selects the new floats if the update is sound, else the old ones; integers are always new, as the step is."""
   return jax.tree.map(lambda n, o: jnp.where(sound, n, o) if jnp.issubdtype(n.dtype, jnp.inexact) else n, new, old)
 
 
 def _finite(tree) -> jax.Array:
-  """Whether all numbers are finite. (A maximum keeps a NaN, and on a CPU runs at the speed of memory;
-  `isfinite(x).all()` at a third of it.)"""
+  """True if all numbers are finite.
+
+  A maximum keeps a NaN, and on a CPU it runs at the speed of memory, `isfinite(x).all()` at a third of it.
+  """
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
   return jnp.stack([jnp.max(jnp.abs(x)) < jnp.inf for x in floats]).all()
 
@@ -284,15 +287,15 @@ def _f32(tree):
 
 
 def _state_shardings(shapes: dict, named: dict, mesh: Mesh):
-  """A parameter's sharding for it and for every moment of its name and shape; all else is replicated."""
+  """Gives a parameter, and each moment of its name and shape, that parameter's sharding; all else is replicated."""
   params = {
     name: NamedSharding(mesh, sharding.spec(p.axes, p.shape, LAYOUT, mesh)) for name, p in named.items()
   }
 
-  def one(path, leaf):
+  def sharding_of(path, leaf):
     name = next((k.key for k in reversed(path) if getattr(k, "key", None) in params), None)
     if name is not None and leaf.shape == tuple(named[name].shape):
       return params[name]
     return NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-  return jax.tree_util.tree_map_with_path(one, shapes)
+  return jax.tree_util.tree_map_with_path(sharding_of, shapes)

@@ -1,4 +1,4 @@
-"""A supervisor that starts a run again when it dies, and an account of where the time went (standard library only)."""
+"""A supervisor that restarts a run when it dies, and an account of where its time went (standard library only)."""
 
 import contextlib
 import json
@@ -14,16 +14,16 @@ from llmarch.process import dies_with
 from llmarch.train.faults import FINAL
 from llmarch.train.journal import NAME, Journal
 
-FIRST, LONGEST = 1.0, 60.0  # seconds between a death and the next start: they double without a new step
-DEATHS = 3  # in a row, without a new step on disk
+FIRST, LONGEST = 1.0, 60.0  # seconds between a death and the next start; they double as long as no new step is saved
+DEATHS = 3  # deaths in a row, without a new step on disk, after which the supervisor gives up
 
 
 def supervise(command: list[str], workdir: str) -> int:
   """Runs the command, which trains in `workdir`, until it is done or cannot go on; returns its last exit code.
 
-  The table of train/faults.py says after which codes it is started again. SIGTERM and SIGINT are handed on, and
-  end it. The child is a group of its own that dies with this process, and of which nothing is left over when it
-  ends. The account goes to stderr and to WORKDIR/goodput.json.
+  The table of train/faults.py says after which codes it is restarted. SIGTERM and SIGINT are passed on to the command,
+  and end the supervision. The child is a process group of its own that dies with this process, and of which nothing is
+  left when it ends. The account goes to stderr and to WORKDIR/goodput.json.
   """
   asked, child = False, None
 
@@ -38,12 +38,12 @@ def supervise(command: list[str], workdir: str) -> int:
   try:
     while True:
       child = subprocess.Popen(command, start_new_session=True, preexec_fn=dies_with(os.getpid()))
-      if asked:  # in between
+      if asked:  # the signal came between two children
         child.send_signal(signal.SIGTERM)
       code = child.wait()
       with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-      if (Path(workdir) / "config.json").exists():  # else it was refused, and the folder is not ours
+      if (Path(workdir) / "config.json").exists():  # otherwise the run was refused, and the folder is not its own
         Journal(workdir).add("death", child=child.pid, code=code)
       if code in FINAL or asked:
         break
@@ -79,15 +79,15 @@ def _say(text: str) -> None:
 
 
 def goodput(events: list[dict]) -> dict:
-  """Where the seconds of a journal went: -> {"wall", "productive", "stall", "lost", "restart", "goodput", ...}.
+  """Accounts for the seconds of a journal -> {"wall", "productive", "stall", "lost", "restart", "goodput", ...}.
 
-  productive: steps whose results are in the run (and evaluations). stall: training stood still for a save. lost:
-  work that a death or a rollback undid. restart: from each start to its first step, and from a death to the next
-  start. They add up to wall; goodput = productive / wall.
+  productive: steps whose results are in the run, and evaluations. stall: pauses of training for a save. lost: work that
+  a death or a rollback undid. restart: from each start to its first step, and from a death to the next start. These
+  four add up to wall; goodput = productive / wall.
   """
   out = dict.fromkeys(("productive", "stall", "lost", "restart"), 0.0)
-  pieces = []  # (step, productive seconds), which a rollback may still take back
-  first = mark = None  # the time before which every second has its account
+  pieces = []  # (step, productive seconds), which a rollback may still turn into lost ones
+  first = mark = None  # every second before `mark` is in the account
   working = False
 
   def account(kind: str, until: float) -> None:
@@ -99,7 +99,7 @@ def goodput(events: list[dict]) -> dict:
     kind, now = row["event"], row["time"]
     if kind == "start":
       first, mark = (row["began"], row["began"]) if mark is None else (first, mark)
-      if working:  # the one before died without a word
+      if working:  # the process before this one died without a line in the journal
         account("lost", row["began"])
         working = False
     elif mark is None:
@@ -131,6 +131,7 @@ def goodput(events: list[dict]) -> dict:
 
 
 def describe(account: dict) -> str:
+  """The account of `goodput` in words, for people."""
   parts = ", ".join(f"{name} {account[name]:.1f} s" for name in ("productive", "stall", "lost", "restart"))
   return (
     f"goodput {account['goodput']:.1%} of {account['wall']:.1f} s over {account['starts']} starts and"

@@ -1,4 +1,4 @@
-"""What watches a run from its side: a watchdog for steps that are stuck, and the wish of others that it stop."""
+"""A watchdog that ends a stuck process, and the handler of SIGTERM."""
 
 import contextlib
 import faulthandler
@@ -14,18 +14,19 @@ from pathlib import Path
 
 from llmarch.train.faults import PREEMPTED, WATCHDOG
 
-FLOOR, MEDIANS = 60.0, 20  # a step may take so many seconds, or so many times the median of the last ones
-SLOW = 1800.0  # seconds for what compiles, reads or writes much
-LATER = 3.0  # after the limit, when the interpreter itself is stuck and no thread of its own can say so
-GRACE = 25.0  # seconds from SIGTERM to the end, whatever is not saved then; schedulers wait 30 before they kill
+FLOOR, MEDIANS = 60.0, 20  # a step may take this many seconds, or this many times the median of the last ones
+SLOW = 1800.0  # seconds that work may take which compiles, reads or writes much
+LATER = 3.0  # seconds after the limit at which a C thread ends a process whose interpreter is itself stuck
+GRACE = 25.0  # seconds from SIGTERM to the end, saved or not; schedulers wait 30 before they kill
 
 
 class Watchdog:
   """Ends the process, with the stacks of all its threads in WORKDIR/stacks-PID.txt, when it is stuck.
 
-  `begin(what)` at every change of work starts the clock anew. A kind of work that was done before may take `limit`
-  seconds (None: what MEDIANS and FLOOR say of the steps), the first of a kind and slow work SLOW. Exit code 75; a
-  thread without the GIL comes LATER for an interpreter that does not let go of it, with exit code 1.
+  `begin(what)` restarts the clock at every change of work. Work of a kind that was done before may take `limit` seconds
+  (None: computed from the steps' times with MEDIANS and FLOOR); the first of its kind, and slow work, may take SLOW.
+  The exit code is 75. If the GIL is held, faulthandler's C thread ends the process LATER seconds after the limit, with
+  exit code 1.
   """
 
   def __init__(self, workdir: str, limit: float | None, *, on_stuck: Callable[[str, float], None] = lambda *_: None):
@@ -35,7 +36,7 @@ class Watchdog:
     self._over = threading.Event()
 
   def __enter__(self):
-    self._file = open(self._path, "w")  # beforehand: a full disk or too many files must not stand in the way
+    self._file = open(self._path, "w")  # opened now, because the disk or the file table may be full later
     threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
     self.begin("start", slow=True)
     return self
@@ -54,14 +55,14 @@ class Watchdog:
     return max(FLOOR, MEDIANS * statistics.median(self._times)) if self._times else SLOW
 
   def begin(self, what: str, *, slow: bool = False) -> None:
-    """The process now does `what`; the time of "step"s is what the limit is measured by."""
+    """Notes that the process now does `what`; the limit is computed from the durations of "step"."""
     now = time.monotonic()
     if self._what == what == "step":
       self._times.append(now - self._began)
     limit = self.limit
     allowed = max(limit, SLOW) if slow or what not in self._seen else limit
     self._seen.add(what)
-    late = allowed != self._allowed or now - self._armed > 1.0  # arming starts a thread: once a second is enough
+    late = allowed != self._allowed or now - self._armed > 1.0  # arming starts a thread, so once a second is enough
     self._what, self._began, self._allowed = what, now, allowed
     if late:
       self._armed = now
@@ -84,16 +85,16 @@ class Watchdog:
 
 
 def tidy(workdir: str) -> None:
-  """Removes the empty files of stacks that killed processes left in a workdir that is ours alone."""
+  """Removes the empty stack files that killed processes left in a workdir, which this process alone must hold."""
   for path in Path(workdir).glob("stacks-*.txt"):
     if path.stat().st_size == 0:
       path.unlink()
 
 
 class Preemption:
-  """Notes SIGTERM. The first asks for a save and an end, a second, or GRACE seconds, end the process at once.
+  """Notes SIGTERM. The first asks for a save and an end; a second one, or GRACE seconds, end the process at once.
 
-  In the main thread of a process alone; with several, `distributed.preempted` knows of all.
+  It works in the main thread of a single process; with several processes, `distributed.preempted` tells all of them.
   """
 
   def __init__(self):

@@ -1,5 +1,7 @@
-"""The folder of a run: config.json (the run's identity), tokenizer.json, metrics.jsonl, TensorBoard events,
-journal.jsonl, checkpoints/STEP, quarantine/ for what was damaged or taken back, and stacks-PID.txt of a stuck process.
+"""The folder of a run.
+
+It holds config.json (the run's identity), tokenizer.json, metrics.jsonl, TensorBoard events, journal.jsonl,
+checkpoints/STEP, quarantine/ for checkpoints that were damaged or taken back, and stacks-PID.txt of a stuck process.
 """
 
 import contextlib
@@ -13,17 +15,17 @@ from llmarch.files import or_refuse, write_text
 from llmarch.run_config import RunConfig
 from llmarch.train.distributed import is_main
 
-# Where a run computes and caches, and what watches it, is not what it computes.
+# These keys may differ on resume: they change where and how a run executes, not its numbers.
 NOT_IDENTITY = {
   ("mesh",), ("data", "cache_dir"), ("data", "prefetch"), ("train", "watchdog"), ("train", "replay_every"),
 }  # fmt: skip
 
-TEMPORARY = ".config.json."  # what a process leaves that was killed while it claimed the folder
-LOGS = "logs"  # where `llmarch launch` and Slurm put what the processes say
+TEMPORARY = ".config.json."  # prefix of a file that a process leaves if it is killed while it claims the folder
+LOGS = "logs"  # folder in which `llmarch launch` and Slurm put the output of the processes
 
 
 def check_workdir(workdir: str, config: RunConfig) -> bool:
-  """Whether `workdir` holds a run of this config; False if it is new or empty. Nothing is written.
+  """True if `workdir` holds a run of this config; False if it is new or empty. Nothing is written.
 
   Raises UserError if the folder holds another config (the keys that differ are named) or files that are no run.
   """
@@ -41,18 +43,18 @@ def check_workdir(workdir: str, config: RunConfig) -> bool:
 
 
 def _complete(data: dict) -> dict:
-  """A stored config with the defaults of keys that are newer than it."""
+  """Completes a stored config with the defaults of keys that are newer than it."""
   try:
     return to_dict(build(RunConfig, data))
-  except UserError:  # a key that is gone: `differences` will name it
+  except UserError:  # the config has a key that no longer exists, which `differences` will name
     return data
 
 
 def claim_workdir(workdir: str, config: RunConfig, tokenizer=None) -> None:
-  """Makes `workdir` this config's: writes config.json, and the tokenizer, into a new or empty folder.
+  """Claims `workdir` for this config: writes config.json, and the tokenizer, into a new or empty folder.
 
-  The run keeps its tokenizer, for the file that data.tokenizer names may change or stay behind. Raises UserError
-  as `check_workdir` does, and where the folder cannot be written.
+  The run keeps its tokenizer, because the file that data.tokenizer names may change or be missing later. Raises
+  UserError as `check_workdir` does, and if the folder cannot be written.
   """
   path = Path(workdir) / "config.json"
   with or_refuse(f"--workdir: cannot write {path}", "give a folder that can be written"):
@@ -66,9 +68,9 @@ def claim_workdir(workdir: str, config: RunConfig, tokenizer=None) -> None:
 def only_process(workdir: str):
   """Holds a claimed workdir: a second process that trains in it would mix its rows and checkpoints with ours.
 
-  Raises UserError if another holds it, naming that process and its host.
+  Raises UserError if another process holds it, and names that process and its host.
   """
-  if not is_main():  # one for all hosts of a run
+  if not is_main():  # the main process holds it for all hosts of a run
     yield
     return
   path = Path(workdir) / "lock"
