@@ -1,8 +1,8 @@
-"""Low-rank adapters as a filter of parameters (LoRA 2106.09685; QLoRA 2305.14314).
+"""Low-rank adapters of parameters (LoRA 2106.09685; QLoRA 2305.14314).
 
-The matrices W of the blocks that the patterns name become W + alpha/rank A B. W and all other parameters are
-frozen, the matrices of the blocks in a quantised format if asked; A and B are the only parameters that an
-optimizer sees. Parameters are flat dicts {name: array} here.
+The patterns name matrices W of the blocks, which become W + alpha/rank A B. W and all other parameters are frozen, and
+the matrices of the blocks are quantised if a format is given. The optimizer sees only A and B. Parameters are flat
+dicts {name: array} here.
 """
 
 import fnmatch
@@ -23,14 +23,14 @@ from llmarch.ops.lora import Adapted
 from llmarch.run_config import LoRAConfig
 
 A, B = "lora_a", "lora_b"
-RANK = "adapter"  # the axis between them
+RANK = "adapter"  # name of the axis between A and B
 
 
 class Adapters:
   """The adapters of a config for a model. Raises UserError for a pattern that names no matrix.
 
-  params: {"stack/segments/0/blocks/0/mixer/q/lora_a": abstract Param, ...}. A [*summed, rank] is normal with
-  variance 1 / fan-in, B [rank, *others] zero, so that nothing changes at first; both are f32.
+  params: {"stack/segments/0/blocks/0/mixer/q/lora_a": abstract Param, ...}. A [*summed, rank] is drawn with variance
+  1 / fan-in, and B [rank, *others] is zero, so that the model is unchanged at first; both are f32.
   """
 
   def __init__(self, config: LoRAConfig, model: ModelConfig):
@@ -42,35 +42,35 @@ class Adapters:
     self.params = {}
     for name in self.targets:
       p = self._named[name]
-      summed, others = _sides(p)
+      summed, unsummed = _sides(p)
       layers = p.shape[: len(p.shape) - len(p.axes)]
       self.params[f"{name}/{A}"] = _param(layers, [*summed, (RANK, config.rank)], fan_in=[n for n, _ in summed])
-      self.params[f"{name}/{B}"] = _param(layers, [(RANK, config.rank), *others], fan_in=[RANK])
+      self.params[f"{name}/{B}"] = _param(layers, [(RANK, config.rank), *unsummed], fan_in=[RANK])
 
   @property
   def size(self) -> int:
-    """Trained parameters."""
+    """Number of trained parameters."""
     return sum(math.prod(p.shape) for p in self.params.values())
 
   @property
   def frozen_bytes(self) -> int:
-    """Of all parameters of the model, as `freeze` keeps them."""
+    """Bytes of all parameters of the model, in the form in which `freeze` keeps them."""
     return quant.nbytes(jax.eval_shape(self.freeze, {name: p.get_value() for name, p in self._named.items()}))
 
   def draw(self, key: jax.Array) -> dict[str, jax.Array]:
-    """Adapters that leave the model as it is."""
+    """Draws adapters that leave the model as it is."""
 
-    def one(name, p):
+    def draw_factor(name, p):
       if name.endswith(B):
         return jnp.zeros(p.shape, jnp.float32)
       fan_in = math.prod(size for axis, size in zip(p.axes, p.sizes, strict=True) if axis in p.fan_in)
       draw = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), p.shape)
       return draw / math.sqrt(fan_in)
 
-    return {name: one(name, p) for name, p in self.params.items()}
+    return {name: draw_factor(name, p) for name, p in self.params.items()}
 
   def freeze(self, params: dict) -> dict:
-    """All parameters of the model as they are kept in training: matrices of the blocks in config.weights."""
+    """All parameters of the model as training keeps them, with the blocks' matrices in the format config.weights."""
     return params | {name: self._quantize(name, params[name]) for name in self._matrices if self.config.weights}
 
   def _quantize(self, name: str, value: jax.Array) -> quant.QTensor:
@@ -82,33 +82,33 @@ class Adapters:
       raise UserError(f"train.lora.weights={self.config.weights}: {name}: {e}") from None
 
   def attach(self, base: dict, params: dict) -> dict:
-    """The model's parameters for a forward: what `freeze` gave, each target with its adapter."""
-    adapted = lambda name: Adapted(base[name], params[f"{name}/{A}"], params[f"{name}/{B}"], self.scale)
-    return base | {name: adapted(name) for name in self.targets}
+    """The parameters for a forward pass: the base that `freeze` gave, and for each target its adapter beside it."""
+    adapt = lambda name: Adapted(base[name], params[f"{name}/{A}"], params[f"{name}/{B}"], self.scale)
+    return base | {name: adapt(name) for name in self.targets}
 
   def merge(self, base: dict, params: dict) -> dict[str, jax.Array]:
-    """Plain parameters W + alpha/rank A B, each in the dtype of the model's; sums are in f32."""
+    """Plain parameters W + alpha/rank A B, each in the dtype of the model's parameter; the sum is in f32."""
 
-    def one(name, p):
+    def merge_matrix(name, p):
       value = base[name]
       if name in self.targets:
         value = value.astype(jnp.float32) + self.scale * product(params[f"{name}/{A}"], params[f"{name}/{B}"], p)
       return value.astype(p.dtype)
 
-    return {name: one(name, p) for name, p in self._named.items()}
+    return {name: merge_matrix(name, p) for name, p in self._named.items()}
 
 
 def product(a: jax.Array, b: jax.Array, p: nnx.Param) -> jax.Array:
-  """A B in the shape of the (abstract) parameter that they adapt."""
+  """The product A B in the shape of the (abstract) parameter p that it adapts."""
   letters = dict(zip(p.axes, string.ascii_lowercase))
-  of = lambda side: "".join(letters[axis] for axis, _ in side)
-  summed, others = map(of, _sides(p))
-  equation = f"...{summed}Z,...Z{others}->...{''.join(letters[axis] for axis in p.axes)}"
+  letters_of = lambda side: "".join(letters[axis] for axis, _ in side)
+  summed, unsummed = map(letters_of, _sides(p))
+  equation = f"...{summed}Z,...Z{unsummed}->...{''.join(letters[axis] for axis in p.axes)}"
   return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _is_matrix(name: str, p: nnx.Param) -> bool:
-  """A matrix of the blocks that every token meets: none of experts, nor the gates that choose or weigh them."""
+  """True for matrices of the blocks that every token meets: not experts', nor gates that choose or weigh experts."""
   return name.startswith("stack/segments") and bool(p.fan_in) and not {"experts", "router", "one"} & set(p.axes)
 
 
@@ -121,7 +121,7 @@ def _matching(patterns: tuple[str, ...], matrices: list[str]) -> list[str]:
 
 
 def _sides(p: nnx.Param) -> tuple[list, list]:
-  """The (axis, size)s that a matmul with a matrix sums over, and the others."""
+  """The (axis, size) pairs that a matmul with this matrix sums over, and the remaining pairs."""
   dims = list(zip(p.axes, p.sizes, strict=True))
   return [d for d in dims if d[0] in p.fan_in], [d for d in dims if d[0] not in p.fan_in]
 

@@ -1,7 +1,7 @@
-"""More query heads than a model has, so that a mesh divides them: PaLM 540B's 48 as 64 (2211.05102, section 4).
+"""Additional query heads, so that a mesh divides their number: PaLM 540B's 48 become 64 (2211.05102, section 4).
 
-Heads are added to each group that shares a key-value head; where every head has its own, key-value heads are
-added too. An added head's output matrix is zero, so that it changes no logit.
+Heads are added to each group that shares a key-value head; if every head has its own, key-value heads are added too.
+The output matrix of an added head is zero, so that it changes no logit.
 """
 
 import dataclasses
@@ -20,8 +20,10 @@ from llmarch.models.decoder import Decoder, abstract, unstack
 
 
 def pad_heads(config: ModelConfig, multiple: int) -> ModelConfig:
-  """The config with every num_heads the next possible multiple of `multiple`. Raises UserError where heads know
-  their number (ALiBi's slopes) or are normalised all at once."""
+  """Raises every num_heads of a config to the next possible multiple of `multiple`.
+
+  Raises UserError if heads know their number (ALiBi's slopes) or are normalised all at once.
+  """
 
   def padded(name, mixer):
     wanted = mixer.with_fields(num_heads=mixer.heads, num_kv_heads=mixer.kv_heads) is not None
@@ -43,17 +45,17 @@ def pad_heads(config: ModelConfig, multiple: int) -> ModelConfig:
 
 
 def pad_params(params: nnx.State, config: ModelConfig, padded: ModelConfig) -> nnx.State:
-  """The parameters of `config`, stacked or not, as those of `padded = pad_heads(config, ...)`; what is new is 0."""
+  """Turns parameters of `config`, stacked or not, into those of `padded = pad_heads(config, ...)`, by adding zeros."""
   target = nnx.state(abstract(padded))
-  ranks = lambda params: {name: value.ndim for name, value in flatten(params).items()}
-  if ranks(params) != ranks(target):
+  ranks_of = lambda params: {name: value.ndim for name, value in flatten(params).items()}
+  if ranks_of(params) != ranks_of(target):
     target = nnx.state(nnx.eval_shape(lambda: unstack(Decoder(padded, jax.random.key(0)))))
   flat, named = flatten(params), flatten(target, variables=True)
   return unflatten(target, {path: _grow(flat[path], p, block_of(path, config)) for path, p in named.items()})
 
 
 def block_of(path: str, config: ModelConfig):
-  """The config of the block that a parameter belongs to; None above the blocks."""
+  """The config of the block that a parameter belongs to; None for parameters outside of the blocks."""
   match path.split("/"):
     case ["stack", "segments", segment, "blocks", i, *_]:
       pattern = config.segments[int(segment)][0]
@@ -64,12 +66,12 @@ def block_of(path: str, config: ModelConfig):
 
 
 def _grow(value, param: nnx.Param, block):
-  """A parameter of the unpadded model with zeros where `param`, its shape in the padded one, has more heads."""
+  """Fills a parameter of the unpadded model up with zeros, to the heads of `param`, its shape in the padded model."""
   want = param.get_value().shape
   if value.shape == want:
     return value
   K = block.mixer.kv_heads
-  groups = 1 if K == block.mixer.num_heads else K  # with a key-value head each, heads are one group that grows
+  groups = 1 if K == block.mixer.num_heads else K  # if each head has its own key-value head, all heads are one group
   for dim, (have, size) in enumerate(zip(value.shape, want, strict=True)):
     if have != size:
       apart = value.reshape(*value.shape[:dim], groups, have // groups, *value.shape[dim + 1 :])

@@ -1,8 +1,10 @@
-"""Fewer key-value heads than a model was trained with: MHA to GQA or MQA, before a little more training.
+"""Fewer key-value heads than a model was trained with: multi-head to grouped-query or multi-query attention.
 
-"GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints" (2305.13245, section 2.1):
-neighbouring heads become one. The paper found their mean better than the first of them, and that better than new
-heads.  K key-value heads, G of them to a new one, H head dim.
+"GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints" (2305.13245, section 2.1) merges
+neighbouring heads, then trains a little more. It found the mean of the heads better than the first of them, and the
+first better than new heads.
+
+K key-value heads, G of which become one, H head dim.
 """
 
 import dataclasses
@@ -24,10 +26,10 @@ HOW = ("mean", "first", "random")
 
 
 def regroup_config(config: ModelConfig, num_kv_heads: int, blocks: Collection[str] = ()) -> ModelConfig:
-  """The config with `num_kv_heads` key-value heads in the named blocks (none: in all that have such heads).
+  """Sets `num_kv_heads` key-value heads in the named blocks of a config (none named: in all that have such heads).
 
-  Raises UserError for a block that is not there, that has no key-value heads, or whose heads do not fall into
-  groups of one size.
+  Raises UserError for a block that does not exist, that has no key-value heads, or whose heads do not fall into groups
+  of equal size.
   """
   for name in blocks:
     check(name in config.blocks, f"blocks: there is no block {name!r}{nearest(name, config.blocks)}")
@@ -37,7 +39,7 @@ def regroup_config(config: ModelConfig, num_kv_heads: int, blocks: Collection[st
   kinds = ", ".join(sorted({block.mixer.kind for block in config.blocks.values()}))
   check(bool(chosen), f"no block has key-value heads (its mixers are {kinds}); there is nothing to regroup")
 
-  def fewer(name):
+  def with_fewer(name):
     block = config.blocks[name]
     K = block.mixer.kv_heads
     check(
@@ -49,43 +51,44 @@ def regroup_config(config: ModelConfig, num_kv_heads: int, blocks: Collection[st
       block, mixer=dataclasses.replace(block.mixer, num_kv_heads=num_kv_heads, head_dim=head_dim)
     )
 
-  return dataclasses.replace(config, blocks=FrozenDict({**config.blocks, **{name: fewer(name) for name in chosen}}))
+  changed = {name: with_fewer(name) for name in chosen}
+  return dataclasses.replace(config, blocks=FrozenDict({**config.blocks, **changed}))
 
 
 def has_groups(mixer: MixerConfig) -> bool:
-  """Whether a mixer has key-value heads of its own whose number can be chosen."""
+  """True if a mixer has its own key-value heads, and their number can be chosen."""
   return mixer.with_fields(num_kv_heads=mixer.kv_heads) is not None and not mixer.reads_kept
 
 
 def regroup_params(
   params: nnx.State, config: ModelConfig, regrouped: ModelConfig, how: str, key: jax.Array
 ) -> nnx.State:
-  """The parameters of `config` as those of `regrouped = regroup_config(config, ...)`, dtypes kept.
+  """Turns the parameters of `config` into those of `regrouped = regroup_config(config, ...)`, in the same dtypes.
 
-  how: "mean" of the G heads that become one, the "first" of them, or "random" new ones, drawn from `key` as
-  training would. Keys, values, their biases, and the scales of a norm over all keys at once; a norm of each head
-  is shared by the heads and stays. Means are taken in f32.
+  how: the "mean" of the G heads that become one, the "first" of them, or "random" new heads, drawn from `key` as
+  training would draw them. Keys, values, their biases, and the scales of a norm over all keys at once change; a norm of
+  each head is shared by the heads and stays. Means are taken in f32.
   """
   target = flatten(nnx.state(abstract(regrouped)))
   flat = flatten(params)
   changed = {name for name, a in target.items() if a.shape != flat[name].shape}
   if how == "random":
-    # Jitted, so that nothing but these is drawn.
+    # The function is jitted, so that only the changed parameters are drawn.
     draw = jax.jit(lambda key: {n: v for n, v in flatten(nnx.state(Decoder(regrouped, key))).items() if n in changed})
     new = {name: value.astype(flat[name].dtype) for name, value in draw(key).items()}
   else:
-    heads = lambda config, name: block_of(name, config).mixer.kv_heads
-    new = {name: _fewer(flat[name], target[name].shape, heads(regrouped, name), how) for name in changed}
+    kv_heads_of = lambda config, name: block_of(name, config).mixer.kv_heads
+    new = {name: _fewer(flat[name], target[name].shape, kv_heads_of(regrouped, name), how) for name in changed}
   return unflatten(nnx.state(abstract(regrouped)), flat | new)
 
 
 def _fewer(value: jax.Array, want: tuple[int, ...], heads: int, how: str) -> jax.Array:
-  """[..., K, ...] or [..., K * H] -> [..., heads, ...] or [..., heads * H]."""
+  """Merges the heads of a parameter: [..., K, ...] or [..., K * H] -> [..., heads, ...] or [..., heads * H]."""
   (dim,) = (i for i, (a, b) in enumerate(zip(value.shape, want, strict=True)) if a != b)
   group = value.shape[dim] // want[dim]
   apart = value.reshape(*value.shape[:dim], heads, group, -1, *value.shape[dim + 1 :])
   if how == "first":
-    one = jnp.take(apart, 0, axis=dim + 1)
+    merged = jnp.take(apart, 0, axis=dim + 1)
   else:
-    one = jnp.mean(apart, axis=dim + 1, dtype=jnp.float32).astype(value.dtype)
-  return one.reshape(want)
+    merged = jnp.mean(apart, axis=dim + 1, dtype=jnp.float32).astype(value.dtype)
+  return merged.reshape(want)

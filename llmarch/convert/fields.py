@@ -1,8 +1,8 @@
-"""What the tables of the families are made of: holes for config fields and rows for weights, each read both ways.
+"""The parts of a family's table: holes for config fields and rows for weights, each of which is read both ways.
 
-A template is the plain data of our config with holes for what a Hugging Face config.json says. Reading fills the
-holes; writing matches the template with a config and collects what the holes say. Whether a family can express a
-config is then a question of equality: read(write(config)) must be the config.
+A template is the plain data of our config with holes for the values of a Hugging Face config.json. Reading fills the
+holes; writing matches the template with a config and collects what the holes stand for. A family can express a config
+if the round trip is exact: read(write(config)) must be the config.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ REQUIRED = object()
 
 
 class Reader:
-  """The options of a config.json. It notes which are asked for; the others must not pass in silence."""
+  """The options of a config.json. It notes which of them are asked for, so that no other is silently ignored."""
 
   def __init__(self, options: dict):
     self.options, self.used = options, set()
@@ -31,14 +31,14 @@ class Reader:
     return value
 
   def size(self, key: str) -> int:
-    """A whole number that a dimension can have."""
+    """An option that is a whole number which a dimension can have."""
     value = self.get(key)
     check(type(value) is int and 0 < value < 2**31, f"{key}={value!r} must be a whole number from 1 to 2^31 - 1")
     return value
 
 
 class Writer:
-  """Collects the options of a config.json, and refuses two values for one."""
+  """Collects the options of a config.json, and refuses two values for one option."""
 
   def __init__(self):
     self.options: dict[str, Any] = {}
@@ -48,7 +48,7 @@ class Writer:
     check(known == value, f"{key} would have to be {known!r} and {value!r} at once")
 
   def append(self, key: str, i: int, value: Any) -> None:
-    """The value of layer i in the list `key`; several holes may say the same."""
+    """Sets the value of layer i in the list `key`; several holes may set the same value."""
     values = self.options.setdefault(key, [])
     if i == len(values):
       values.append(value)
@@ -56,14 +56,14 @@ class Writer:
 
 
 def fill(template: Any, h: Reader, i: int | None = None) -> Any:
-  """The template with its holes filled; i: the layer, in templates of blocks."""
+  """Fills the holes of a template; i is the layer, in templates of blocks."""
   if isinstance(template, Mapping):
     return {key: fill(part, h, i) for key, part in template.items()}
   return template.read(h, i) if hasattr(template, "read") else template
 
 
 def match(template: Any, value: Any, w: Writer, i: int | None = None) -> None:
-  """The inverse of `fill`: tells w what each hole stands for in `value`."""
+  """Tells w what each hole of a template stands for in `value`: the inverse of `fill`."""
   if isinstance(template, Mapping):
     for key, part in template.items() if isinstance(value, Mapping) else ():
       match(part, value.get(key), w, i)
@@ -76,7 +76,7 @@ def match(template: Any, value: Any, w: Writer, i: int | None = None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """One option under another name; `decode` and `encode` are inverse of each other."""
+  """A hole for one option under another name; `decode` and `encode` are inverse to each other."""
 
   key: str
   default: Any = REQUIRED
@@ -96,7 +96,7 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Size(Key):
-  """A dimension."""
+  """A hole for one option that is the size of a dimension."""
 
   def read(self, h: Reader, i):
     return h.size(self.key) if h.options.get(self.key, self.default) is not None else h.get(self.key, self.default)
@@ -104,7 +104,7 @@ class Size(Key):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """Several options that stand for one value of ours: {(option, option, ...): ours}."""
+  """A hole for several options that stand for one value of ours: {(option, option, ...): ours}."""
 
   keys: tuple[tuple[str, Any], ...]  # (key, default)
   table: Mapping[tuple, Any]
@@ -118,10 +118,10 @@ class Choice:
     raise UserError(f"{said} is not among the forms that this family is known in")
 
   def write(self, value, w: Writer, i):
-    plain = lambda ours: not isinstance(ours, Mapping) and not hasattr(ours, "read")
-    kind = lambda part: part.get("kind") if isinstance(part, Mapping) else None
-    for options, ours in sorted(self.table.items(), key=lambda item: not plain(item[1])):
-      if ours == value if plain(ours) else value is not None and kind(ours) in (None, kind(value)):
+    is_plain = lambda ours: not isinstance(ours, Mapping) and not hasattr(ours, "read")
+    kind_of = lambda part: part.get("kind") if isinstance(part, Mapping) else None
+    for options, ours in sorted(self.table.items(), key=lambda item: not is_plain(item[1])):
+      if ours == value if is_plain(ours) else value is not None and kind_of(ours) in (None, kind_of(value)):
         for (key, _), option in zip(self.keys, options):
           w.set(key, option)
         return match(ours, value, w, i)
@@ -129,13 +129,13 @@ class Choice:
 
 
 def when(key: str, default: Any, then: Any, otherwise: Any = None) -> Choice:
-  """`then` where the option is true, else `otherwise`."""
+  """A hole for `then` if the option is true, and `otherwise` if it is false."""
   return Choice(((key, default),), {(True,): then, (False,): otherwise})
 
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-  """Follows from other options. Nothing is written; that it still holds is seen on reading back."""
+  """A hole that follows from other options. Nothing is written for it; reading back checks that it still holds."""
 
   of: Callable[[Reader], Any]
 
@@ -148,7 +148,7 @@ class Derived:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """A function for each way: read(reader, layer) -> value; write(value, writer, layer)."""
+  """A hole with a function for each way: read(reader, layer) -> value; write(value, writer, layer)."""
 
   read: Callable[[Reader, int | None], Any]
   write: Callable[[Any, Writer, int | None], None]
@@ -156,10 +156,10 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """The sliding window of a layer: of each, or of those that layer_types calls sliding_attention.
+  """The sliding window of each layer, or only of those that layer_types calls sliding_attention.
 
-  types: the default of layer_types, (reader, layer) -> whether the layer slides; None: every layer does.
-  switch: an option that turns windows off (Qwen).
+  types: the default of layer_types as a function (reader, layer) -> bool, true if the layer slides; None: every layer
+  does. switch: an option that turns windows off (Qwen).
   """
 
   default: Any = None
@@ -186,8 +186,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def slides(h: Reader, i: int, default: Callable[[Reader, int], bool]) -> bool:
-  """Whether layer i is one of local attention."""
-  fallback, types = default(h, i), h.get("layer_types", None)  # either may be there beside the other
+  """True if layer i has local attention."""
+  fallback, types = default(h, i), h.get("layer_types", None)  # a file may have either option, or both
   if types is None:
     return fallback
   check(isinstance(types, list) and i < len(types), f"layer_types must name each layer, layer {i} is missing")
@@ -196,7 +196,7 @@ def slides(h: Reader, i: int, default: Callable[[Reader, int], bool]) -> bool:
 
 
 def every(n: int) -> Callable[[Reader, int], bool]:
-  """All layers slide but each n-th (sliding_window_pattern, where the config still has it)."""
+  """A default of layer_types: all layers slide but each n-th (sliding_window_pattern, if the config still has it)."""
 
   def default(h: Reader, i: int) -> bool:
     pattern = h.get("sliding_window_pattern", n)
@@ -208,7 +208,7 @@ def every(n: int) -> Callable[[Reader, int], bool]:
 
 @dataclasses.dataclass(frozen=True)
 class MaxLength:
-  """The longest context. "dynamic" scaling tells of the original one only, and reaches `factor` times further."""
+  """The longest context. With "dynamic" scaling the file has only the original one, which is `factor` times shorter."""
 
   def read(self, h: Reader, i):
     length = h.size("max_position_embeddings")
@@ -218,11 +218,11 @@ class MaxLength:
     return length
 
   def write(self, value, w: Writer, i):
-    w.options.setdefault("max_position_embeddings", value)  # a dynamic scaling knows better, and comes first
+    w.options.setdefault("max_position_embeddings", value)  # a dynamic scaling has set the original length before
 
 
 def rope_options(h: Reader) -> list[tuple[str | None, dict]]:
-  """rope_parameters, or rope_scaling of older files: [(layer type or None, options)]."""
+  """The options of rope_parameters, or of rope_scaling in older files: [(layer type or None, options)]."""
   found = h.get("rope_scaling", None) or h.get("rope_parameters", None) or {}
   check(isinstance(found, dict), f"rope_parameters={found!r} must be a dict")
   if found.keys() & {FULL, SLIDING}:
@@ -234,13 +234,12 @@ def rope_options(h: Reader) -> list[tuple[str | None, dict]]:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary positions: rope_parameters, or rope_theta, rope_scaling and partial_rotary_factor of older files.
+  """Rotary positions: rope_parameters, or rope_theta, rope_scaling and partial_rotary_factor in older files.
 
-  theta, partial: the family's defaults. local_theta: that of sliding layers, and its older name.
-  by_type: the file has one dict for each type of layer; older files scale the full layers alone.
-  types: see Window.
-  old: the names that older files of the family have for rope_theta and partial_rotary_factor.
-  original_beside: original_max_position_embeddings is an option of its own, and decides (Phi-3).
+  theta, partial: the family's defaults. local_theta: the default for sliding layers, and its older name. by_type: the
+  file has one dict for each type of layer; older files scale only the full layers. types: see Window. old: the names
+  that older files of the family have for rope_theta and partial_rotary_factor. original_beside: the option
+  original_max_position_embeddings stands beside rope_parameters and takes precedence (Phi-3).
   """
 
   theta: float = 10000.0
@@ -283,7 +282,7 @@ class Rope:
       w.set("original_max_position_embeddings", options.get("original_max_position_embeddings"))
     if value["dims"] != value["head_dim"]:
       partial = value["dims"] / value["head_dim"]
-      down = int(value["head_dim"] * partial) < value["dims"]  # transformers rounds towards 0
+      down = int(value["head_dim"] * partial) < value["dims"]  # transformers rounds down
       options["partial_rotary_factor"] = math.nextafter(partial, 1) if down else partial
     elif self.partial != 1:
       options["partial_rotary_factor"] = 1.0
@@ -296,7 +295,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class SomeRope:
-  """Rope in layers where `has` says so, no positions in the others; `say` writes it (None: the windows do)."""
+  """Rope in layers for which `has` is true, and no positions in others; `say` writes which (None: windows tell)."""
 
   rope: Rope
   has: Callable[[Reader, int], bool]
@@ -320,11 +319,11 @@ def _head_dim(h: Reader) -> int:
 
 
 def _scaling(h: Reader, options: dict) -> dict | None:
-  """A scaling of ours from what rope_parameters says besides theta. Whatever remains unread is an error."""
+  """Makes our scaling from the entries of rope_parameters besides theta. An entry that remains unread is an error."""
   older, kind = options.pop("type", None), options.pop("rope_type", None)
   kind = kind or older or "default"
   longest = h.get("max_position_embeddings")
-  # Phi-3 has it beside rope_parameters, and transformers believes that one.
+  # Phi-3 has this option beside rope_parameters, and transformers gives it precedence.
   original = options.pop("original_max_position_embeddings", longest)
   original = h.get("original_max_position_embeddings", original) or longest
   take = options.pop
@@ -366,10 +365,10 @@ def _scaling(h: Reader, options: dict) -> dict | None:
 
 
 def _scaling_options(scaling: dict | None, w: Writer) -> dict:
-  """The inverse of `_scaling`."""
+  """The options that describe a scaling of ours: the inverse of `_scaling`."""
   s = scaling or {"kind": None}
-  gain = lambda: {} if s["attention_factor"] is None else {"attention_factor": s["attention_factor"]}
-  original = lambda: {"original_max_position_embeddings": s["original"]}
+  gain_options = lambda: {} if s["attention_factor"] is None else {"attention_factor": s["attention_factor"]}
+  original_options = lambda: {"original_max_position_embeddings": s["original"]}
   match s["kind"]:
     case None:
       return {"rope_type": "default"}
@@ -380,14 +379,14 @@ def _scaling_options(scaling: dict | None, w: Writer) -> dict:
       return {"rope_type": "dynamic", "factor": s["factor"]}
     case "llama3":
       factors = {"low_freq_factor": s["low_factor"], "high_freq_factor": s["high_factor"]}
-      return {"rope_type": "llama3", "factor": s["factor"]} | original() | factors
+      return {"rope_type": "llama3", "factor": s["factor"]} | original_options() | factors
     case "yarn":
       betas = {"beta_fast": s["beta_fast"], "beta_slow": s["beta_slow"]}
       betas |= {} if s["truncate"] else {"truncate": False}
-      return {"rope_type": "yarn", "factor": s["factor"]} | original() | betas | gain()
+      return {"rope_type": "yarn", "factor": s["factor"]} | original_options() | betas | gain_options()
     case "longrope":
       factors = {"short_factor": list(s["short_factors"]), "long_factor": list(s["long_factors"])}
-      return {"rope_type": "longrope", "factor": s["factor"]} | original() | factors | gain()
+      return {"rope_type": "longrope", "factor": s["factor"]} | original_options() | factors | gain_options()
   raise UserError(f"rope_parameters cannot say scaling={s['kind']}")
 
 
@@ -396,15 +395,18 @@ def _scaling_options(scaling: dict | None, w: Writer) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """Theirs to ours: `key` with {} for the layer, our path (inside the block, or of the decoder), and a pattern.
+  """A row from their tensor to our parameter: `key`, our path (in the block, or in the decoder), and a pattern.
 
-  The pattern is read both ways: "(n h) d -> d n h". A fused projection names several paths; the parts lie one
-  after another along the axis `c` (one each, where ours has no c: "(f c) d -> d f" are in turn). Letters: d model,
-  n query heads, k key-value heads, h head dim, e experts. With "..." the last group of ours stands for all dimensions
-  that are left: "c d -> d c ..." joins [d, n, h] and [d, f].
-  With a second {} there is a tensor for each entry of our leading dimension (an expert, a head).
-  Where the decoder has no such parameter, or one of another rank, the row is of no effect, nor in blocks of another
-  residual form than `residual`, where that is given.
+  In `key`, {} stands for the layer; a second {} stands for the index of our leading dimension (an expert, a head). The
+  pattern is read both ways. Letters: d model, n query heads, k key-value heads, h head dim, e experts.
+
+    "(n h) d -> d n h"     their matrix [n h, d] is our [d, n, h]
+    "(c f) d -> d f"       a fused projection of several paths, whose parts lie one after another along c
+    "(f c) d -> d f"       the same, but their columns take turns: part 0, part 1, part 0, part 1 ...
+    "c d -> d c ..."       the last group of ours stands for all remaining dimensions: joins [d, n, h] and [d, f]
+
+  The row has no effect if the decoder has no such parameter, or one of another rank, nor in blocks whose residual form
+  is not `residual`, if that is given.
   """
 
   key: str
@@ -417,7 +419,7 @@ class Row:
     return (self.paths,) if isinstance(self.paths, str) else self.paths
 
   def fits(self, shape: tuple[int, ...]) -> bool:
-    """Whether our array (of a layer, of an expert) has the pattern's rank."""
+    """True if our array (of one layer, of one expert) has the pattern's rank."""
     if self.pattern is None:
       return True
     groups = len(_groups(self.pattern.split("->")[1]))
@@ -426,15 +428,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Rearrange:
-  """A row's pattern with all sizes known: it splits one array of theirs into the arrays of ours, and joins them."""
+  """A row's pattern with all sizes known: it splits one tensor of theirs into our arrays, and joins them again."""
 
-  theirs: tuple[tuple[str, ...], ...]  # groups of axes
+  theirs: tuple[tuple[str, ...], ...]  # groups of axes of their tensor
   ours: tuple[tuple[str, ...], ...]
-  sizes: tuple[dict[str, int], ...]  # of each part
-  shapes: tuple[tuple[int, ...], ...]  # of our arrays
+  sizes: tuple[dict[str, int], ...]  # sizes of the axes, for each part
+  shapes: tuple[tuple[int, ...], ...]  # shapes of our arrays
 
   @classmethod
   def of(cls, pattern: str | None, shapes: list[tuple[int, ...]], known: dict[str, int]) -> "Rearrange":
+    """Solves a row's pattern for the shapes of our arrays; `known` has the sizes of letters that shapes leave open."""
     if pattern is None:
       axes = tuple((f"axis{j}",) for j in range(len(shapes[0])))
       theirs = ours = axes
@@ -445,19 +448,19 @@ class Rearrange:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Theirs."""
+    """The shape of their tensor."""
     return tuple(math.prod(map(self._total, group)) for group in self.theirs)
 
   def _total(self, axis: str) -> int:
     return sum(sizes[axis] for sizes in self.sizes) if axis == "c" else self.sizes[0][axis]
 
   def _order(self) -> list[str]:
-    """The axes in our order, and then c where each part has one of it."""
+    """The axes in our order, followed by c if each part has one entry of it."""
     ours = [axis for group in self.ours for axis in group]
     return ours + [axis for group in self.theirs for axis in group if axis not in ours]
 
   def split(self, x: np.ndarray, part: int) -> np.ndarray:
-    """Ours of that number, from theirs."""
+    """Takes our array number `part` out of their tensor."""
     axes = [axis for group in self.theirs for axis in group]
     x = x.reshape([self._total(axis) for axis in axes])
     if len(self.sizes) > 1:
@@ -466,7 +469,7 @@ class Rearrange:
     return x.transpose([axes.index(axis) for axis in self._order()]).reshape(self.shapes[part])
 
   def join(self, parts: list[np.ndarray]) -> np.ndarray:
-    """Theirs, from all of ours: the inverse of `split`."""
+    """Joins all our arrays to their tensor: the inverse of `split`."""
     to, axes = [axis for group in self.theirs for axis in group], self._order()
     order = [axes.index(axis) for axis in to]
     flat = [x.reshape([sizes[a] for a in axes]).transpose(order) for x, sizes in zip(parts, self.sizes)]
@@ -474,7 +477,7 @@ class Rearrange:
 
 
 def _groups(side: str) -> tuple[tuple[str, ...], ...]:
-  """"(n h) d" -> (("n", "h"), ("d",))."""
+  """Parses the groups of one side: "(n h) d" -> (("n", "h"), ("d",))."""
   found, inside = [], False
   for word in side.replace("(", " ( ").replace(")", " ) ").replace("...", "").split():
     if word in "()":
@@ -488,7 +491,7 @@ def _groups(side: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _solve(groups, shape: tuple[int, ...], known: dict[str, int]) -> dict[str, int]:
-  """The size of each axis; a group may hold one that is not known beforehand."""
+  """Solves for the size of each axis; a group may have one axis that is not known beforehand."""
   sizes = known | ({} if any("c" in group for group in groups) else {"c": 1})
   for group, size in zip(groups, shape, strict=True):
     unknown = [axis for axis in group if axis not in sizes or len(group) == 1]
@@ -500,7 +503,7 @@ def _solve(groups, shape: tuple[int, ...], known: dict[str, int]) -> dict[str, i
 
 # ------------------------------------------------------------------------------------------------ families
 
-# Of no effect on the function that a decoder computes.
+# These options have no effect on the function that a decoder computes.
 METADATA = {
   "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "chunk_size_feed_forward",
   "classifier_dropout", "dtype", "torch_dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id",
@@ -519,11 +522,10 @@ NOT_OURS = {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "qu
 class Family:
   """A model_type of transformers.
 
-  model, block: templates of ModelConfig (without stack and blocks) and of each BlockConfig.
-  only: options that our space lacks, with the values under which they have no effect.
-  aliases: other names of options, in older files. moot: options that change nothing, as METADATA.
-  buffers: endings of keys in older files that follow from the config.
-  prefix: of all keys but lm_head's, which some files leave out.
+  model, block: templates of ModelConfig (without stack and blocks) and of each BlockConfig. only: options that our
+  space lacks, with the values under which they have no effect. aliases: other names of options, in older files. moot:
+  options that change nothing, as METADATA. buffers: endings of keys in older files that follow from the config. prefix:
+  the prefix of all keys but lm_head's, which some files leave out.
   """
 
   model_type: str
@@ -537,10 +539,10 @@ class Family:
   moot: frozenset[str] = frozenset()
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
   prefix: str = ""
-  nested: tuple[str, ...] = ()  # options that are dicts of options: "attn_config"
+  nested: tuple[str, ...] = ()  # names of options that are dicts of options, such as "attn_config"
 
   def read(self, options: dict) -> dict:
-    """The plain data of a ModelConfig (precision aside) from a config.json's. Raises UserError."""
+    """The plain data of a ModelConfig (without precision) from that of a config.json. Raises UserError."""
     h = Reader(self._flat(options))
     check("auto_map" not in options, "auto_map asks for code from the folder, which is never run; remove it")
     num_layers = h.size(self.num_layers)
@@ -588,7 +590,7 @@ class Family:
 
 
 def name_blocks(blocks: list[dict]) -> dict:
-  """{"stack", "blocks"} for a list over layers: equal layers share a name, the stack says what repeats."""
+  """{"stack", "blocks"} for a list of layers: equal layers share a name, and the stack says what repeats."""
   kinds: list[dict] = []
   for block in blocks:
     if block not in kinds:
@@ -606,7 +608,7 @@ def name_blocks(blocks: list[dict]) -> dict:
 
 
 def _stack(order: list[str]) -> str:
-  """The shortest period that fits: ["a", "a", "b", "a", "a", "b", "a"] -> "2*(2*a b) a"."""
+  """Writes an order by its shortest period: ["a", "a", "b", "a", "a", "b", "a"] -> "2*(2*a b) a"."""
   n = len(order)
   period = next(p for p in range(1, n + 1) if all(order[j] == order[j % p] for j in range(n)))
   turns, rest = divmod(n, period)

@@ -1,7 +1,7 @@
-"""Checkpoints of Hugging Face: config.json and sharded safetensors, in and out, tensor by tensor.
+"""Checkpoints of Hugging Face: config.json and sharded safetensors, read and written tensor by tensor.
 
-Nothing is trusted: names, shapes, dtypes and sizes are compared with the config before a value is read, values
-before a device sees them. Pickled weights are never opened. No more than one parameter (of all layers) is held.
+No file is trusted: names, shapes, dtypes and sizes are compared with the config before a value is read, and values are
+checked before a device sees them. Pickled weights are never opened. At most one parameter (of all layers) is held.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
 ITEM_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64}
-MAX_HEADER = 100 << 20  # bytes, safetensors' own limit
+MAX_HEADER = 100 << 20  # bytes; safetensors has the same limit
 SHARD_BYTES = 5 << 30
 
 
@@ -44,19 +44,19 @@ SHARD_BYTES = 5 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies."""
+  """The place of a tensor in a file, with its dtype and shape."""
 
   file: Path
   name: str
-  dtype: str  # in safetensors' names
+  dtype: str  # one of safetensors' names
   shape: tuple[int, ...]
-  start: int  # byte in the file
+  start: int  # the tensor's first byte in the file
 
   def __str__(self) -> str:
     return f"{self.file}: {self.name}"
 
   def read(self, *index: int) -> np.ndarray:
-    """All of it, or what lies at an index of its leading dimensions. Raises UserError unless all is finite."""
+    """Reads the tensor, or its part at an index of leading dimensions. Raises UserError if a value is not finite."""
     values = np.empty(self.shape[len(index) :], DTYPES[self.dtype])
     before = int(np.ravel_multi_index(index, self.shape[: len(index)])) if index else 0
     with open(self.file, "rb") as f:
@@ -68,7 +68,7 @@ class Tensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-  """The tensors of a safetensors file and its metadata. Raises UserError unless it is sound from end to end."""
+  """Reads the tensors of a safetensors file and its metadata. Raises UserError unless the file is sound to its end."""
   try:
     with open(path, "rb") as f:
       size = os.fstat(f.fileno()).st_size
@@ -129,24 +129,24 @@ def write_safetensors(
   metadata: dict[str, str] | None = None,
   checksums: bool = False,
 ) -> None:
-  """Writes the tensors one after another; `array(name)` is asked for each in turn, and let go.
+  """Writes the tensors one after another; `array(name)` gives each in turn, and only one is held at a time.
 
-  checksums: crc32 of each in the metadata, as LM.save writes them. They are known last, so that the header is
-  written twice, the same in length.
+  checksums: puts the crc32 of each tensor into the metadata, as LM.save does. They are known only at the end, so the
+  header is written twice, with the same length.
   """
   header, end = {}, 0
   for name, (dtype, shape) in entries.items():
     start, end = end, end + math.prod(shape) * dtype.itemsize
     header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-  sums = dict.fromkeys(entries, 2**32 - 1)  # the longest
+  sums = dict.fromkeys(entries, 2**32 - 1)  # the longest number, as a placeholder
 
-  def text() -> bytes:
+  def header_text() -> bytes:
     crc = {"crc32": json.dumps(sums)} if checksums else {}
     return json.dumps({"__metadata__": (metadata or {}) | crc} | header).encode()
 
-  length = -(-len(text()) // 8) * 8
+  length = -(-len(header_text()) // 8) * 8
   with open(path, "wb") as f:
-    f.write(length.to_bytes(8, "little") + text().ljust(length))
+    f.write(length.to_bytes(8, "little") + header_text().ljust(length))
     for name, (dtype, shape) in entries.items():
       values = np.ascontiguousarray(array(name))
       assert (values.dtype, values.shape) == (dtype, shape), name
@@ -155,7 +155,7 @@ def write_safetensors(
       sums[name] = zlib.crc32(data)
     if checksums:
       f.seek(8)
-      f.write(text().ljust(length))
+      f.write(header_text().ljust(length))
 
 
 # ---------------------------------------------------------------------------------------------------- slots
@@ -163,7 +163,7 @@ def write_safetensors(
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-  """One tensor of theirs, and where its parts lie with us: (path, index of leading dimensions: layer, expert)."""
+  """A tensor of theirs, and its parts in our parameters: (path, index of leading dimensions: layer, expert) each."""
 
   key: str
   rearrange: Rearrange
@@ -171,38 +171,38 @@ class Slot:
 
 
 def tensor_slots(family: Family, config: ModelConfig, present: Iterable[str] | None = None) -> dict[str, Slot]:
-  """A slot for every tensor of the config in this family, each part of each parameter exactly once.
+  """Finds the slot of every tensor of the config in this family; each part of each parameter occurs exactly once.
 
-  present: the names in a file, where a family has had several for one parameter; without, the first is taken.
+  present: the names in a file, which decide if a family has several names for a parameter; None: the first name counts.
   """
   shapes = {path: a.shape for path, a in flatten(nnx.state(abstract(config))).items()}
   slots: dict[str, Slot] = {}
-  rows: dict[tuple, Row] = {}  # that of each parameter, or of a layer of it
+  rows: dict[tuple, Row] = {}  # the row that provides each parameter, or each layer of it
   for row in family.rows:
-    for at, known, layer in _places(row, config):
-      paths = [f"{at}{path}" for path in row.parts]
-      turn, number = ((), ()) if layer is None else ((layer[0],), (layer[1],))
-      eaches = row.key.count("{}") - len(number)
-      fits = all(path in shapes and row.fits(shapes[path][len(turn) + eaches :]) for path in paths)
-      if not fits or (paths[0], turn) in rows:
+    for prefix, known, layer in _row_prefixes(row, config):
+      paths = [f"{prefix}{path}" for path in row.parts]
+      leading, number = ((), ()) if layer is None else ((layer[0],), (layer[1],))
+      num_indices = row.key.count("{}") - len(number)
+      fits = all(path in shapes and row.fits(shapes[path][len(leading) + num_indices :]) for path in paths)
+      if not fits or (paths[0], leading) in rows:
         continue
-      others = [r for r in family.rows if r.parts[0] == row.parts[0] and r.key != row.key]
-      first = [r.key.format(*number, 0) for r in (row, *others)]
-      if present is not None and first[0] not in present and any(key in present for key in first[1:]):
+      alternatives = [r for r in family.rows if r.parts[0] == row.parts[0] and r.key != row.key]
+      candidates = [r.key.format(*number, 0) for r in (row, *alternatives)]
+      if present is not None and candidates[0] not in present and any(key in present for key in candidates[1:]):
         continue
-      rows |= {(path, turn): row for path in paths}
-      for each in map(tuple, np.ndindex(*shapes[paths[0]][len(turn) :][:eaches])):
-        ours = [shapes[path][len(turn + each) :] for path in paths]
-        key = row.key.format(*number, *each)
-        slots[key] = Slot(key, Rearrange.of(row.pattern, ours, known), tuple((path, turn + each) for path in paths))
-  turns = lambda path: np.ndindex(shapes[path][:1] if path.startswith("stack/segments/") else ())
-  left = [path for path in shapes if any((path, turn) not in rows for turn in turns(path))]
+      rows |= {(path, leading): row for path in paths}
+      for index in map(tuple, np.ndindex(*shapes[paths[0]][len(leading) :][:num_indices])):
+        ours = [shapes[path][len(leading + index) :] for path in paths]
+        key = row.key.format(*number, *index)
+        slots[key] = Slot(key, Rearrange.of(row.pattern, ours, known), tuple((path, leading + index) for path in paths))
+  layers_of = lambda path: np.ndindex(shapes[path][:1] if path.startswith("stack/segments/") else ())
+  left = [path for path in shapes if any((path, leading) not in rows for leading in layers_of(path))]
   check(not left, f"a {family.model_type} checkpoint has no place for {', '.join(left)}")
   return slots
 
 
-def _places(row: Row, config: ModelConfig):
-  """Where a row applies: (prefix of its paths, known sizes, None), or once a layer with (turn, layer)."""
+def _row_prefixes(row: Row, config: ModelConfig):
+  """Yields (prefix of its paths, known sizes, None) of a row, or one such triple per layer, with (turn, layer) last."""
   if "{}" not in row.key:
     yield "", {}, None
     return
@@ -223,7 +223,7 @@ def _places(row: Row, config: ModelConfig):
 
 
 def is_checkpoint(directory: str | os.PathLike) -> bool:
-  """Whether the folder's config.json is one of transformers."""
+  """True if the folder's config.json is one of transformers."""
   try:
     return "model_type" in json.loads((Path(directory) / CONFIG).read_text())
   except (OSError, ValueError, RecursionError, TypeError):
@@ -231,15 +231,15 @@ def is_checkpoint(directory: str | os.PathLike) -> bool:
 
 
 def entries(config: ModelConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-  """(dtype, shape) of every parameter."""
+  """(dtype, shape) of every parameter, by its path."""
   return {path: (np.dtype(a.dtype), a.shape) for path, a in flatten(nnx.state(abstract(config))).items()}
 
 
 class Checkpoint:
   """A folder of transformers, checked against its family's table. Only `param` and `check_finite` read values.
 
-  config: ours, in the dtype of the tensors. carried: what its config.json says besides (ids of special tokens ...),
-  for writing it back. entries: {our parameter: (dtype, shape)}. Raises UserError, naming file and tensor.
+  config: ours, in the dtype of the tensors. carried: other entries of config.json (ids of special tokens ...), for
+  writing them back. entries: {our parameter: (dtype, shape)}. Raises UserError, which names file and tensor.
   """
 
   def __init__(self, directory: str | os.PathLike):
@@ -266,7 +266,7 @@ class Checkpoint:
       slots = tensor_slots(self.family, self.config, self.tensors)
     except UserError as e:
       raise UserError(f"{self.folder / CONFIG}: {e}") from None
-    except (OverflowError, TypeError, MemoryError):  # of sizes that are no one's
+    except (OverflowError, TypeError, MemoryError):  # the config has absurd sizes
       raise UserError(f"{self.folder / CONFIG}: the sizes are beyond what arrays can have; restore the file") from None
     self._check_names(slots)
     self.entries = entries(self.config)
@@ -281,7 +281,7 @@ class Checkpoint:
         self._sources[path].append((index, tensor, slot.rearrange, number))
 
   def param(self, path: str) -> np.ndarray:
-    """Our parameter of that name, of all layers."""
+    """Reads our parameter of that path, with all its layers."""
     sources = self._sources[path]
     if not sources[0][0]:
       _, tensor, rearrange, number = sources[0]
@@ -293,12 +293,12 @@ class Checkpoint:
     return values
 
   def check_finite(self) -> None:
-    """Reads all tensors, one at a time."""
+    """Reads all tensors, one at a time, and checks that their values are finite."""
     for tensor in self.tensors.values():
       tensor.read()
 
   def _dtype(self) -> str:
-    """That of most tensors; the others, if there are any, are compared with what the config keeps in f32."""
+    """The dtype of most tensors; any others are compared later with the parameters that the config keeps in f32."""
     for tensor in self.tensors.values():
       known = ", ".join(DTYPES)
       check(tensor.dtype in DTYPES, f"{tensor} has the dtype {tensor.dtype}; parameters are one of {known}")
@@ -320,9 +320,9 @@ class Checkpoint:
 
 
 def load_checkpoint(directory: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, layout: str = "ws_2d"):
-  """(config, parameters) of a folder of transformers, over the mesh as a row of sharding.LAYOUTS has them.
+  """(config, parameters) of a folder of transformers, sharded over the mesh by a row of sharding.LAYOUTS.
 
-  One parameter at a time is held on the host. Raises UserError for anything wrong before the first is placed.
+  The host holds one parameter at a time. Raises UserError for anything wrong before the first parameter is placed.
   """
   checkpoint = Checkpoint(directory)
   params = nnx.state(abstract(checkpoint.config))
@@ -346,7 +346,7 @@ def _read_json(path: Path) -> dict:
   def refuse(constant):
     raise ValueError(f"{constant} is no number")
 
-  check(path.is_file() or not path.exists(), f"{path} is no file; restore it")  # to read from a pipe would not end
+  check(path.is_file() or not path.exists(), f"{path} is no file; restore it")  # reading a pipe would never end
   try:
     data = json.loads(path.read_text(), object_pairs_hook=_no_twins, parse_constant=refuse)
   except OSError as e:
@@ -358,7 +358,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _open(folder: Path) -> dict[str, Tensor]:
-  """All tensors of a folder, from one file or from the shards of its index."""
+  """Finds all tensors of a folder, in one file or in the shards of its index."""
   files = sorted(p.name for p in folder.glob("*.safetensors"))
   if not (folder / INDEX).exists():
     shards = [name for name in files if name != SINGLE]
@@ -393,7 +393,7 @@ def _open(folder: Path) -> dict[str, Tensor]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-  """A file of the folder; a link may lead to the blobs of a download cache, to nowhere else."""
+  """A file of the folder, which may be a link only to the blobs of a download cache."""
   path = folder / name
   check(name == Path(name).name and name not in ("", ".", ".."), f"{folder / INDEX}: {name!r} points out of the folder")
   check(path.exists(), f"{path} is missing; restore it")
@@ -408,9 +408,9 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def express(config: ModelConfig, model_type: str | None = None) -> tuple[Family, dict]:
-  """The family and the config.json that say what `config` computes: the named one, else the first that can.
+  """The family and the config.json that describe what `config` computes; by default, the first family that can.
 
-  Raises UserError, with what it lacks, where there is none.
+  Raises UserError, which says what is lacking, if no family (or not the named one) can.
   """
   check(
     model_type is None or model_type in FAMILIES,
@@ -434,7 +434,7 @@ def express(config: ModelConfig, model_type: str | None = None) -> tuple[Family,
 
 
 def _lost(config: ModelConfig, back: ModelConfig) -> list[str]:
-  """In what the functions that two configs compute differ."""
+  """Lists the differences between the functions that two configs compute."""
   both = [_function({"model": m, "layers": dict(enumerate(layers))}) for m, layers in map(canonical, (config, back))]
   found = differences(*both)
   return [d.removeprefix("config.").replace(" here, ", ", not ").removesuffix(" there") for d in found]
@@ -444,7 +444,7 @@ TRAINING = {"init_scale", "output_init_scale", "dropout", "jitter", "aux_loss", 
 
 
 def _function(data):
-  """Plain data without what concerns training alone; floats without their last digits."""
+  """Plain data without the fields that concern only training, and with floats rounded in their last digits."""
   if isinstance(data, dict):
     return {k: _function(v) for k, v in data.items() if k not in TRAINING}
   if isinstance(data, (list, tuple)):
@@ -453,17 +453,19 @@ def _function(data):
 
 
 def canonical(config: ModelConfig) -> tuple[dict, list[dict]]:
-  """A config as plain data: (the model without its blocks, its layers), with defaults that follow from others
-  written out, without the names of blocks, initial values and precision."""
+  """A config as plain data: (the model without its blocks, its layers).
+
+  Defaults that follow from other fields are written out; names of blocks, initial values and precision are left out.
+  """
   apart = ("init", "embed_init", "precision", "stack", "blocks")
   model = {k: v for k, v in to_dict(config).items() if k not in apart}
   blocks = {}
   for name, block in config.blocks.items():
     data = blocks[name] = to_dict(block)
     if data["ffn"] and data["ffn"].get("router", {}).get("balance_rate"):
-      data["ffn"]["router"]["balance_rate"] = 0.0  # how fast a bias is trained; that there is one is what counts
+      data["ffn"]["router"]["balance_rate"] = 0.0  # only the presence of a bias matters, not how fast it is trained
     if not isinstance(block.mixer, AttentionConfig):
-      data["mixer"]["position"]["head_dim"] = data["mixer"]["position"]["dims"]  # all that may turn does
+      data["mixer"]["position"]["head_dim"] = data["mixer"]["position"]["dims"]  # all dimensions of it rotate
       continue
     mixer, head_dim = data["mixer"], block.mixer.dim(config.d_model)
     mixer |= {"num_kv_heads": block.mixer.kv_heads, "head_dim": head_dim}
@@ -485,32 +487,32 @@ def write_checkpoint(
   carried: dict | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> Family:
-  """Writes config.json and the tensors, in shards of at most `shard_bytes` (a larger tensor has its own).
+  """Writes config.json and the tensors, in shards of at most `shard_bytes` (a larger tensor has its own shard).
 
-  read(path, index): what lies at an index of the leading dimensions (layer, expert) of one of our parameters.
-  carried: see Checkpoint.
+  read(path, index) gives the part of our parameter at an index of its leading dimensions (layer, expert). carried: see
+  Checkpoint.
   """
   family, options = express(config, model_type)
   slots, dtypes = tensor_slots(family, config), {path: dtype for path, (dtype, _) in entries(config).items()}
   options = (carried or {}) | options | {"dtype": config.precision.param}
   (directory / CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n")
   theirs = {key: (dtypes[slot.parts[0][0]], slot.rearrange.shape) for key, slot in slots.items()}
-  size = lambda key: math.prod(theirs[key][1]) * theirs[key][0].itemsize
+  size_of = lambda key: math.prod(theirs[key][1]) * theirs[key][0].itemsize
   shards: list[list[str]] = [[]]
   filled = 0
   for key in slots:
-    if shards[-1] and filled + size(key) > shard_bytes:
+    if shards[-1] and filled + size_of(key) > shard_bytes:
       shards.append([])
       filled = 0
     shards[-1].append(key)
-    filled += size(key)
+    filled += size_of(key)
   names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
   names = names if len(shards) > 1 else [SINGLE]
   for name, keys in zip(names, shards):
-    array = lambda key: slots[key].rearrange.join([read(*part) for part in slots[key].parts])
-    write_safetensors(directory / name, {key: theirs[key] for key in keys}, array, metadata={"format": "pt"})
+    make_array = lambda key: slots[key].rearrange.join([read(*part) for part in slots[key].parts])
+    write_safetensors(directory / name, {key: theirs[key] for key in keys}, make_array, metadata={"format": "pt"})
   if len(shards) > 1:
-    total = sum(map(size, slots))
+    total = sum(map(size_of, slots))
     where = {key: name for name, keys in zip(names, shards) for key in keys}
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -519,7 +521,7 @@ def write_checkpoint(
 
 @contextlib.contextmanager
 def new_folder(directory: str | os.PathLike) -> Iterator[Path]:
-  """Yields a folder as `files.new_folder` does. Raises UserError where the name is taken, or cannot be written."""
+  """Yields a folder as `files.new_folder` does. Raises UserError if the name is taken or cannot be written."""
   target = Path(directory).expanduser().absolute()
   taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
   check(not taken, f"{target} exists already; name a new folder")

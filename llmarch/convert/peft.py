@@ -1,7 +1,7 @@
 """Adapters in the format of Hugging Face's PEFT: adapter_config.json and adapter_model.safetensors.
 
-A tensor of theirs may hold several matrices of ours (fused queries, keys and values), each with an adapter of its own.
-It gets one adapter of the sum of their ranks: A stacked, B block-diagonal.
+A tensor of theirs may hold several matrices of ours (fused queries, keys and values), each of which has its own
+adapter. It gets one adapter whose rank is the sum of theirs, with A stacked and B block-diagonal.
 """
 
 import json
@@ -25,9 +25,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def write_adapters(
   directory: Path, config: ModelConfig, lora: LoRAConfig, params: dict, base: str, model_type: str | None = None
 ) -> str:
-  """Writes the adapters `params` of a model for transformers' folder `base`: -> the model_type of the names.
+  """Writes the adapters `params` of a model for transformers' folder `base`, and returns the model_type of the names.
 
-  params: those of adapt.lora.Adapters, by name. Raises UserError where no family can say what the model computes.
+  params: those of adapt.lora.Adapters, by name. Raises UserError if no family can express what the model computes.
   """
   family, _ = hf.express(config, model_type)
   named = flatten(nnx.state(abstract(config)), variables=True)
@@ -64,9 +64,9 @@ def write_adapters(
 
 
 def _factors(slot: hf.Slot, named: dict, params: dict, targets: set[str], rank: int):
-  """(A [R, in], B [out, R], whether theirs is [in, out]) of one tensor: theirs changes by B A, or its transpose.
+  """(A [R, in], B [out, R], true if their tensor is [in, out]) of one tensor, which changes by B A or its transpose.
 
-  Where its inputs and outputs lie is read off its rearrangement, by sending numbers of them through it.
+  The places of its inputs and outputs are found by sending numbered entries through its rearrangement.
   """
   check(len(slot.rearrange.shape) == 2, f"{slot.key} is no matrix; PEFT has no adapter for it")
   inputs, outputs, left, right, offset = [], [], [], [], 0

@@ -82,7 +82,7 @@ def make_decoder(
   loop = _Loop(config, nnx.graphdef(model), specs, batch, max_len, sampling, stop_ids, prefix)
   if mesh is None:
     jitted = functools.partial(jax.jit, donate_argnums=1)
-    return Programs(jax.jit(loop.start), jitted(loop.advance), _stay, jitted(loop.decode), specs)
+    return Programs(jax.jit(loop.start), jitted(loop.advance), _unchanged, jitted(loop.decode), specs)
   params = nnx.state(model)
   if weights:
     params = jax.eval_shape(lambda p: quantize_params(p, weights), params)
@@ -104,7 +104,7 @@ def make_decoder(
   )
 
 
-def _stay(carry: dict) -> dict:
+def _unchanged(carry: dict) -> dict:
   """The carry where it is: prefill and decode have one layout."""
   return carry
 
@@ -140,17 +140,17 @@ class _Loop:
     rows = SAMPLED(self.batch)
     logits = move(logits, NEXT_LOGITS(self.config.vocab_size), (rows, None))
     tokens, positions = (move(a, ("batch", "length"), (rows, None)) for a in (tokens, positions))
-    seen = None if carry["seen"] is None else self.see(carry["seen"], tokens, positions)
+    seen = None if carry["seen"] is None else self.mark_seen(carry["seen"], tokens, positions)
     alive, position = positions[:, -1] >= 0, positions[:, -1] + 1
     bad = move(carry["bad"], ("batch",), (rows,)) | (alive & ~jnp.isfinite(logits).all(axis=-1))
-    # Keyed by row and position: neither neighbours, nor padding, nor slices of the loop change a row's draws.
+    # Keys depend on row and position alone: neighbours, padding and slices of the loop do not change a row's draws.
     token = sample(logits, seen, jax.vmap(jax.random.fold_in)(carry["keys"], position), sampling=self.sampling)
     ended = ~alive | bad | (token[:, None] == jnp.asarray(self.stop_ids, jnp.int32)).any(axis=-1)
     token = jnp.where(ended, -1, token)
     token, position, bad = (move(a, (rows,), ("batch",)) for a in (token, position, bad))
     return {"token": token, "position": position, "bad": bad, "seen": seen}
 
-  def see(self, seen: jax.Array, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+  def mark_seen(self, seen: jax.Array, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """Marks the real tokens of a chunk as seen, bool [B, V]."""
     tokens = jnp.where(positions >= 0, tokens, self.config.vocab_size)
     return seen.at[jnp.arange(seen.shape[0])[:, None], tokens].set(True, mode="drop")
@@ -161,7 +161,7 @@ class _Loop:
     def running(loop):
       step, carry, _ = loop
       alive = (carry["token"] >= 0).any()
-      # Every device must take the same turns; each knows only of its own rows.
+      # Every device must run the same number of steps, although each knows only its own rows.
       return (step < jnp.minimum(n, self.max_len)) & any_over_mesh(alive, "batch")
 
     def body(loop):
@@ -208,8 +208,8 @@ class _Places:
   def switch(self) -> Callable[[dict], dict]:
     """A function from a carry in prefill's layout to the same in decode's."""
     if self.prefills == self.decodes:
-      return _stay
-    return jax.jit(self.redistribute if self.manual else _stay, out_shardings=self.carry(self.decodes))
+      return _unchanged
+    return jax.jit(self.redistribute if self.manual else _unchanged, out_shardings=self.carry(self.decodes))
 
   def redistribute(self, carry: dict) -> dict:
     """Moves a carry by our own collectives: XLA replicates a cache to take it from heads to rows."""

@@ -1,4 +1,4 @@
-"""A model as lm-eval (the Language Model Evaluation Harness) sees one. Needs the extra `eval`.
+"""A model in the interface of lm-eval (the Language Model Evaluation Harness). Needs the extra `eval`.
 
   lm_eval.simple_evaluate(model=Harness(llmarch.load(DIR)), tasks=[...])
 """
@@ -17,9 +17,10 @@ MAX_NEW_TOKENS = 256  # the harness's own default
 
 
 class Harness(TemplateLM):
-  """Log-likelihoods and greedy (or sampled) text of an `LM`, `batch` rows at a time.
+  """Computes log-likelihoods and greedy (or sampled) text with an `LM`, `batch` rows at a time.
 
-  A context begins as the model's tokenizer has texts begin. What is too long loses its oldest tokens.
+  A context begins with the tokens that the model's tokenizer puts before a text. One that is too long loses its oldest
+  tokens.
   """
 
   def __init__(self, lm: LM, batch: int = 8):
@@ -49,8 +50,11 @@ class Harness(TemplateLM):
     return begin + self.lm.tokenizer.encode(string)
 
   def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The harness's rule: spaces that end the context belong to the continuation, and the ids of both together
-    are cut after as many as the context has alone. Where nothing is left, the two are encoded apart."""
+    """Encodes a context and its continuation by the harness's rule.
+
+    Spaces that end the context belong to the continuation. The ids of both together are cut after as many as the
+    context has alone; if that leaves nothing for the continuation, the two are encoded apart.
+    """
     before, after = super()._encode_pair(context, continuation)
     return before, after or self.tok_encode(continuation, add_special_tokens=False)
 
@@ -68,7 +72,7 @@ class Harness(TemplateLM):
     return found
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    """Of whole texts, in disjoint windows; only the last of a text looks back, to be full."""
+    """Log-likelihoods of whole texts in disjoint windows; only a text's last window looks back, so that it is full."""
     windows = []
     for i, request in enumerate(requests):
       ids = self.lm.tokenizer.encode(request.args[0])
@@ -82,10 +86,10 @@ class Harness(TemplateLM):
     return totals
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """The text after each context, up to the first of its `until`."""
+    """Generates the text after each context, up to the first of its stops (`until`)."""
     found = [""] * len(requests)
-    kind = lambda i: repr(sorted(requests[i].args[1].items()))
-    for _, alike in groupby(sorted(range(len(requests)), key=kind), key=kind):
+    options_of = lambda i: repr(sorted(requests[i].args[1].items()))
+    for _, alike in groupby(sorted(range(len(requests)), key=options_of), key=options_of):
       alike = sorted(alike, key=lambda i: -len(requests[i].args[0]))
       for first in range(0, len(alike), self.batch):
         chosen = alike[first : first + self.batch]
@@ -98,13 +102,13 @@ class Harness(TemplateLM):
   def _generate(self, contexts, until=(), max_gen_toks=MAX_NEW_TOKENS, do_sample=False, temperature=0.0, **more):
     until = [until] if isinstance(until, str) else [stop for stop in until if stop]
     new = min(max_gen_toks, self.max_length - 1)
-    encode = lambda text: (self._begin if not text else self.tok_encode(text))[-(self.max_length - new) :]
-    prompts = [encode(context) for context in contexts]
+    encode_tail = lambda text: (self._begin if not text else self.tok_encode(text))[-(self.max_length - new) :]
+    prompts = [encode_tail(context) for context in contexts]
     tokenizer, sampling = self.lm.tokenizer, {k: more[k] for k in ("top_k", "top_p", "min_p") if k in more}
     single = [ids[0] for stop in until if len(ids := tokenizer.encode(stop)) == 1 and tokenizer.decode(ids) == stop]
     rows = self.lm.generate(
       prompts, max_new_tokens=new, stop=single, temperature=temperature if do_sample else 0.0, **sampling
     )
     texts = [TextStream(tokenizer, prompt).push(row, last=True) for prompt, row in zip(prompts, rows)]
-    # A stop of several tokens is in the text; one that ended the row is not.
+    # The text still contains a stop of several tokens; a stop that ended the row is not part of it.
     return [text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))] for text in texts]

@@ -1,6 +1,6 @@
-"""A language model as users hold it: config, parameters, tokenizer; text or ids in, the same kind out.
+"""The language model that users hold: config, parameters and tokenizer; text or ids go in, the same kind comes out.
 
-Whatever JAX would clamp or wrap in silence is checked here, on the host, before anything is compiled.
+Everything that JAX would silently clamp or wrap is checked here, on the host, before anything is compiled.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from llmarch.models.decoder import abstract
 from llmarch.ops.quant import QTensor
 from llmarch.ops.sampling import Sampling
 
-STREAM = 4  # tokens between two calls of a stream: fewer are smoother, more are faster
+STREAM = 4  # tokens between two calls of a stream function; fewer are smoother, more are faster
 
 FORMAT = 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -38,9 +38,9 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 class LM:
   """A decoder with its parameters (the nnx.State of the config's Decoder) and its tokenizer (None: ids only).
 
-  weights: a format of ops/quant.py for its matrices (None: as they are). kv: the same for what `generate`
-  keeps of the text, in place of the config's precision.state. mesh: the devices over which `generate` works,
-  with rows of sharding.LAYOUTS for the prompts and for what follows (None: one device).
+  weights: a format of ops/quant.py for its matrices (None: they stay as they are). kv: a format for the keys and values
+  that `generate` keeps, in place of the config's precision.state. mesh: the devices over which `generate` works, with
+  rows of sharding.LAYOUTS for the prompts and for the tokens after them (None: one device).
   """
 
   def __init__(
@@ -75,7 +75,7 @@ class LM:
     self._place = {"mesh": mesh, "prefill_layout": prefill_layout, "decode_layout": decode_layout}
     if mesh is not None:
       self._layouts = [sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout)]
-      sharding.shardings(self.params, self._layouts[0], mesh)  # refuses what does not divide
+      sharding.shardings(self.params, self._layouts[0], mesh)  # raises UserError unless the mesh divides all
 
   def __repr__(self) -> str:
     """One line, such as LM(793,728 parameters, float32, 4 layers, d_model 128, vocabulary 264, on cpu:0)."""
@@ -99,7 +99,7 @@ class LM:
     return params if mesh is None else jax.device_put(params, sharding.shardings(params, self._layouts[0], mesh))
 
   def _rows_at_a_time(self, rows: int) -> int:
-    """The next number of rows that the mesh can split; what is too many of them stays empty."""
+    """The next number of rows that the mesh can split; surplus rows of a batch stay empty."""
     if self._place["mesh"] is None:
       return rows
     names = ("batch", "cache_batch")
@@ -107,7 +107,7 @@ class LM:
     return -(-rows // math.lcm(*ways)) * math.lcm(*ways)
 
   def logits(self, input_ids, attention_mask=None) -> np.ndarray:
-    """ids [B, T] -> float32 logits [B, T, V]; those at [b, t] are of the token after token t.
+    """Maps ids [B, T] to float32 logits [B, T, V]; those at [b, t] are of the token after token t.
 
     attention_mask [B, T]: 1 for tokens, 0 for padding, on either side. Logits at padding are 0.
     """
@@ -118,17 +118,17 @@ class LM:
     check(all(len(row) == shape[1] for row in rows), "input_ids has rows of unequal length; pad and mask them")
     try:
       mask = np.ones(shape, bool) if attention_mask is None else np.asarray(attention_mask)
-    except ValueError:  # of unequal rows
+    except ValueError:  # its rows have unequal lengths
       raise UserError(f"attention_mask must be an array of 0 and 1 of shape {shape}, as input_ids") from None
     check(mask.shape == shape, f"attention_mask has shape {mask.shape}, input_ids {shape}; make them equal")
     check(np.isin(mask, (0, 1)).all(), "attention_mask must hold 0 and 1 only")
-    # More padding, on the right, so that few shapes are compiled.
+    # Sequences are padded further on the right, so that few shapes are compiled.
     tokens = np.zeros((shape[0], bucket(shape[1], 16)), np.int32)
     positions = np.full_like(tokens, -1)
     for i, row in enumerate(rows):
-      at = np.flatnonzero(mask[i])
-      tokens[i, at] = self._check_ids(f"input_ids[{i}]", [row[t] for t in at])
-      positions[i, at] = np.arange(len(at))
+      real = np.flatnonzero(mask[i])
+      tokens[i, real] = self._check_ids(f"input_ids[{i}]", [row[t] for t in real])
+      positions[i, real] = np.arange(len(real))
     logits = np.asarray(_scorer(self.config)(self.params, tokens, positions))[:, : shape[1]]
     return np.where(mask.astype(bool)[..., None], logits, np.float32(0))
 
@@ -145,18 +145,18 @@ class LM:
     stream: Callable[[int, str | list[int]], None] | None = None,
     **sampling,
   ):
-    """Continues each prompt; the prompt itself is not repeated.
+    """Continues each prompt; the result does not repeat the prompt.
 
-    A text gives a text, a list of texts a list of texts; a list of ids gives a list, an array of ids a NumPy array
-    (int32 where its own dtype cannot hold every id), several of them a list. A row ends after max_new_tokens, or
-    before the tokenizer's end or a stop token (`stop`: ids, or texts that are one token). `sampling`: the fields of
-    ops.sampling.Sampling (temperature, top_k, top_p, min_p, repetition_penalty); greedy without. A row's draws
-    depend on the seed, the row's number and its own tokens, on nothing else.
+    A text gives a text, and a list of texts a list of texts. A list of ids gives a list, an array of ids a NumPy array
+    (int32 if its own dtype cannot hold every id), and several of them give a list. A row ends after max_new_tokens, or
+    before the tokenizer's end or a stop token (`stop`: ids, or texts that are one token). `sampling` has the fields of
+    ops.sampling.Sampling (temperature, top_k, top_p, min_p, repetition_penalty); without them, decoding is greedy. A
+    row's draws depend only on the seed, the row's number and its own tokens.
 
-    batch: rows decoded at a time (None: all). chunk: prompt tokens at a time (a power of two, or rounded up).
-    prefix: the prompt sees itself both ways, as in prefix-LM training. stream(row, piece) is called with each
-    new piece of text or ids. Raises UserError for bad input before anything is compiled, and for logits that
-    are not finite.
+    batch: rows decoded at a time (None: all). chunk: prompt tokens at a time (rounded up to a power of two). prefix:
+    the prompt's tokens see each other both ways, as in prefix-LM training. stream(row, piece) is called with each new
+    piece of text or ids. Raises UserError for bad input before anything is compiled, and for logits that are not
+    finite.
     """
     single, prompts = _as_list("prompts", prompts)
     n, seed, chunk = _whole("max_new_tokens", max_new_tokens, 1), _whole("seed", seed, 0), _whole("chunk", chunk, 1)
@@ -188,11 +188,11 @@ class LM:
   def _decode(
     self, programs: Programs, rows: list["_Row"], first: int, batch: int, chunk: int, n: int, seed: int, stream
   ):
-    """Runs the rows numbered from `first` to their ends; what they leave of the batch are rows without tokens."""
+    """Runs the rows numbered from `first` to their ends; a batch that they do not fill has rows without tokens."""
     lengths = np.zeros(batch, np.int32)
     lengths[: len(rows)] = [len(row.prompt_ids) for row in rows]
     width = -(-int(max(lengths)) // chunk) * chunk
-    # Padded on the left, so that the last column holds the last token of every row.
+    # Prompts are padded on the left, so that the last column holds the last token of every row.
     positions = np.maximum(np.arange(width) - (width - lengths[:, None]), -1).astype(np.int32)
     tokens = np.zeros((batch, width), np.int32)
     tokens[positions >= 0] = np.concatenate([row.prompt_ids for row in rows])
@@ -224,10 +224,10 @@ class LM:
     return {name: np.asarray(value) for name, value in flatten(self.params).items()}
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes a model folder: config.json, model.safetensors, tokenizer.json. All of it appears, or nothing.
+    """Writes a model folder: config.json, model.safetensors, tokenizer.json. It appears as a whole or not at all.
 
-    An older model folder of that name is replaced. Raises UserError, and changes nothing, where the folder
-    holds anything else.
+    An older model folder of that name is replaced. Raises UserError, and changes nothing, if the folder holds anything
+    else.
     """
     check(self.weights is None, f"weights={self.weights} cannot be saved; load the model without it, and save that")
     target = Path(directory).absolute()
@@ -265,14 +265,14 @@ class LM:
 
   def _stop_ids(self, stop) -> tuple[int, ...]:
     found = [self.tokenizer.end_id] if self.tokenizer else []
-    for one in stop if isinstance(stop, (list, tuple, set, np.ndarray)) else [stop]:
-      if isinstance(one, str):
-        check(self.tokenizer is not None, f"stop: {one!r} is a text, but this model has no tokenizer; give ids")
-        ids = self.tokenizer.encode(one)
-        check(len(ids) == 1, f"stop: {one!r} is {len(ids)} tokens; give a text that is one, or an id")
-        one = ids[0]
-      check(_is_whole(type(one)), f"stop holds {one!r}; give token ids, or texts that are one token")
-      found.append(int(one))
+    for item in stop if isinstance(stop, (list, tuple, set, np.ndarray)) else [stop]:
+      if isinstance(item, str):
+        check(self.tokenizer is not None, f"stop: {item!r} is a text, but this model has no tokenizer; give ids")
+        ids = self.tokenizer.encode(item)
+        check(len(ids) == 1, f"stop: {item!r} is {len(ids)} tokens; give a text that is one, or an id")
+        item = ids[0]
+      check(_is_whole(type(item)), f"stop holds {item!r}; give token ids, or texts that are one token")
+      found.append(int(item))
     return tuple(sorted(set(found)))
 
 
@@ -285,20 +285,20 @@ class TextStream:
     self._given = 0
 
   def push(self, ids: list[int], *, last: bool = False) -> str:
-    """Takes ids, gives what is new of the text, but (unless last) not a character whose bytes are incomplete."""
+    """Takes ids and returns the new text; unless last, it holds back a character whose bytes are incomplete."""
     self._ids += ids
-    whole = str(self) if last else str(self).rstrip("\ufffd")
-    start, self._given = self._given, max(self._given, len(whole))
-    return whole[start:]
+    text = str(self) if last else str(self).rstrip("\ufffd")
+    start, self._given = self._given, max(self._given, len(text))
+    return text[start:]
 
   def __str__(self) -> str:
-    # In its context, for some tokenizers drop a leading space of what they decode.
-    before, whole = (self._tokenizer.decode(ids) for ids in (self._prompt_ids, self._prompt_ids + self._ids))
-    return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(self._ids)
+    # Ids are decoded after their prompt, because some tokenizers drop a leading space of the text that they decode.
+    before, text = (self._tokenizer.decode(ids) for ids in (self._prompt_ids, self._prompt_ids + self._ids))
+    return text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._ids)
 
 
 class _Row:
-  """A prompt and its continuation so far, which is of the prompt's kind."""
+  """A prompt and its continuation so far; the result is of the prompt's kind."""
 
   def __init__(self, prompt, prompt_ids: list[int], lm: LM):
     self.prompt_ids, self.dtype = prompt_ids, None
@@ -324,13 +324,13 @@ def _is_param(x) -> bool:
 
 
 def _as_kept(param: nnx.Param, kept: nnx.Param) -> nnx.Param:
-  """The parameter on the device, in the dtype that the config gives it, or quantised as it is."""
+  """The parameter on the device: in the dtype that the config gives it, or quantised if it is so already."""
   value = param.get_value()
   return param.replace(value if isinstance(value, QTensor) else jnp.asarray(value, kept.get_value().dtype))
 
 
 def check_generates(config: ModelConfig, prefix: bool = False) -> None:
-  """Raises UserError for a model that cannot decode, or not from a prefix."""
+  """Raises UserError for a model that cannot decode, or (with prefix) not from a prefix."""
   check(config.encoder is None, "this model reads a source, and generation has none to give; use the Python API")
   for name, block in config.blocks.items():
     for part, branch in block.branches.items():
@@ -344,11 +344,11 @@ def _state(kv: str) -> str:
 
 
 def load_saved(directory: str | os.PathLike, tokenizer=None, **options) -> LM:
-  """The model of a folder that `LM.save` wrote, with options of `LM`.
+  """Loads the model of a folder that `LM.save` wrote, with options of `LM`.
 
   Raises UserError if anything in it is damaged or does not fit.
   """
-  import llmarch.layers.registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
+  import llmarch.layers.registry  # noqa: F401  lets the kinds of mixers, ffns, norms and positions join their families
 
   folder = Path(directory)
   try:
@@ -371,7 +371,7 @@ def load_saved(directory: str | os.PathLike, tokenizer=None, **options) -> LM:
 
 
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
-  """All arrays of the file, checked against their checksums and for values that are not finite."""
+  """Reads all arrays of the file; checks their checksums, and that all values are finite."""
   from safetensors import SafetensorError, safe_open
 
   try:
@@ -387,7 +387,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_replaceable(target: Path) -> None:
-  """A model may be written where there is nothing, an empty folder, or a model."""
+  """Raises UserError unless the target is absent, an empty folder, or a model, which `save` may replace."""
   found = {p.name for p in target.iterdir()} if target.is_dir() else set()
   check(target.is_dir() or not target.exists(), f"{target} is a file; give a folder for the model")
   if found:
@@ -402,7 +402,7 @@ def _scorer(config: ModelConfig):
 
 
 def bucket(n: int, least: int) -> int:
-  """n rounded up to one of four sizes an octave, in steps of at least `least`: few programs, little waste."""
+  """Rounds n up to one of four sizes an octave, at least `least` apart, so that few programs are compiled."""
   step = max(least, _power_of_two(n) // 8)
   return -(-n // step) * step
 
@@ -412,7 +412,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _as_list(name: str, prompts) -> tuple[bool, list]:
-  """(whether it is a single one, the list of them)."""
+  """(True if it is a single prompt, the list of prompts)."""
   if isinstance(prompts, str) or getattr(prompts, "ndim", 2) == 1:
     return True, [prompts]
   several = isinstance(prompts, (list, tuple, bytes)) or getattr(prompts, "ndim", 0)
@@ -424,7 +424,7 @@ def _as_list(name: str, prompts) -> tuple[bool, list]:
 
 
 def _nested_list(ids) -> list:
-  """Arrays become lists, so that ids keep the type they came with."""
+  """Turns arrays into lists, whose elements keep the type that they came with."""
   if hasattr(ids, "tolist"):
     return ids.tolist()
   check(isinstance(ids, (list, tuple)), f"token ids must be a list or an array, got {ids!r}")
@@ -441,5 +441,5 @@ def _whole(name: str, value, least: int) -> int:
 
 
 def _plain(value):
-  """A Python number for a scalar of NumPy or JAX."""
+  """Turns a scalar of NumPy or JAX into a Python number."""
   return value.item() if getattr(value, "ndim", 1) == 0 else value

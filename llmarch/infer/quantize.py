@@ -1,4 +1,4 @@
-"""Parameters in a quantised format, for inference."""
+"""Quantised parameters for inference."""
 
 import functools
 
@@ -10,15 +10,15 @@ from llmarch.ops import quant
 
 
 def quantize_params(params: nnx.State, format: str) -> nnx.State:
-  """The same parameters with every matrix and table as a QTensor; norms and biases stay as they are.
+  """Quantises every matrix and table to a QTensor; norms and biases stay as they are.
 
-  A matrix is what names the dimensions it sums over (`fan_in`); layers may be stacked or apart, arrays
-  abstract. Raises UserError, naming the parameter, where those are no whole number of the format's groups.
+  A matrix is a parameter that names the dimensions it sums over (`fan_in`). Layers may be stacked or apart, and arrays
+  abstract. Raises UserError, which names the parameter, if these dimensions are no whole number of the format's groups.
   """
   quant.check_format("weights", format)
 
-  def one(path, param: nnx.Param) -> nnx.Param:
-    # T5's tables of biases are small, and multiply nothing; routers are small, and decide.
+  def quantize(path, param: nnx.Param) -> nnx.Param:
+    # T5's tables of biases are small and multiply nothing; routers are small and make choices, so both stay exact.
     if not param.fan_in or {"buckets", "router"} & set(param.axes):
       return param
     summed = tuple(param.axes.index(name) - len(param.axes) for name in param.fan_in)
@@ -27,8 +27,8 @@ def quantize_params(params: nnx.State, format: str) -> nnx.State:
     except UserError as e:
       raise UserError(f"weights={format}: {'.'.join(str(k.key) for k in path)}: {e}") from None
 
-  return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return jax.tree_util.tree_map_with_path(quantize, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-# Compiled, so that a matrix is read once and leaves no copies in f32 behind.
+# The function is compiled, so that a matrix is read once and leaves no f32 copies behind.
 _quantize = functools.partial(jax.jit, static_argnums=(1, 2))(quant.quantize)

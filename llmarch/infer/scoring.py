@@ -1,4 +1,4 @@
-"""How well a model predicts given text: log-probabilities of tokens, and perplexity.
+"""Scores of given text: log-probabilities of tokens, and perplexity.
 
 B rows, T tokens, V vocabulary.
 """
@@ -18,18 +18,18 @@ from llmarch.errors import check
 from llmarch.infer.lm import LM, bucket
 from llmarch.models.decoder import abstract
 
-CHUNK = 128  # tokens of a row whose logits exist at a time
+CHUNK = 128  # tokens of a row whose logits exist at the same time
 
 
 class Scores(NamedTuple):
-  """Of a row's tokens but its first: log p(token | those before), in nats, and whether it was the most likely."""
+  """Scores of a row's tokens but the first: log p(token | tokens before) in nats, and if it was the most likely."""
 
   logprobs: np.ndarray  # f32 [T - 1]
   greedy: np.ndarray  # bool [T - 1]
 
 
 def score(lm: LM, rows: Sequence[Sequence[int]], batch: int = 8) -> list[Scores]:
-  """Each token given those before it in its row, whose first is given. Rows may differ in length.
+  """Scores each token of a row given those before it, except the first. Rows may differ in length.
 
   Raises UserError for ids outside the vocabulary and for rows of more than max_seq_len + 1 tokens.
   """
@@ -39,12 +39,12 @@ def score(lm: LM, rows: Sequence[Sequence[int]], batch: int = 8) -> list[Scores]
     check(len(row) > 0 and 0 <= min(row) and max(row) < V, f"a row must hold token ids from 0 to {V - 1}")
   found: list[Scores | None] = [None] * len(rows)
   batch = min(batch, len(rows))
-  order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # rows of one batch are of similar length
+  order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # rows of one batch then have similar lengths
   for first in range(0, len(rows), batch or 1):
     chosen = order[first : first + batch]
     width = bucket(max(len(rows[chosen[0]]) - 1, 1), 16)
     tokens, positions = np.zeros((2, batch, width), np.int32)
-    positions -= 1  # padding, and rows that there are not
+    positions -= 1  # -1 marks padding, and rows without tokens
     targets = np.zeros((batch, width), np.int32)
     for b, i in enumerate(chosen):
       n = len(rows[i]) - 1
@@ -63,42 +63,43 @@ def _scorer(config: ModelConfig):
   graph = nnx.graphdef(abstract(config))
 
   @jax.jit
-  def run(params, tokens, positions, targets):
+  def score_targets(params, tokens, positions, targets):
     model = nnx.merge(graph, params)
     hidden = model.trunk(tokens, positions)[0]
     B, T = tokens.shape
     pad = -T % min(CHUNK, T)
-    cut = lambda a: jnp.pad(a, [(0, 0), (0, pad), (0, 0)][: a.ndim]).reshape(B, -1, min(CHUNK, T), *a.shape[2:])
+    padded = lambda a: jnp.pad(a, [(0, 0), (0, pad), (0, 0)][: a.ndim])
+    split_in_chunks = lambda a: padded(a).reshape(B, -1, min(CHUNK, T), *a.shape[2:])
 
-    def one(piece):
+    def score_chunk(piece):
       hidden, targets = piece
       logits = model.unembed(hidden)  # f32 [B, CHUNK, V]
       mine = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
       return mine - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
-    pieces = jax.lax.map(one, jax.tree.map(lambda a: cut(a).swapaxes(0, 1), (hidden, targets)))
+    pieces = jax.lax.map(score_chunk, jax.tree.map(lambda a: split_in_chunks(a).swapaxes(0, 1), (hidden, targets)))
     return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, -1)[:, :T], pieces)
 
-  return run
+  return score_targets
 
 
 def beginning(tokenizer) -> list[int]:
-  """What stands before a text: the ids that the tokenizer puts there, else the end of the document before."""
+  """The ids that stand before a text: those that the tokenizer puts there, else the end of the document before."""
   return list(tokenizer.begin_ids) or [tokenizer.end_id]
 
 
 def perplexity(lm: LM, text: str, *, length: int | None = None, stride: int | None = None, batch: int = 8) -> dict:
-  """How well the model predicts the tokens x_1 .. x_n of a text; x_0 is what stands before one (`beginning`).
+  """The perplexity of the tokens x_1 .. x_n of a text; x_0 is the token that stands before it (`beginning`).
 
   Windows of `length` inputs (None: max_seq_len) begin every `stride` tokens (None: length). A window predicts the
-  token after each of its inputs; of these the last `stride` count, in the first window all, so that every token
-  counts once, and has at least length - stride tokens of context where the text has them. Then, with
+  token after each of its inputs. The first window counts all of these, and the others count the last `stride`, so that
+  every token counts once, and has at least length - stride tokens of context if the text has them. Then, with
   N = -sum_i log p(x_i | its window) in nats:
 
     loss = N / n        perplexity = exp(N / n)        bits_per_byte = N / ln 2 / bytes of the text in UTF-8
 
-  Sums are in float64. Perplexities of different tokenizers cannot be compared, bits per byte can. Raises UserError
-  for an empty text, a model without a tokenizer, and lengths that cannot be.
+  Sums are in float64. Perplexities of different tokenizers cannot be compared, but bits per byte can. Raises UserError
+  for an empty text, a model without a tokenizer, and impossible lengths.
   """
   limit = lm.config.max_seq_len
   length = limit if length is None else length
@@ -111,7 +112,7 @@ def perplexity(lm: LM, text: str, *, length: int | None = None, stride: int | No
   check(bool(ids), "the text is empty; give one with at least one token")
   check(len(begin) <= length, f"length={length} has no room for the {len(begin)} tokens before a text")
   stream, given = begin + ids, len(begin)
-  # A window's targets end at `end`; those from `done` on are still to count.
+  # A window's targets end at `end`; those before `done` have been counted.
   nats, done, end, windows = 0.0, given, min(length + 1, len(stream)), []
   while done < end:
     windows.append((max(0, end - length - 1), done, end))
