@@ -1,6 +1,6 @@
 """Prefill and decoding as three pure jitted functions around one carry.
 
-B batch, T tokens of a call, V vocabulary. A row is a sequence; rows never depend on each other.
+B batch, T tokens of a call, V vocabulary. A row is a sequence, and no row depends on another.
 
   carry = start(keys, lengths)
   for each chunk of the prompts, padded on the left:   carry = prefill(params, carry, tokens, positions)
@@ -29,21 +29,20 @@ from llmarch.sharding import NEXT_LOGITS, SAMPLED, Layout, any_over_mesh, move
 
 
 class Programs(NamedTuple):
-  """The compiled face of one model at one batch size and capacity. `params` is `decoding_params(...)`.
+  """The compiled functions of one model at one batch size and capacity. `params` is `decoding_params(...)`.
 
-  The carry is donated: it is updated in place, and the one passed in is gone.
+  The carry is donated, which means that it is updated in place and the one passed in can no longer be used.
   """
 
-  start: Callable  # keys [B], lengths int32 [B] (of text at most, for scalings that ask) -> carry
+  start: Callable  # keys [B], lengths int32 [B] (upper limits of the rows' texts, for RoPE scalings) -> carry
   prefill: Callable  # params, carry, tokens [B, chunk], positions [B, chunk] -> carry with the next token
-  switch: Callable  # carry -> carry, from prefill's layout to decode's; the parameters lie alike in both
+  switch: Callable  # carry -> carry, from prefill's layout to decode's; the parameters are sharded alike in both
   decode: Callable  # params, carry, n -> carry, tokens int32 [B, max_len], steps (at most n, early if all end)
-  carry: dict  # Specs: "token" int32 [B], -1 where the row has ended; "position" int32 [B], where the token
-  # belongs; "bad" bool [B], the row's logits were not finite; "seen" bool [B, V] or None; "state", the model's
-  # and "keys" [B]
+  carry: dict  # Specs: "token" int32 [B], -1 if the row has ended; "position" int32 [B] of that token; "bad" bool [B],
+  # true if the row's logits were not finite; "seen" bool [B, V] or None; "state", the model's; and "keys" [B]
 
 
-Form = Callable[[Decoder], Decoder]  # such as unstack, or models.decoder.fuse: the same function, arranged otherwise
+Form = Callable[[Decoder], Decoder]  # a function such as unstack or models.decoder.fuse, which rearranges parameters
 
 
 def decoding_params(config: ModelConfig, params: nnx.State, form: Form = unstack) -> nnx.State:
