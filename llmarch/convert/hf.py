@@ -211,7 +211,8 @@ def _row_prefixes(row: Row, config: ModelConfig):
     for turn in range(repeat):
       for b, name in enumerate(pattern):
         block, mixer = config.blocks[name], config.blocks[name].mixer
-        known = {"n": mixer.num_heads, "e": getattr(block.ffn, "num_experts", 0)}
+        experts = block.ffn.experts if block.ffn else None
+        known = {"n": mixer.heads or 0, "e": experts[0] if experts else 0}
         if isinstance(mixer, AttentionConfig):
           known |= {"k": mixer.kv_heads, "h": mixer.dim(config.d_model)}
         if row.residual in (None, block.residual.kind):
