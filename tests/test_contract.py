@@ -77,7 +77,13 @@ def new_mixers() -> dict[str, ModelConfig]:
   block = lambda mixer: spaces.block(mixer, ffn=meshes.MLPConfig(d_ff=40))
   linear = LinearConfig(num_heads=8, head_dim=6, chunk=8)
   mean = dataclasses.replace(TOY, width=24)
-  return {"running_mean": meshes.model(block(mean)), "linear": meshes.model(block(linear))}
+  sizes = dict(d_model=24, vocab_size=meshes.V, max_seq_len=meshes.T)
+  keeps, reads = meshes.block(4, keep_kv="kv", window=9), meshes.block(4, kv_from="kv", window=5, qk_norm=None)
+  return {
+    "running_mean": meshes.model(block(mean)),
+    "linear": meshes.model(block(linear)),
+    "shared keys and values": spaces.model(keeps, reads, stack="2*(a b)", **sizes),
+  }
 
 
 AXES = [axis for axis in TRAINING if axis != "expert"]
@@ -85,7 +91,7 @@ AXES = [axis for axis in TRAINING if axis != "expert"]
 
 @pytest.mark.parametrize("name", new_mixers())
 @pytest.mark.parametrize("axis", plain_if(lambda axis: axis in ("context", "tensor"), AXES))
-def test_it_trains_alike_on_every_mesh_of_one_axis(axis, name, cases, monkeypatch):
+def test_what_is_new_trains_alike_on_every_mesh_of_one_axis(axis, name, cases, monkeypatch):
   monkeypatch.setitem(meshes.MODELS, name, new_mixers()[name])
   meshes.test_a_train_step_equals_one_device(f"{axis}=2", name, "", cases)
 
