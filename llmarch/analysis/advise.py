@@ -248,7 +248,7 @@ def evaluate(request: Request, name: str, config: ModelConfig) -> Option:
 
 
 def with_mask(config: ModelConfig, mask: str) -> ModelConfig | None:
-  """The same model with this mask in every mixer; None if a mixer has no choice of masks and is causal."""
+  """Gives every mixer of a model this mask; None if a mixer has no choice of masks and is causal."""
   blocks = {}
   for name, block in config.blocks.items():
     mixer = block.mixer.with_fields(mask=build(MaskConfig, mask, "mask"))
@@ -337,7 +337,7 @@ def _rounding(weights: str, kv: str) -> list[Loss]:
 
 
 def _mixers(config: ModelConfig, change: Callable) -> ModelConfig:
-  """The same model with change(mixer) for each softmax attention whose key-value heads can be chosen."""
+  """Applies `change` to each softmax attention of a model whose key-value heads can be chosen."""
   change_block = lambda block: dataclasses.replace(block, mixer=change(block.mixer))
   change_if_possible = lambda block: change_block(block) if _has_choice(block.mixer) else block
   blocks = {name: change_if_possible(b) for name, b in config.blocks.items()}

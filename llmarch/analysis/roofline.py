@@ -109,7 +109,7 @@ def distinct_experts(config: FFNConfig, tokens: int) -> float:
 
 
 def hold(config: ModelConfig, kv: str) -> ModelConfig:
-  """The same model with its decoding state in `kv`. Raises UserError for an unknown name."""
+  """Gives a model the format `kv` for its decoding state. Raises UserError for an unknown name."""
   if kv not in cost.BYTES:
     raise UserError(f"kv: there is no {kv!r}{nearest(kv, cost.BYTES)}")
   return dataclasses.replace(config, precision=dataclasses.replace(config.precision, state=kv))
