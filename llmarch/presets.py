@@ -659,7 +659,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 def shrink(
   config: ModelConfig, *, d_model: int = 48, vocab_size: int = 60, max_seq_len: int = 64, window: int = 5
 ) -> ModelConfig:
-  """The same architecture at toy size: every component, block name and order of layers stays, with smaller numbers.
+  """Shrinks a model to toy size: every component, block name and order of layers stays, with smaller numbers.
 
   Sizes are unequal, so that a transposed axis cannot pass a test. Attention stays multi-head, grouped-query or
   multi-query, with at most 4 query heads per key-value head; d_ff keeps its ratio to d_model; runs of layers and

@@ -1,9 +1,9 @@
-"""Which published architecture serves a task in a given memory: a decision tree, with a formula at each fork.
+"""Advice on the published architecture for a task in a given memory: a decision tree, with a formula at each fork.
 
-Surveys draw the tree (bidirectional to understand, causal to generate; windows and latents where texts are long; fewer
-key-value heads and fewer bits where memory is short) and hang unsourced sizes and speeds on it. Here each fork is a
-question to analysis/cost.py and analysis/roofline.py, and what a choice loses is a sentence with the names of the
-claims that measure it. Nothing here knows how good a released checkpoint is.
+Surveys draw the tree (bidirectional to understand, causal to generate; windows and latents for long texts; fewer
+key-value heads and fewer bits for little memory) and attach unsourced sizes and speeds to it. Here analysis/cost.py and
+analysis/roofline.py answer the question of each fork, and a sentence says what a choice loses, with the names of the
+claims that measure the loss. Nothing here knows how good a released checkpoint is.
 """
 
 import dataclasses
@@ -25,9 +25,11 @@ from llmarch.presets import PRESETS
 
 
 class Task(NamedTuple):
+  """A task that one can ask for."""
+
   mask: str
-  state: bool  # whether it decodes, and so keeps a state
-  note: str  # what the space has for it
+  state: bool  # true if the task decodes, and so keeps a state
+  note: str  # a sentence on what the space has for the task
 
 
 TASKS = {
@@ -55,14 +57,14 @@ RANKING = (
 
 
 class Loss(NamedTuple):
-  """What a choice gives up, and the claims that measure it, "heads/gqa-ties-mha"."""
+  """A sentence on what a choice gives up, and the claims that measure it, such as "heads/gqa-ties-mha"."""
 
   what: str
   claims: tuple[str, ...] = ()
 
 
-# What rounding cost where it was measured (LOG.md, Quantisation): relative RMS error of normal weights, and the loss of
-# the tiny run in nats a token. Of a state, the error of logits of one layer that tests/test_quant.py allows.
+# The measured cost of rounding (LOG.md, Quantisation): the relative RMS error of normal weights, and the rise of the
+# tiny run's loss in nats per token. For a state, it is the error of one layer's logits that tests/test_quant.py allows.
 ROUNDING = {
   "int8": "0.785 % error in normal weights, -0.0004 nats on the tiny run",
   "fp8": "+0.002 nats on the tiny run",
@@ -73,7 +75,7 @@ ROUNDING = {
 }
 ROUNDING_KV = {"int8": "below 2 % error in a layer's logits", "fp8": "below 6 % error in a layer's logits"}
 
-# The comparisons that measure a loss, as folder of experiments/ and name; what is not here has none.
+# The comparisons that measure a loss, as folder of experiments/ and name; a loss that is absent here has none.
 CLAIMS = {
   "positions": ("positions/rope-degrades-at-4x",),
   "window": ("recall/window-at-chance",),
@@ -86,16 +88,16 @@ CLAIMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What is wanted, and what there is for it. Raises UserError for what nothing can be advised on."""
+  """A task, and the memory and chips that there are for it. Raises UserError if there can be no advice."""
 
-  task: str  # of TASKS
+  task: str  # a name of TASKS
   context: int  # tokens of a sequence, read and written together
-  memory: float | None = None  # bytes for weights and state; None: all that is usable of the chips
-  hardware: str | None = None  # a name of hardware.CHIPS; None: no speeds
+  memory: float | None = None  # bytes for weights and state; None: all that the chips have
+  hardware: str | None = None  # a name of hardware.CHIPS; None: speeds are not estimated
   chips: int = 1
   batch: int = 1  # sequences at a time
-  weights: str = "bfloat16"  # of roofline.WEIGHTS
-  kv: str = "bfloat16"  # of KV
+  weights: str = "bfloat16"  # a name of roofline.WEIGHTS
+  kv: str = "bfloat16"  # a name of KV
 
   def __post_init__(self):
     check(self.task in TASKS, f"--task: there is no {self.task!r}{nearest(str(self.task), TASKS)}")
@@ -121,14 +123,14 @@ class Request:
 
   @property
   def budget(self) -> float:
-    """Bytes for weights and state."""
+    """Bytes that weights and state may take."""
     if self.memory is not None:
       return self.memory
     return planner.USABLE * self.chips * find_chip(self.hardware).hbm_bytes
 
 
 class Option(NamedTuple):
-  """An architecture as it would serve a request. Seconds are lower bounds, the chips sharing the work evenly."""
+  """An architecture as it would serve a request. Seconds are lower bounds if the chips share the work evenly."""
 
   name: str
   kind: str
@@ -136,8 +138,8 @@ class Option(NamedTuple):
   active_params: int
   weight_bytes: float
   state_bytes: int
-  seconds: float | None  # of a decode step, or of reading the batch once
-  tokens_per_s: float | None  # of the whole batch
+  seconds: float | None  # seconds of a decode step, or of reading the batch once
+  tokens_per_s: float | None  # tokens per second of the whole batch
   beyond: bool  # the context is longer than the published one
   loses: tuple[Loss, ...]
 
@@ -147,20 +149,22 @@ class Option(NamedTuple):
 
 
 class Refused(NamedTuple):
+  """An architecture that cannot serve a request, and the reason."""
+
   name: str
-  why: str  # memory, positions, mask or groups (of a format, which do not divide its matrices)
+  why: str  # memory, positions, mask or groups (a format's groups do not divide the matrices)
   bytes: float | None = None
 
 
 class Change(NamedTuple):
-  """Flags that make something fit, and the first that then does."""
+  """Flags that make an architecture fit, and the first one that then does."""
 
   flags: str
   option: Option
 
 
 class Branch(NamedTuple):
-  """A fork of the tree, taken by one architecture: what it costs then, and what the fork gives up."""
+  """A fork of the tree, taken by one architecture: its cost after the fork, and what the fork gives up."""
 
   change: str
   option: Option
@@ -168,14 +172,16 @@ class Branch(NamedTuple):
 
 
 class Advice(NamedTuple):
-  options: list[Option]  # all that fit, the first to be taken first
+  """The answer to a request."""
+
+  options: list[Option]  # all that fit, best first
   refused: list[Refused]
-  branches: list[Branch]  # of the first option
-  changes: list[Change]  # where nothing fits within its published context
+  branches: list[Branch]  # forks of the first option
+  changes: list[Change]  # what would help, if nothing fits within its published context
 
 
 def advise(request: Request) -> Advice:
-  """Every preset, fitting or refused; what else the first could be; and, where none fits, what would help."""
+  """Sorts every preset into fitting or refused, takes the best one through the forks, and lists helpful changes."""
   usable, refused = candidates(request)
   options = [option for option in usable if option.bytes <= request.budget]
   large = sorted((o for o in usable if o.bytes > request.budget), key=lambda o: o.bytes)
@@ -188,7 +194,7 @@ def advise(request: Request) -> Advice:
 
 
 def candidates(request: Request) -> tuple[list[Option], list[Refused]]:
-  """-> the presets that can do it, whatever their size, best first by RANKING; and those that cannot."""
+  """-> the presets that can do the task, whatever their size, best first by RANKING; and those that cannot."""
   usable, refused = [], []
   for name, make in PRESETS.items():
     config = with_mask(make(), TASKS[request.task].mask)
@@ -204,7 +210,7 @@ def candidates(request: Request) -> tuple[list[Option], list[Refused]]:
 
 
 def best_of_each_kind(options: list[Option]) -> list[Option]:
-  """The first of each kind, in order."""
+  """The first option of each kind, in order."""
   found: dict[str, Option] = {}
   for option in options:
     found.setdefault(option.kind, option)
@@ -242,7 +248,7 @@ def evaluate(request: Request, name: str, config: ModelConfig) -> Option:
 
 
 def with_mask(config: ModelConfig, mask: str) -> ModelConfig | None:
-  """The same model with this mask in every mixer; None where one has no choice of masks and is causal."""
+  """Gives every mixer of a model this mask; None if a mixer has no choice of masks and is causal."""
   blocks = {}
   for name, block in config.blocks.items():
     mixer = block.mixer.with_fields(mask=build(MaskConfig, mask, "mask"))
@@ -253,13 +259,13 @@ def with_mask(config: ModelConfig, mask: str) -> ModelConfig | None:
 
 
 def positions_reach(config: ModelConfig, context: int) -> bool:
-  """Whether every token has a position: of a learned table, there are no more than its rows."""
+  """True if every token has a position, which a learned table limits to its rows."""
   table = config.embed.position
   return not isinstance(table, Learned) or context <= table.length
 
 
 def groups_fit(config: ModelConfig, weights: str) -> bool:
-  """Whether the groups of a format divide every matrix, as `llmarch generate --weights` demands."""
+  """True if the groups of a format divide every matrix, as `llmarch generate --weights` demands."""
   if weights not in quant.FORMATS:
     return True
   sizes = {(config.d_model,), (config.embed.dim or config.d_model,)}
@@ -273,12 +279,12 @@ def groups_fit(config: ModelConfig, weights: str) -> bool:
 
 
 def windows(config: ModelConfig) -> list[int | None]:
-  """What each layer's mixer sees of the tokens before, itself included; None: all (or a state of all)."""
+  """Number of tokens that each layer's mixer sees, the query included; None: all of them (or a state of all)."""
   return [config.blocks[name].mixer.window for name in config.layers]
 
 
 def reach(config: ModelConfig) -> int | None:
-  """Tokens that the last one can know of, itself included: 1 + sum (W - 1) over the layers. None: all."""
+  """Number of tokens on which the last one depends, itself included: 1 + sum (W - 1) over the layers. None: all."""
   seen = windows(config)
   return None if None in seen else sum(w - 1 for w in seen) + 1
 
@@ -296,29 +302,29 @@ def _experts(config: ModelConfig) -> bool:
 
 
 def losses(request: Request, config: ModelConfig) -> tuple[Loss, ...]:
-  """What one gives up with this architecture in this request."""
+  """The losses that this architecture brings in this request."""
   r, found = request, []
-  lose = lambda what, claim="": found.append(Loss(what, CLAIMS.get(claim, ())))
+  add_loss = lambda what, claim="": found.append(Loss(what, CLAIMS.get(claim, ())))
   if r.context > config.max_seq_len:
-    lose(f"published for {config.max_seq_len:,} tokens: later positions need scaling and training", "positions")
+    add_loss(f"published for {config.max_seq_len:,} tokens: later positions need scaling and training", "positions")
   narrow = [w for w in windows(config) if w and w < r.context]
   far = reach(config)
   if far is not None and far < r.context:
-    lose(f"through all windows a token reaches {far:,} tokens at most", "window")
+    add_loss(f"through all windows a token reaches {far:,} tokens at most", "window")
   elif narrow:
     widths = " or ".join(f"{w:,}" for w in sorted(set(narrow)))
-    lose(f"{len(narrow)} of {len(config.layers)} layers see {widths} tokens", "local")
+    add_loss(f"{len(narrow)} of {len(config.layers)} layers see {widths} tokens", "local")
   for mixer in {block.mixer for block in config.blocks.values()}:
     if mixer.rank is not None:
-      lose(f"all keys and values of a token are made of {mixer.rank} numbers", "latent")
+      add_loss(f"all keys and values of a token are made of {mixer.rank} numbers", "latent")
     elif mixer.kv_heads == 1 and mixer.heads != 1:
-      lose(f"{mixer.heads} query heads share one head of keys and values", "heads")
+      add_loss(f"{mixer.heads} query heads share one head of keys and values", "heads")
   if _experts(config):
     share = cost.active_params(config) / cost.params(config)["total"]
-    lose(f"a token uses {share:.0%} of the parameters that memory holds")
+    add_loss(f"a token uses {share:.0%} of the parameters that memory holds")
   found += _rounding(r.weights, r.kv)
   if TASKS[r.task].mask != "causal":
-    lose("released weights were trained causally: the mask needs training")
+    add_loss("released weights were trained causally: the mask needs training")
   return tuple(dict.fromkeys(found))
 
 
@@ -331,25 +337,26 @@ def _rounding(weights: str, kv: str) -> list[Loss]:
 
 
 def _mixers(config: ModelConfig, change: Callable) -> ModelConfig:
-  """The same model with change(mixer) in place of each softmax attention whose key-value heads can be chosen."""
-  one = lambda block: dataclasses.replace(block, mixer=change(block.mixer))
-  pick = lambda block: one(block) if _has_choice(block.mixer) else block
-  return dataclasses.replace(config, blocks=FrozenDict({name: pick(b) for name, b in config.blocks.items()}))
+  """Applies `change` to each softmax attention of a model whose key-value heads can be chosen."""
+  change_block = lambda block: dataclasses.replace(block, mixer=change(block.mixer))
+  change_if_possible = lambda block: change_block(block) if _has_choice(block.mixer) else block
+  blocks = {name: change_if_possible(b) for name, b in config.blocks.items()}
+  return dataclasses.replace(config, blocks=FrozenDict(blocks))
 
 
 def _has_choice(mixer: MixerConfig) -> bool:
-  """Whether a mixer has key-value heads, and a window, to choose."""
+  """True if a mixer has key-value heads, and a window, to choose."""
   return mixer.with_fields(num_kv_heads=mixer.kv_heads, window=mixer.window) is not None
 
 
 def share_heads(config: ModelConfig, num_kv_heads: int) -> ModelConfig:
-  """At most so many key-value heads, wherever they divide the query heads (1911.02150, 2305.13245)."""
-  fewer = lambda c: c.kv_heads > num_kv_heads and c.heads % num_kv_heads == 0
-  return _mixers(config, lambda c: dataclasses.replace(c, num_kv_heads=num_kv_heads) if fewer(c) else c)
+  """Lowers key-value heads to `num_kv_heads`, if these divide the query heads (1911.02150, 2305.13245)."""
+  has_more = lambda c: c.kv_heads > num_kv_heads and c.heads % num_kv_heads == 0
+  return _mixers(config, lambda c: dataclasses.replace(c, num_kv_heads=num_kv_heads) if has_more(c) else c)
 
 
 def see_locally(config: ModelConfig, window: int = 1024, every: int = 6) -> ModelConfig:
-  """A window in all but every sixth layer, as Gemma 3 has it (2503.19786); as it is where there are windows already."""
+  """A window in all but every sixth layer, as in Gemma 3 (2503.19786); a model with windows stays as it is."""
   if any(windows(config)) or not all(_has_choice(b.mixer) for b in config.blocks.values()):
     return config
   order = [name if i % every == 0 else f"{name}_local" for i, name in enumerate(config.layers, 1)]
@@ -360,7 +367,7 @@ def see_locally(config: ModelConfig, window: int = 1024, every: int = 6) -> Mode
 
 
 def latent(config: ModelConfig) -> ModelConfig:
-  """Latent attention of DeepSeek-V2's sizes, 512 + 64 numbers a token (2405.04434); it has no windows to give up."""
+  """Latent attention of DeepSeek-V2's sizes, 512 + 64 numbers per token (2405.04434), without windows."""
   if any(windows(config)):
     return config
   sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -378,8 +385,10 @@ FORMATS = ("int8", "int4")
 
 
 def branches(request: Request, name: str) -> list[Branch]:
-  """A preset as it is, and at each fork that lowers its memory or its least time. Forks of the architecture are
-  models to train: no weights of them were released."""
+  """A preset as it is, and after each fork that lowers its memory or its least time.
+
+  Forks of the architecture are models yet to be trained: no weights of them were released.
+  """
   task = TASKS[request.task]
   config = with_mask(PRESETS[name](), task.mask)
   found = [Branch("as published", evaluate(request, name, config), Loss("nothing"))]
@@ -393,16 +402,19 @@ def branches(request: Request, name: str) -> list[Branch]:
     rounded = dataclasses.replace(request, kv="int8")
     found.append(Branch("int8 state", evaluate(rounded, name, config), _rounding("bfloat16", "int8")[0]))
   first = found[0].option
-  lower = lambda o: o.bytes < first.bytes or (o.seconds or 0) < (first.seconds or 0)
-  return found[:1] + [branch for branch in found[1:] if lower(branch.option)]
+  is_lower = lambda o: o.bytes < first.bytes or (o.seconds or 0) < (first.seconds or 0)
+  return found[:1] + [branch for branch in found[1:] if is_lower(branch.option)]
 
 
 # ------------------------------------------------------------------------------------------- where nothing fits
 
 
 def changes(request: Request) -> list[Change]:
-  """Changes that make something fit within its published context, the least first: fewer bits, of the state before
-  the weights, then more memory. None helps where nothing was published for so long a context."""
+  """Changes that make an architecture fit within its published context, the smallest first.
+
+  Fewer bits come first, for the state before the weights, then more memory. No change helps if nothing was published
+  for so long a context.
+  """
   tried = [(flags, dataclasses.replace(request, **flags)) for flags in _fewer_bits(request)]
   more = _more_memory(request)
   tried += [(more, dataclasses.replace(request, **more))] if more else []
@@ -415,7 +427,7 @@ def changes(request: Request) -> list[Change]:
 
 
 def _fewer_bits(request: Request) -> list[dict[str, str]]:
-  """The flags to try: those that take fewer bits than the request does."""
+  """The flags to try: formats that take fewer bits than the request does."""
   wide = lambda weights, kv: (roofline.WEIGHTS[weights], cost.BYTES[KV[kv]])
   now = wide(request.weights, request.kv)
   states = (request.kv, "int8") if TASKS[request.task].state else (request.kv,)
@@ -430,7 +442,7 @@ def _fewer_bits(request: Request) -> list[dict[str, str]]:
 
 
 def _more_memory(request: Request) -> dict[str, int]:
-  """The flags for the least memory, and number of chips, in which something fits; {}: nothing ever does."""
+  """Flags for the least memory, and number of chips, in which something fits; {} if nothing ever does."""
   sizes = [option.bytes for option in candidates(request)[0] if not option.beyond]
   if not sizes:
     return {}

@@ -1,12 +1,12 @@
-"""What the inference layouts move between chips, by formula: 2211.05102, sections 3.2 to 3.4 and appendix A.
+"""The communication of the inference layouts by formula: 2211.05102, sections 3.2 to 3.4 and appendix A.
 
 E d_model, F d_ff, N query heads, K kv heads, H head dim, B*L tokens of a pass, mesh X*Y*Z = n chips.
 
-Two models. `paper_elements` is the volume column of the paper: feed-forwards of two matrices (or three, when
-gated), each collective over several axes as one. `block` is what the manual mode of this code places for a
-whole block, one mesh axis at a time: the prediction that compiled programs are held against. Its formulas do
-not look at sharding/, whose rows they name, so that each checks the other. Not here: the embedding, the head
-(together below 1 % in PaLM), and parameters and indices that are vectors of heads or of nothing.
+There are two models. `paper_elements` is the volume column of the paper: feed-forwards of two matrices (or three, when
+gated), with each collective over several axes as one. `block` predicts the collectives of this code's manual mode for a
+whole block, one mesh axis at a time; compiled programs are compared with it. The formulas do not read sharding/, whose
+rows they name, so that each checks the other. Left out are the embedding and the head (together below 1 % in PaLM), and
+parameters and indices that are vectors of heads or of nothing.
 """
 
 import math
@@ -22,12 +22,12 @@ AXES = ("x", "y", "z")
 
 
 class Row(NamedTuple):
-  """A feed-forward layout, each field mesh axes, major first."""
+  """A feed-forward layout; each field has mesh axes, major first."""
 
-  batch: str  # split the tokens: weights are gathered over them
-  embed: str  # split E where weights are applied: products over E are partial over them
-  hidden: str  # split F and the heads where weights are applied
-  stored_embed: str  # split E, and F and the heads, of the weights at rest
+  batch: str  # axes that split the tokens; weights are gathered over them
+  embed: str  # axes that split E where weights are applied; products over E are partial over them
+  hidden: str  # axes that split F and the heads where weights are applied
+  stored_embed: str  # axes that split E, and F and the heads, of the weights at rest
   stored_hidden: str
 
 
@@ -38,26 +38,26 @@ FEED_FORWARD = {
   "wg_xy": Row("xy", "", "z", "x", "zy"),
   "wg_xyz": Row("xyz", "", "", "x", "zy"),
 }
-ATTENTION = {"heads": "", "batch_z": "z", "batch_yz": "zy", "batch_xyz": "zyx"}  # axes given to the batch
+ATTENTION = {"heads": "", "batch_z": "z", "batch_yz": "zy", "batch_xyz": "zyx"}  # axes that split attention's batch
 
 
 class Collective(NamedTuple):
   """Collectives of one kind over the same axes, for the same reason.
 
-  `bytes` a chip, of all executions together: of the output of an all-gather, of the input of a reduce-scatter
-  or an all-reduce, of the local array of an all-to-all or a permutation.
+  `bytes` are those of one chip, for all executions together: of the output of an all-gather, of the input of a
+  reduce-scatter or an all-reduce, of the local array of an all-to-all or a permutation.
   """
 
-  kind: str  # as in HLO
-  axes: tuple[str, ...]  # in the order of the mesh
-  group: int  # chips along them
+  kind: str  # a kind as in HLO
+  axes: tuple[str, ...]  # mesh axes in the order of the mesh
+  group: int  # number of chips along the axes
   count: int
   bytes: float
   what: str
 
   @property
   def sent(self) -> float:
-    """Bytes that leave a chip: (K-1)/K of them over K chips, twice that for an all-reduce (appendix A.1)."""
+    """Bytes that leave a chip: (K-1)/K of `bytes` over K chips, twice that for an all-reduce (appendix A.1)."""
     if self.kind == "collective-permute":
       return self.bytes
     return self.bytes * (1 - 1 / self.group) * (2 if self.kind == "all-reduce" else 1)
@@ -66,17 +66,17 @@ class Collective(NamedTuple):
 Mesh = Mapping[str, int]
 
 
-KNOWN = {AttentionConfig, MLPConfig}  # the branches of which these formulas are
+KNOWN = {AttentionConfig, MLPConfig}  # kinds of branches that these formulas describe
 
 
 def knows(block: BlockConfig) -> bool:
-  """Whether the formulas of this module hold for a block."""
+  """True if the formulas of this module hold for a block."""
   branches = block.branches.values()
   return all(type(branch) in KNOWN and not branch.reads_kept for branch in branches)
 
 
 def chips(mesh: Mesh, axes: str = "xyz") -> int:
-  """Chips along these axes."""
+  """Number of chips along these axes."""
   return math.prod(mesh[a] for a in axes)
 
 
@@ -86,7 +86,7 @@ def chips(mesh: Mesh, axes: str = "xyz") -> int:
 def paper_elements(ffn: str, tokens: float, d_model: int, d_ff: int, mesh: Mesh, *, matrices=2, ring=False) -> float:
   """Elements that a chip moves for one feed-forward.  2BLE, 2BL(E/X + F/YZ), 2EF/YZ + 2BLE/X ...
 
-  `matrices` 3 is the gated one: m BLF/YZ and m EF for 2 BLF/YZ and 2 EF. `ring` keeps the factor (K-1)/K that
+  A gated one has `matrices` 3: m BLF/YZ and m EF in place of 2 BLF/YZ and 2 EF. `ring` keeps the factor (K-1)/K that
   the paper drops.
   """
   row = FEED_FORWARD[ffn]
@@ -108,7 +108,7 @@ class Weight(NamedTuple):
   dims: tuple[tuple[int, str], ...]
 
   def local(self, mesh: Mesh, without: str = "") -> float:
-    """Elements on a chip, gathered over the axes `without`."""
+    """Elements on a chip, after gathering over the axes `without`."""
     return math.prod(size / chips(mesh, _minus(axes, without)) for size, axes in self.dims)
 
 
@@ -145,11 +145,11 @@ def block(
   activation_bytes: float = 2,
   weight_bytes: float = 2,
 ) -> list[Collective]:
-  """The collectives of one layer in one pass of `tokens` tokens (over the whole batch), axes of size 1 left out."""
+  """The collectives of one layer in one pass of `tokens` tokens (over the whole batch), without axes of size 1."""
   row, a, f = FEED_FORWARD[ffn], config.mixer, config.ffn
   N, K, H = a.num_heads, a.kv_heads, a.dim(d_model)
   moved = "".join(axis for axis in ATTENTION[attention] if axis in row.hidden or axis in row.embed)
-  heads = row.hidden + row.embed  # split the heads, and F, of activations between matrices
+  heads = row.hidden + row.embed  # axes that split the heads, and F, of activations between matrices
   left = _minus(heads, moved)
   t = tokens / chips(mesh, row.batch)
   found: list[Collective] = []
@@ -160,7 +160,7 @@ def block(
       found.append(Collective(kind, names, chips(mesh, axes), count, count * elements * width, what))
 
   def gather(axes: str, elements: float, what: str, count: int = 1, width: float = activation_bytes) -> None:
-    """From axes to none, the minor one first; `elements` before."""
+    """Adds gathers over the axes, the minor one first; `elements` is the number before."""
     for axis in reversed(axes):
       elements *= mesh[axis]
       add("all-gather", axis, elements, what, count, width)
@@ -170,7 +170,7 @@ def block(
       add("reduce-scatter", axis, elements, what, count)
       elements /= mesh[axis]
 
-  # Weights, over the axes that split the batch; biases of keys and values, into the place of these.
+  # Weights are gathered over the axes that split the batch; biases of keys and values go where these are.
   cached = _cut_short(left, K, mesh)
   for w in weights(config, d_model, ffn, mesh):
     elements = w.local(mesh)
@@ -183,15 +183,15 @@ def block(
       gather(going, elements, w.what, width=weight_bytes)
       elements *= chips(mesh, going)
 
-  # The residual stream, E over embed and hidden: in and out, for each branch or once for both. The weight-
-  # stationary rows split it X, Z, Y; of the axes that it gains, the first is the major one.
+  # The residual stream, with E over embed and hidden, goes in and out, for each branch or once for both. The weight-
+  # stationary rows split it over X, Z, Y; of the axes that it gains, the first is the major one.
   branches = len(config.residual.groups(tuple(config.branches)))
   stream = "xzy" if row.embed + row.hidden == "zyx" else row.hidden
   whole = t * d_model / chips(mesh, row.embed)
   gather(stream, whole / chips(mesh, stream), "input", branches)
   scatter(stream, whole, "output", branches)
 
-  # Norms: a mean over E is one f32 a token, over the axes that still split E. LayerNorm has two.
+  # In a norm, a mean over E is one f32 per token, summed over the axes that still split E. LayerNorm has two means.
   means = 2 if isinstance(config.norm, LayerNorm) else 1
   entering, leaving = NORMS[config.residual.kind]
   add("all-reduce", row.embed, t, "norm", means * entering * branches, 4)
@@ -202,14 +202,14 @@ def block(
     scatter(row.embed, hidden, "gate, up", 1 + f.gated)
     gather(row.embed, hidden / chips(mesh, row.embed), "down")
 
-  # Queries onto all the heads' axes, then from heads to batch and, after attention, back.
+  # Queries go onto all the heads' axes, then from heads to batch and, after attention, back.
   queries = t * N * H / chips(mesh, row.hidden)
   scatter(row.embed, queries, "q")
   gather(row.embed, queries / chips(mesh, row.embed), "o")
   queries /= chips(mesh, row.embed)
   if chips(mesh, moved) > 1:
     add("all-to-all", moved, queries, "attention", 2)
-    if chips(mesh, left) > 1:  # the axes that stay are minor to those that go: parts of heads change chips
+    if chips(mesh, left) > 1:  # the axes that stay are minor to those that go, so parts of heads change chips
       add("collective-permute", heads, queries, "attention", 2)
   _keys_and_values(add, mesh, row, moved, left, t, K, H)
   if a.qk_norm and a.qk_norm.whole:
@@ -220,7 +220,7 @@ def block(
   return found
 
 
-# Norms by residual scheme, for each group of branches that reads one x: (of what enters it, of the residual stream).
+# Norms of a residual scheme, for each group of branches that reads one x: (of what enters it, of the residual stream).
 NORMS = {
   "pre": (1, 0),
   "post": (0, 1),
@@ -232,15 +232,15 @@ NORMS = {
 
 
 def _keys_and_values(add, mesh: Mesh, row: Row, moved: str, left: str, t: float, K: int, H: int) -> None:
-  """Keys and values, partial over `row.embed`, into the place of the cache: batch over `moved`, heads over `left`.
+  """Moves keys and values, partial over `row.embed`, to the cache: batch over `moved`, heads over `left`.
 
-  They are split over as many of the heads' axes, the major ones first, as divide K. Where an axis does not
-  split them yet, each chip keeps its part and nothing is sent.
+  They are split over as many of the heads' axes, the major ones first, as divide K. If an axis does not split them yet,
+  each chip keeps its part and nothing is sent.
   """
   stored = _minus(_cut_short(row.stored_hidden, K, mesh), row.batch)
   wanted = _cut_short(left, K, mesh)
-  cut = _minus(moved, stored + row.embed)  # of the batch, kept by a slice
-  sliced = chips(mesh, _minus(wanted, stored + row.embed))  # of the heads; before the move where they suffice
+  cut = _minus(moved, stored + row.embed)  # axes that a slice splits the batch over
+  sliced = chips(mesh, _minus(wanted, stored + row.embed))  # parts of the heads, sliced before the move if need be
   elements = t * K * H / chips(mesh, stored) / chips(mesh, cut)
   early = K // chips(mesh, stored) % sliced == 0
   elements /= sliced if early else 1
@@ -250,7 +250,7 @@ def _keys_and_values(add, mesh: Mesh, row: Row, moved: str, left: str, t: float,
     if chips(mesh, staying) > 1:
       add("collective-permute", stored, elements, "k, v", 2)
     add("all-to-all", going, elements, "k, v", 2)
-    if chips(mesh, cut) > 1:  # the batch is split by the slice first, and should be by it last
+    if chips(mesh, cut) > 1:  # the slice splits the batch first, although its axes should come last
       add("collective-permute", going + cut, elements, "k, v", 2)
   elements /= 1 if early else sliced
   scattered = row.embed and row.embed in moved + wanted
@@ -258,19 +258,19 @@ def _keys_and_values(add, mesh: Mesh, row: Row, moved: str, left: str, t: float,
 
 
 def batch_split(ffn: str, attention: str, mesh: Mesh) -> int:
-  """Into how many parts attention splits the batch."""
+  """Number of parts into which attention splits the batch."""
   return chips(mesh, "".join(set(FEED_FORWARD[ffn].batch + ATTENTION[attention])))
 
 
 def kv_split(config: BlockConfig, ffn: str, attention: str, mesh: Mesh) -> tuple[int, int]:
-  """Into how many parts the cache's batch and its kv heads are split."""
+  """Numbers of parts into which the cache's batch and its key-value heads are split."""
   row = FEED_FORWARD[ffn]
   left = _minus(row.hidden + row.embed, ATTENTION[attention])
   return batch_split(ffn, attention, mesh), chips(mesh, _cut_short(left, config.mixer.kv_heads, mesh))
 
 
 def _cut_short(axes: str, size: int, mesh: Mesh) -> str:
-  """The longest prefix of the axes (those of size 1 left out) that divides `size`."""
+  """The longest prefix of the axes (without those of size 1) that divides `size`."""
   axes = "".join(axis for axis in axes if mesh[axis] > 1)
   while size % chips(mesh, axes):
     axes = axes[:-1]

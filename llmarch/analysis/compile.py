@@ -1,7 +1,7 @@
-"""Programs compiled ahead of time for machines that are not here, and a receipt of what came out.
+"""Programs compiled ahead of time for machines that are not present, and a receipt of the result.
 
-The compilers come from the package index (extras `tpu` and `cuda13`) and need no device. Nothing is
-allocated: parameters and states are shapes.
+The compilers come from the package index (extras `tpu` and `cuda13`) and need no device. Nothing is allocated:
+parameters and states are shapes.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ GiB = 2**30
 
 
 class Family(NamedTuple):
-  """Machines of one kind of chip, as their compiler knows them."""
+  """The machines with one kind of chip, as their compiler names them."""
 
   platform: Literal["tpu", "cuda"]
   example: str
-  memory: int  # bytes that the compiler grants a device (a TPU keeps 1/4 to 1/2 GiB for itself)
+  memory: int  # bytes that the compiler grants a device (a TPU reserves 1/4 to 1/2 GiB)
   options: Mapping[str, str] = {}
 
 
@@ -46,8 +46,8 @@ runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-# A device of ours is a chip. On v4 that takes "megacore" (its default is a device for each of two cores); a
-# tpu7x chip is always two devices.
+# One device is one chip. On v4 that takes the option "megacore" (by default, each of the two cores is a device); a
+# tpu7x chip always counts as two devices.
 FAMILIES = {
   "v4": Family("tpu", "v4:4x4x4", int(30.75 * GiB), {"chip_config_name": "megacore"}),
   "v5e": Family("tpu", "v5e:16x16", int(15.75 * GiB)),
@@ -59,21 +59,23 @@ FAMILIES = {
 
 
 class Topology(NamedTuple):
+  """The devices of a machine, and the sides of its torus."""
+
   name: str
   family: Family
-  sides: tuple[int, ...]  # of the torus; the number of GPUs
+  sides: tuple[int, ...]  # sides of the torus, or the number of GPUs
   devices: list
 
 
 def prepare() -> None:
-  """Tells jax and libtpu that there is no accelerator here. Before the first use of either."""
+  """Tells jax and libtpu that there is no accelerator here. Call it before the first use of either."""
   quiet = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process fails at libtpu's lock file
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks the network which TPU this is
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process fails at libtpu's lock file
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu asks the network which TPU this is
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "TPU_LOG_DIR": "disabled",
-    "TPU_STDERR_LOG_LEVEL": "1",  # warnings go to stderr, where `_messages` reads them
+    "TPU_STDERR_LOG_LEVEL": "1",  # sends warnings to stderr, where `_messages` reads them
     "TPU_MIN_LOG_LEVEL": "1",
   }
   for name, value in quiet.items():
@@ -82,7 +84,7 @@ def prepare() -> None:
 
 
 def find_topology(name: str) -> Topology:
-  """ "v4:4x4x4" -> its devices. Raises UserError for one that no compiler here knows."""
+  """Finds the devices of a name such as "v4:4x4x4". Raises UserError for one that no compiler here knows."""
   kind, _, shape = name.partition(":")
   known = ", ".join(f.example for f in FAMILIES.values())
   check(kind in FAMILIES, f"--topology: there is no {kind!r}{nearest(kind, FAMILIES)}; write one like {known}")
@@ -121,10 +123,10 @@ def _check_installed(name: str, family: Family) -> None:
 
 
 def receipt(lower: Callable[[], Any], mesh, memory: int) -> dict:
-  """Compiles what `lower()` returns (a jax.stages.Lowered) for the mesh's devices, and says what came out.
+  """Compiles what `lower()` returns (a jax.stages.Lowered) for the mesh's devices, and reports the result.
 
-  Numbers are of one device and one run of the program (a loop whose end depends on data counts as one turn:
-  a decode step). A program that the compiler refuses for memory is a receipt that does not fit.
+  Numbers are of one device and one run of the program. A loop whose end depends on data counts as one iteration, which
+  is a decode step. A program that the compiler refuses for memory gives a receipt that says so.
   """
   import jax
 
@@ -132,7 +134,7 @@ def receipt(lower: Callable[[], Any], mesh, memory: int) -> dict:
 
   began = time.perf_counter()
   with _messages() as messages:
-    # Kernels choose by the device at hand: it must be the one that we compile for.
+    # Kernels choose their form by the current device, which must be the one that we compile for.
     with jax.default_device(mesh.devices.flat[0]), jax.set_mesh(mesh):
       lowered = lower()
     lowered_after = time.perf_counter() - began
@@ -166,13 +168,13 @@ def receipt(lower: Callable[[], Any], mesh, memory: int) -> dict:
 
 
 def _device_bytes(m) -> int:
-  """Arguments, results, temporaries and code at the worst moment."""
+  """Bytes of arguments, results, temporaries and code at the worst moment."""
   parts = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
   return max(m.peak_memory_in_bytes, parts + m.temp_size_in_bytes + m.generated_code_size_in_bytes)
 
 
 _SIZES = r"([\d.]+)([KMGT]?)"
-_REFUSALS = (  # what the program wants, what the device has
+_REFUSALS = (  # patterns of messages: what the program needs, what the device has
   re.compile(rf"\({_SIZES}\) exceeds available \w+ \({_SIZES}\)"),
   re.compile(rf"Used {_SIZES} of {_SIZES} hbm", re.IGNORECASE),
 )
@@ -182,8 +184,8 @@ def _refused_bytes(message: str) -> tuple[int | None, int | None]:
   for pattern in _REFUSALS:
     if found := pattern.search(message):
       a, a_unit, b, b_unit = found.groups()
-      size = lambda n, unit: int(float(n) * 1024 ** " KMGT".index(unit or " "))
-      return size(a, a_unit), size(b, b_unit)
+      to_bytes = lambda n, unit: int(float(n) * 1024 ** " KMGT".index(unit or " "))
+      return to_bytes(a, a_unit), to_bytes(b, b_unit)
   return None, None
 
 
@@ -199,7 +201,7 @@ def _messages() -> Iterator[list[str]]:
     try:
       yield lines
       failed = False
-    except UserError:  # a sentence of ours says it all
+    except UserError:  # our own sentence needs no compiler output
       failed = False
       raise
     finally:
@@ -216,29 +218,29 @@ def _messages() -> Iterator[list[str]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-  """One program of the model: what to compile and for what."""
+  """One program of the model: what to compile, and for which machine."""
 
   topology: str
   phase: Literal["prefill", "decode", "train"]
   batch: int
-  context: int  # tokens of a row: the capacity of the state, or a training sequence
+  context: int  # tokens of a row: the capacity of the state, or the length of a training sequence
   chunk: int | None = None  # prompt tokens of a prefill call; None: the whole context
-  mesh: str = ""  # "x=4,y=4,z=4"; "": the sides of the torus
+  mesh: str = ""  # as "x=4,y=4,z=4"; "": the sides of the torus
   prefill_layout: str = "ws_2d"
   decode_layout: str = "ws_2d"
-  weights: str | None = None  # format of the matrices, "int8"; None: as the config says
-  unrolled: bool = False  # every layer by itself, as on one device; else scanned, so that depth costs no compile time
+  weights: str | None = None  # format of the matrices, as "int8"; None: that of the config
+  unrolled: bool = False  # compiles every layer by itself, as on one device; false: one scan, which compiles faster
 
 
 def compile_cell(config: RunConfig, cell: Cell) -> dict:
-  """The receipt of one cell. Raises UserError, before compiling, for what cannot be."""
+  """The receipt of one cell. Raises UserError, before compiling, if the cell is impossible."""
   topology = find_topology(cell.topology)
   mesh = _mesh(cell, topology)
   build = {"prefill": _prefill, "decode": _decode, "train": _train}[cell.phase]
   return {"mesh": dict(mesh.shape), **receipt(build(config, cell, mesh), mesh, topology.family.memory)}
 
 
-STEP = 128  # tokens; caches are laid out in such tiles
+STEP = 128  # tokens; compilers lay caches out in tiles of this size
 
 
 def longest_context(config: RunConfig, cell: Cell) -> tuple[int, dict | None]:
@@ -262,7 +264,7 @@ def _mesh(cell: Cell, topology: Topology):
 
 
 def _default_mesh(phase: str, topology: Topology) -> dict[str, int]:
-  """The sides of the torus; for training its first side is tensor, and the rest is fsdp."""
+  """The sides of the torus; for training, its first side is the axis tensor, and the others are fsdp."""
   count, sides = len(topology.devices), topology.sides
   first, second = sides[:2] if len(sides) > 1 else (1, sides[0])
   if phase == "train":
@@ -298,8 +300,8 @@ def _decoder(config: ModelConfig, cell: Cell, mesh):
   if cell.weights:
     params = jax.eval_shape(lambda p: quantize_params(p, cell.weights), params)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), cell.batch))
-  shape = lambda s: keys if s.dtype == str(keys.dtype) else jax.ShapeDtypeStruct(s.shape, s.dtype)
-  return programs, params, jax.tree.map(shape, programs.carry, is_leaf=cache.is_spec)
+  shape_of = lambda s: keys if s.dtype == str(keys.dtype) else jax.ShapeDtypeStruct(s.shape, s.dtype)
+  return programs, params, jax.tree.map(shape_of, programs.carry, is_leaf=cache.is_spec)
 
 
 def _decode(config: RunConfig, cell: Cell, mesh) -> Callable:
@@ -325,6 +327,6 @@ def _train(config: RunConfig, cell: Cell, mesh) -> Callable:
   train = dataclasses.replace(config.train, batch_size=cell.batch, seq_len=cell.context)
   sizes = ",".join(f"{axis}={n}" for axis, n in mesh.shape.items())
   functions = make_train_step(dataclasses.replace(config, train=train, mesh=sizes), mesh)
-  rows = lambda dtype: jax.ShapeDtypeStruct((cell.batch, cell.context), dtype, sharding=functions.batch_sharding)
-  batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), rows("int32"))
-  return lambda: functions.step.lower(functions.abstract_state, {**batch, "loss_weights": rows("float32")})
+  rows_of = lambda dtype: jax.ShapeDtypeStruct((cell.batch, cell.context), dtype, sharding=functions.batch_sharding)
+  batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), rows_of("int32"))
+  return lambda: functions.step.lower(functions.abstract_state, {**batch, "loss_weights": rows_of("float32")})

@@ -1,8 +1,8 @@
-"""What a config costs, by formula: parameters, FLOPs, bytes of state and of training. Nothing is built.
+"""The cost of a config by formula: parameters, FLOPs, bytes of state and of training. No model is built.
 
 D d_model, N query heads, K kv heads, H head dim, F mlp hidden, V vocabulary, L layers.
-The formulas do not look at the model's code, so that each checks the other (tests/test_presets.py). A new
-mixer, feed-forward, norm or position with parameters is one row of a table here.
+The formulas do not read the model's code, so that each checks the other (tests/test_presets.py). A new mixer,
+feed-forward, norm or position with parameters adds one row to a table here.
 """
 
 from collections import Counter
@@ -22,31 +22,34 @@ from llmarch.layers.norm import LayerNorm, RMSNorm, ScaleNorm
 from llmarch.layers.position import Learned, Sinusoidal
 from llmarch.run_config import SGD, Adafactor, AdamW, Lion, Muon, RunConfig
 
-# An element by its type or format; scales of formats are `kv_state`'s to count.
+# Bytes of an element by its type or format; the scales of formats are counted by `kv_state`.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2} | dict.fromkeys(("int8", "fp8", "int8_channel", "fp8_channel"), 1)
 
 
 class Cost(NamedTuple):
-  """One layer's mixer or feed-forward."""
+  """The cost of one layer's branch."""
 
-  matrices: int  # parameters that multiply activations: one multiply-add a token each
-  vectors: int  # the others: biases, norms of queries and keys
-  mixing: Callable[[int, bool], float] = lambda length, dense: 0.0  # multiply-adds a token spends between tokens
-  state: Callable[[int, int, str], int] = lambda max_len, chunk, dtype: 0  # bytes of decoding state a row
+  matrices: int  # parameters that multiply activations, each with one multiply-add per token
+  vectors: int  # the other parameters: biases, norms of queries and keys
+  mixing: Callable[[int, bool], float] = lambda length, dense: 0.0  # multiply-adds between tokens, per token
+  state: Callable[[int, int, str], int] = lambda max_len, chunk, dtype: 0  # bytes of decoding state per row
   growth: int = 0  # elements by which one more token lengthens the state
-  idle: int = 0  # of the matrices, those that a token does not use
+  idle: int = 0  # parameters among `matrices` that a token does not use
   idle_vectors: int = 0
   expert: int = 0  # parameters of one expert, of which a token uses some
-  decoding: float = 0.0  # multiply-adds that a decode step spends more (or less) a key than `mixing` counts
+  decoding: float = 0.0  # multiply-adds per key that a decode step takes beyond those of `mixing`; may be negative
 
 
 # ------------------------------------------------------------------------------------- one row a component
 
 
 def attention(c: AttentionConfig, d_model: int) -> Cost:
-  """Parameters 2 D N H + 2 D K H and the biases; 2 N H multiply-adds for each key a query sees (scores, and
-  their mix); 2 K H elements of state a token (2211.05102, section 3.3), at most window + chunk - 1 tokens. Where keys
-  and values are another layer's (2405.12981), what depends on K is not there."""
+  """The cost of softmax attention (2211.05102, section 3.3).
+
+  Parameters 2 D N H + 2 D K H and the biases; 2 N H multiply-adds for each key a query sees (scores, and their mix);
+  2 K H elements of state per token, at most window + chunk - 1 tokens. If keys and values are another layer's
+  (2405.12981), the terms with K are left out.
+  """
   D, N, H = d_model, c.num_heads, c.dim(d_model)
   K = c.kv_heads if c.kv_from is None else 0
   vectors = c.qkv_bias * (N + 2 * K) * H + c.out_bias * D + c.sinks * N
@@ -64,9 +67,12 @@ def attention(c: AttentionConfig, d_model: int) -> Cost:
 
 
 def cross_attention(c: CrossAttentionConfig, d_model: int) -> Cost:
-  """D N H of queries and as many of the output, 2 M K H of keys and values of a memory of width M, and biases; 2 K H
-  elements of state for each token of a source, of which there is room for max_source_len. How long sources are is not
-  known here: the multiply-adds between tokens, and those of a source's keys and values, are counted for none."""
+  """The cost of cross-attention to a memory of width M.
+
+  D N H for queries and as many for the output, 2 M K H for keys and values, and biases; 2 K H elements of state for
+  each token of a source, with room for max_source_len. The length of sources is not known here, so the multiply-adds
+  between tokens, and those of a source's keys and values, are not counted.
+  """
   D, M, N, K, H = d_model, c.memory_dim, c.num_heads, c.kv_heads, c.dim(d_model)
   return Cost(
     matrices=2 * D * N * H + 2 * M * K * H,
@@ -77,14 +83,17 @@ def cross_attention(c: CrossAttentionConfig, d_model: int) -> Cost:
 
 
 def mla(c: MLAConfig, d_model: int) -> Cost:
-  """Queries D N (P + R), or D Q + Q N (P + R) with a latent; D (C + R) + C N (P + V) for keys and values, N V D;
-  N (P + R + V) multiply-adds for each key a query sees; C + R elements of state a token (2405.04434, table 1)."""
+  """The cost of latent attention (2405.04434, table 1).
+
+  Queries D N (P + R), or D Q + Q N (P + R) with a latent; D (C + R) + C N (P + V) for keys and values, N V D for the
+  output; N (P + R + V) multiply-adds for each key a query sees; C + R elements of state per token.
+  """
   D, N, C, Q = d_model, c.num_heads, c.kv_lora_rank, c.q_lora_rank
   P, R, V = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
   queries = D * N * (P + R) if Q is None else D * Q + Q * N * (P + R)
 
   def state(max_len: int, chunk: int, dtype: str) -> int:
-    scale = 4 if BYTES[dtype] == 1 else 0  # of a format: an f32 a token for either vector
+    scale = 4 if BYTES[dtype] == 1 else 0  # a format has one f32 scale per token for each of the two vectors
     return max_len * ((C + R) * BYTES[dtype] + 2 * scale)
 
   return Cost(
@@ -93,30 +102,33 @@ def mla(c: MLAConfig, d_model: int) -> Cost:
     mixing=lambda length, dense: N * (P + R + V) * (length if dense else c.mask.mean_keys(length, c.window)),
     state=state,
     growth=C + R,
-    # A decode step has its keys and values absorbed: N (2 C + R) multiply-adds a key (section 2.1.2).
+    # A decode step absorbs keys and values: N (2 C + R) multiply-adds per key (section 2.1.2).
     decoding=N * (2 * C + R) - N * (P + R + V),
   )
 
 
 def linear(c: LinearConfig, d_model: int) -> Cost:
-  """4 D N H parameters; 2 N H (H + 1) multiply-adds a token with the state, which it reads and writes, and 2 N H for
-  each key of its chunk (as many as there are, if the row is shorter; a masked half is computed); N H (H + 1) f32
-  numbers of state (2006.16236, section 3.2)."""
+  """The cost of linear attention in chunks (2006.16236, section 3.2).
+
+  4 D N H parameters. A token takes 2 N H (H + 1) multiply-adds with the state, which it reads and writes, and 2 N H + N
+  for each key of its chunk, or of its row if that is shorter (a masked half is computed). The state has N H (H + 1) f32
+  numbers.
+  """
   D, N, H = d_model, c.num_heads, c.dim(d_model)
-  pairs = lambda length: N * (2 * H + 1) * min(c.chunk, length)
+  chunk_macs = lambda length: N * (2 * H + 1) * min(c.chunk, length)
   return Cost(
     matrices=4 * D * N * H,
     vectors=0,
-    mixing=lambda length, dense: 2 * N * H * (H + 1) + pairs(length),
+    mixing=lambda length, dense: 2 * N * H * (H + 1) + chunk_macs(length),
     state=lambda max_len, chunk, dtype: 4 * (N * H * (H + 1) + 1),
   )
 
 
 def kv_state(dim: int, window: int | None, max_len: int, chunk: int, dtype: str) -> int:
-  """Bytes of the keys and values of one row and head, dim H, in S slots.
+  """Bytes of the keys and values of one row and head of dim H in S slots, 2 H S elements.
 
-  2 H S elements. In a format, each token has an f32 scale for its value and one for its key; or the keys of
-  each 32 tokens H of them, S is whole groups of 32, and 31 + chunk tokens are kept in 16 bits as well.
+  In a format, each token has one f32 scale for its value and one for its key. With "_channel", the keys of each 32
+  tokens have H scales instead, S is a multiple of 32, and 31 + chunk tokens are kept in 16 bits as well.
   """
   slots = max_len if window is None else min(max_len, window + chunk - 1)
   if BYTES[dtype] > 1:
@@ -128,14 +140,16 @@ def kv_state(dim: int, window: int | None, max_len: int, chunk: int, dtype: str)
 
 
 def mlp(c: MLPConfig, d_model: int) -> Cost:
-  """2 D F, or 3 D F gated; biases of the hidden width for each matrix into it and D for the one out."""
+  """The cost of a feed-forward: 2 D F parameters, or 3 D F gated, and biases of F for each matrix in and D out."""
   into = 2 if c.gated else 1
   return Cost(matrices=(into + 1) * d_model * c.d_ff, vectors=c.bias * (into * c.d_ff + d_model))
 
 
 def moe(c: MoEConfig, d_model: int) -> Cost:
-  """E experts, of which a token uses K (on average, where experts choose), and the shared one; D E of the router,
-  with E for each of its biases, and D for the gate of the shared one."""
+  """The cost of a mixture of E experts and a shared one; a token uses K experts (on average, if experts choose).
+
+  The router has D E parameters, and E for each of its biases; the gate of the shared expert has D.
+  """
   D, E, router = d_model, c.num_experts, c.router
   expert, shared = mlp(c.expert, D), mlp(c.shared, D) if c.shared else Cost(0, 0)
   biases = router.bias + (router.balance_rate is not None)
@@ -173,7 +187,7 @@ def norm(config: NormConfig | None, dim: int) -> int:
 
 
 def of(branch: BranchConfig, d_model: int) -> Cost:
-  """The cost of one layer's branch. Raises UserError where there is no row for it."""
+  """The cost of one layer's branch. Raises UserError if the tables have no row for it."""
   row = COMPONENTS.get(type(branch))
   known = row is not None
   check(known, f"{branch.kind}: the cost of {type(branch).__name__} is not known; add a row to cost.COMPONENTS")
@@ -186,8 +200,8 @@ def of(branch: BranchConfig, d_model: int) -> Cost:
 def layers(config: ModelConfig) -> list[tuple[int, BlockConfig, dict[str, Cost]]]:
   """(number of layers, block, costs of its branches by name) for each named block."""
   counts = Counter(config.layers)
-  costs = lambda block: {name: of(branch, config.d_model) for name, branch in block.branches.items()}
-  return [(counts[name], block, costs(block)) for name, block in config.blocks.items()]
+  costs_of = lambda block: {name: of(branch, config.d_model) for name, branch in block.branches.items()}
+  return [(counts[name], block, costs_of(block)) for name, block in config.blocks.items()]
 
 
 def total(config: ModelConfig, field: Callable[[Cost], float]) -> float:
@@ -198,7 +212,7 @@ def total(config: ModelConfig, field: Callable[[Cost], float]) -> float:
 def params(config: ModelConfig) -> dict[str, int]:
   """Parameters by component and in "total": embed, position, a row for each kind of mixer, ffn, norms, head.
 
-  A tied table counts as embed. LLaMA, for one: L (2 D N H + 2 D K H + 3 D F + 2 D) + 2 V D + D.
+  A tied table counts as embed. As an example, LLaMA has L (2 D N H + 2 D K H + 3 D F + 2 D) + 2 V D + D.
   """
   D, V = config.d_model, config.vocab_size
   at_embedding, width = config.embed.position, config.embed.dim
@@ -210,7 +224,7 @@ def params(config: ModelConfig) -> dict[str, int]:
     for name, cost in costs.items():
       found["ffn" if name == "ffn" else block.branches[name].kind] += count * (cost.matrices + cost.vectors)
     found["norms"] += count * len(block.norms) * norm(block.norm, D)
-    found["position"] += block.mixer.shared_size()  # one for all layers of the name
+    found["position"] += block.mixer.shared_size()  # one parameter for all layers of this name
   found["norms"] += norm(config.embed.norm, D) + norm(config.final_norm, D)
   found["head"] = (not config.head.tied) * V * (width or D) + config.head.bias * V
   if config.encoder:
@@ -219,7 +233,7 @@ def params(config: ModelConfig) -> dict[str, int]:
 
 
 def active_params(config: ModelConfig) -> int:
-  """Parameters that one token uses: all but the idle ones (of experts it is not sent to)."""
+  """Parameters that one token uses: all but those of the experts that it is not sent to."""
   return params(config)["total"] - int(total(config, lambda c: c.idle + c.idle_vectors))
 
 
@@ -232,20 +246,19 @@ def head_macs(config: ModelConfig) -> int:
 def flops_per_token(config: ModelConfig, length: int, *, dense: bool = False) -> float:
   """Forward FLOPs of a token, averaged over a sequence of `length` tokens, two for each multiply-add.
 
-  Matrix parameters in use and the head (whether tied or not), plus the tokens' mixing: 4 N H a layer for
-  each key seen (Kaplan 2001.08361, table 1: 2 N + 2 L ctx D, whose ctx is 2 x the mean keys of a causal
-  mask). Norms, activations and the look-up of embeddings are not counted. `dense` counts the scores that a
-  mask discards as well: what a kernel executes that skips none, and PaLM's convention for MFU (2204.02311,
-  appendix B: 12 L N H T of a training token).
+  They are those of the matrices in use and the head (tied or not), plus the tokens' mixing: 4 N H per layer for each
+  key seen (Kaplan 2001.08361, table 1: 2 N + 2 L ctx D, whose ctx is 2 x the mean keys of a causal mask). Norms,
+  activations and the look-up of embeddings are not counted. `dense` also counts the scores that a mask discards, which
+  a kernel computes that skips none; PaLM's MFU counts so (2204.02311, appendix B: 12 L N H T per training token).
   """
   macs = head_macs(config) + (config.embed.dim or 0) * config.d_model
   return 2 * (macs + total(config, lambda c: c.matrices - c.idle + c.mixing(length, dense)))
 
 
 def train_flops_per_token(config: ModelConfig, length: int, *, dense: bool = False, frozen: bool = False) -> float:
-  """Forward and backward: 3 x forward (each matmul has two gradients), 6 N and the mixing. No rematerialisation.
+  """FLOPs of a training token: 3 x forward, as each matmul has two gradients (6 N and the mixing). No recomputation.
 
-  frozen: weights have no gradient, 4 N and the mixing. Their adapters, which have, are small and not counted.
+  If weights are `frozen` they have no gradient: 4 N and the mixing. Their adapters are small and not counted.
   """
   forward = flops_per_token(config, length, dense=dense)
   mixing = 2 * total(config, lambda c: c.mixing(length, dense))
@@ -253,9 +266,9 @@ def train_flops_per_token(config: ModelConfig, length: int, *, dense: bool = Fal
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_element: float) -> float:
-  """Bytes by which one more token lengthens the decoding state: sum over layers of 2 K H.
+  """Bytes by which one more token lengthens the decoding state: 2 K H summed over layers.
 
-  The published convention: layers with a window count too, though they stop growing there (`state_bytes`).
+  By the published convention, layers with a window count too, although they stop growing there (`state_bytes`).
   """
   return bytes_per_element * total(config, lambda c: c.growth)
 
@@ -263,20 +276,20 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_element: float) -> float:
 def state_bytes(config: ModelConfig, batch: int, max_len: int, chunk: int = 1) -> int:
   """Bytes of the mixers' decoding state for `batch` rows of `max_len` tokens, written `chunk` at a time.
 
-  Windows are respected. The ledger of positions (8 bytes a slot for each capacity, not for each layer) is
-  not counted.
+  Windows are respected. The ledger of positions (8 bytes per slot for each capacity, not for each layer) is not
+  counted.
   """
   dtype = config.precision.state
   return batch * int(total(config, lambda c: c.state(max_len, chunk, dtype)))
 
 
-MOMENTS = {  # elements of optimizer state: (config, parameters of the layers' matrices, all parameters)
+MOMENTS = {  # elements of optimizer state from (config, parameters of the layers' matrices, all parameters)
   AdamW: lambda c, matrices, total: 2 * total,
   Lion: lambda c, matrices, total: total,
   SGD: lambda c, matrices, total: total if c.momentum else 0,
   Muon: lambda c, matrices, total: matrices + 2 * (total - matrices),
-  # A row and a column for each matrix that is large enough to be factored: below 1 % of the parameters at
-  # the sizes for which Adafactor is used, and not counted.
+  # Adafactor keeps a row and a column for each matrix that is large enough, below 1 % of the parameters at the sizes
+  # for which it is used; they are not counted.
   Adafactor: lambda c, matrices, total: 0,
 }
 
@@ -284,9 +297,9 @@ MOMENTS = {  # elements of optimizer state: (config, parameters of the layers' m
 def training_bytes(config: RunConfig) -> dict[str, int]:
   """Bytes that a train step holds for its parameters, over all devices: params, gradients, optimizer, ema, total.
 
-  Gradients, moments and the average are f32 whatever the parameters are. Of adapters, params are they and all that
-  is frozen, the rest is theirs. Activations are not here: they depend on batch, length and remat (`llmarch bench`
-  measures the peak).
+  Gradients, moments and the average are f32 whatever the parameters are. With adapters, params counts them and all
+  frozen weights, and the rest counts only adapters. Activations are left out: they depend on batch, length and remat
+  (`llmarch bench` measures the peak).
   """
   trained = params(config.model)["total"]
   matrices = int(total(config.model, lambda c: c.matrices))

@@ -1,4 +1,4 @@
-"""What chips can do at most: matmul rate, memory, interconnect. The denominators of MFU and of the planner."""
+"""Limits of chips (matmul rate, memory, interconnect), by which MFU and the planner divide."""
 
 import functools
 import time
@@ -10,23 +10,23 @@ from llmarch.errors import UserError, nearest
 class Chip(NamedTuple):
   """Published peaks of one chip."""
 
-  kinds: tuple[str, ...]  # how jax's `device_kind` starts
+  kinds: tuple[str, ...]  # beginnings of jax's `device_kind` for this chip
   flops: float  # dense (no structured sparsity) FLOP/s in 16 bits
-  flops_f32: float  # of f32 arrays at JAX's default precision: TF32 on GPUs, one bf16 pass on TPUs
+  flops_f32: float  # FLOP/s of f32 arrays at JAX's default precision: TF32 on GPUs, one bf16 pass on TPUs
   hbm_bytes: float
   hbm_bandwidth: float  # bytes/s
   link_bandwidth: float  # bytes/s that a chip sends over all its links together, one direction
-  domain: int  # chips that these links join at most
-  torus: int  # dimensions of the torus whose neighbours the links join; 0: all chips, through a switch
+  domain: int  # largest number of chips that these links join
+  torus: int  # dimensions of the torus whose neighbours the links join; 0: a switch joins all chips
 
 
 GiB = 2**30
 
-# The first row that fits a device's kind counts. Sources: TPUs: Google Cloud's page on each, whose
-# "bidirectional ICI bandwidth" is twice ours; v4's memory and links are those of 2211.05102, section 4
-# (Google's page: 1228 GB/s, 300 GB/s), because its tables are what the planner is judged on. GPUs: NVIDIA's
-# data sheets, FLOP/s halved where they print the sparse rate, and their NVLink total, which is both directions,
-# halved; the domain is an HGX board (72 for GB200 NVL72). GH200 with 96 GB of HBM3, L40S over PCIe.
+# The first row that fits a device's kind counts. Sources for TPUs: Google Cloud's page on each, whose "bidirectional
+# ICI bandwidth" is twice ours; v4's memory and links are those of 2211.05102, section 4 (Google's page has 1228 GB/s
+# and 300 GB/s), because the planner is judged on its tables. Sources for GPUs: NVIDIA's data sheets. FLOP/s are halved
+# where they print the sparse rate, and so is their NVLink total, which counts both directions; the domain is an HGX
+# board (72 for GB200 NVL72). GH200 is the one with 96 GB of HBM3, and L40S is joined over PCIe.
 CHIPS = {
   "gb200": Chip(("NVIDIA GB200",), 2500e12, 1250e12, 186e9, 8000e9, 900e9, 72, 0),
   "b200": Chip(("NVIDIA B200",), 2250e12, 1125e12, 180e9, 8000e9, 900e9, 8, 0),
@@ -49,14 +49,14 @@ PEAKS = {kind: (chip.flops, chip.flops_f32) for chip in CHIPS.values() for kind 
 
 
 def find_chip(name: str) -> Chip:
-  """The row of that name, "tpu_v4". Raises UserError with the nearest one."""
+  """The row of a name such as "tpu_v4". Raises UserError with the nearest name."""
   if name not in CHIPS:
     raise UserError(f"--hardware: there is no chip {name!r}{nearest(name, CHIPS)}")
   return CHIPS[name]
 
 
 def peak_flops(device, dtype: str = "bfloat16") -> float:
-  """FLOP/s of one jax device at matmuls of `dtype`: published where PEAKS has it, measured elsewhere (CPUs)."""
+  """FLOP/s of one jax device at matmuls of `dtype`: published if PEAKS has it, and measured otherwise (CPUs)."""
   for kind, (half, single) in PEAKS.items():
     if device.device_kind.startswith(kind):
       return single if dtype == "float32" else half
@@ -65,11 +65,11 @@ def peak_flops(device, dtype: str = "bfloat16") -> float:
 
 @functools.cache
 def _measured_peak(device, dtype: str) -> float:
-  """The best of several square matmuls: what this machine can reach, other load included."""
+  """The best rate of several square matmuls: what this machine can reach, other load included."""
   import jax
   import jax.numpy as jnp
 
-  n = 1024 if device.platform == "cpu" else 8192  # 20 ms or more on 2 cores
+  n = 1024 if device.platform == "cpu" else 8192  # a matmul then takes 20 ms or more on 2 cores
   with jax.default_device(device):
     a = jnp.ones((n, n), dtype)
     matmul = jax.jit(jnp.matmul)
@@ -84,11 +84,11 @@ def _measured_peak(device, dtype: str) -> float:
 
 @functools.cache
 def memory_bandwidth(device) -> float:
-  """Bytes/s that a jax device reads, measured: the best of several sums over an array that no cache holds."""
+  """Bytes/s that a jax device reads, measured as the best of several sums over an array that no cache holds."""
   import jax
   import jax.numpy as jnp
 
-  n = 2**26 if device.platform == "cpu" else 2**30  # f32: 256 MiB, 4 GiB
+  n = 2**26 if device.platform == "cpu" else 2**30  # 256 MiB or 4 GiB of f32
   with jax.default_device(device):
     x = jnp.ones((n // 2**12, 2**12), jnp.float32)
     y = jnp.ones(2**12, jnp.float32)

@@ -1,8 +1,8 @@
-"""What a compiled program does on one device, read from its HLO text: FLOPs, bytes, and every collective.
+"""The work of a compiled program on one device, read from its HLO text: FLOPs, bytes, and every collective.
 
-`compiled.cost_analysis()` counts the body of a loop once, knows no collectives, and is None on some
-backends. Here loops are multiplied out, fusions and calls are followed, and the groups of devices of a
-collective are named by the axes of the mesh.
+`compiled.cost_analysis()` counts the body of a loop once, knows no collectives, and is None on some backends. Here
+loops are multiplied out, fusions and calls are followed, and a collective's groups of devices are named by the axes of
+the mesh.
 """
 
 import functools
@@ -19,30 +19,30 @@ import numpy as np
 class Collective(NamedTuple):
   """All collectives of one kind over the same mesh axes.
 
-  `bytes` are those by which one device's time is reckoned (2211.05102, appendix A.1): of the output of an
-  all-gather, of the input of a reduce-scatter or an all-reduce (which takes twice that time), of the local
-  buffer of an all-to-all or a permutation.
+  `bytes` are those that determine one device's time (2211.05102, appendix A.1): of the output of an all-gather, of the
+  input of a reduce-scatter or an all-reduce (which takes twice that time), of the local buffer of an all-to-all or a
+  permutation.
   """
 
   kind: str  # "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", ...
-  axes: tuple[str, ...]  # mesh axes within which devices talk, in the order of the mesh
-  group: int  # devices of a group: below the product of the axes where a group is a part of them
-  count: int  # arrays moved, loops multiplied out (one operation may carry several)
-  bytes: int  # of all of them together
-  # What the compiler wrote as an all-reduce: a "reduce-scatter" where every device keeps its slice only, an
-  # "all-gather" where each fills its slice of zeros.
+  axes: tuple[str, ...]  # mesh axes within which devices communicate, in the order of the mesh
+  group: int  # devices of a group, which may be fewer than the product of the axes
+  count: int  # arrays moved, with loops multiplied out (one operation may move several)
+  bytes: int  # total bytes of these arrays
+  # The form in which an all-reduce was written by the compiler: a "reduce-scatter" if every device keeps only its
+  # slice, an "all-gather" if each fills its slice of zeros.
   rewritten: str | None = None
-  extra_bytes: int = 0  # what the rewriting costs: an all-reduce moves its bytes twice
+  extra_bytes: int = 0  # cost of rewriting as an all-reduce, which moves its bytes twice
 
 
 class Counts(NamedTuple):
-  """One device's share of one run of a program."""
+  """The work of one device in one run of a program."""
 
-  flops: int  # of dots and convolutions, two for a multiply-add
-  bytes: int  # read from main memory and written to it by every unfused operation; slices at their own size
+  flops: int  # FLOPs of dots and convolutions, two for each multiply-add
+  bytes: int  # bytes of main memory that unfused operations read and write; a slice counts its own size
   collectives: tuple[Collective, ...]
-  open_loops: int  # loops whose trips depend on data: their bodies count once
-  opaque: dict[str, int]  # executions by target of custom calls, whose FLOPs nobody can see
+  open_loops: int  # loops whose number of trips depends on data; their bodies count once
+  opaque: dict[str, int]  # executions of custom calls by target, whose FLOPs are unknown
 
 
 def count(text: str, mesh: Mapping[str, int]) -> Counts:
@@ -57,12 +57,14 @@ def count(text: str, mesh: Mapping[str, int]) -> Counts:
 
 
 class Op(NamedTuple):
+  """One operation of a computation."""
+
   name: str
   kind: str  # opcode
   shapes: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, dimensions); the leaves of a tuple
-  far: tuple[bool, ...]  # which leaves lie in main memory (a TPU's layout names on-chip memory by S(n))
+  far: tuple[bool, ...]  # true for leaves in main memory (a TPU's layout names on-chip memory by S(n))
   operands: tuple[str, ...]
-  argument: str  # what stands between the parentheses: a parameter's number, a constant's value
+  argument: str  # the text between the parentheses: a parameter's number or a constant's value
   attributes: str
 
   def attribute(self, name: str) -> str | None:
@@ -71,7 +73,7 @@ class Op(NamedTuple):
     return found and found[1]
 
   def dimensions(self, name: str) -> list[int]:
-    """`name={1,2}` -> [1, 2]; [] where it is absent."""
+    """Parses `name={1,2}` to [1, 2]; [] if it is absent."""
     found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.attributes)
     return _ints(found[1]) if found else []
 
@@ -117,7 +119,7 @@ def _size(shape: tuple[str, tuple[int, ...]]) -> int:
 
 
 def _bits(dtype: str) -> int:
-  """bf16 -> 16, f8e4m3fn -> 8, s4 -> 4, c64 -> 64, pred -> 8; token and opaque -> 0."""
+  """Bits of a dtype: bf16 16, f8e4m3fn 8, s4 4, c64 64, pred 8; token and opaque 0."""
   digits = re.search(r"\d+", dtype)
   return int(digits[0]) if digits else 8 * (dtype == "pred")
 
@@ -133,7 +135,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _parse_op(line: str) -> tuple[Op, bool] | None:
-  """One line of a computation -> the op, and whether it is the root."""
+  """Parses one line of a computation to the op, and whether it is the root."""
   head = _HEAD.match(line)
   if not head:
     return None
@@ -153,7 +155,7 @@ def _parse(text: str) -> Program:
   root = None
   for line in text.splitlines():
     if ops is None:
-      # "%name (parameters) -> result {", and no such line elsewhere in the text
+      # "%name (parameters) -> result {" begins a computation, and no other line looks like it
       if line.endswith("{") and " -> " in line and not line.startswith(("HloModule", " ")):
         is_entry = line.startswith("ENTRY ")
         name = line.removeprefix("ENTRY ").lstrip("%").split(" ", 1)[0]
@@ -178,10 +180,10 @@ def _parse(text: str) -> Program:
 
 
 def device_groups(op: Op, devices: int) -> np.ndarray:
-  """The groups of a collective, int [groups, devices of a group], from any of the forms HLO prints:
+  """Parses the groups of a collective, int [groups, devices of a group], from any of the forms that HLO prints.
 
-  replica_groups={{0,1},{2,3}}, {} (all), [2,4]<=[4,2]T(1,0) (an iota, transposed and reshaped), or
-  mesh['x'=2,'y'=4], device_ids=(...) {'y','x':(1)2} (axes, or parts of them, of a mesh).
+  The forms are replica_groups={{0,1},{2,3}}, {} (all devices), [2,4]<=[4,2]T(1,0) (an iota, transposed and reshaped),
+  and mesh['x'=2,'y'=4], device_ids=(...) {'y','x':(1)2} (axes, or parts of them, of a mesh).
   """
   text = op.attributes.partition("replica_groups=")[2]
   if iota := re.match(r"(\[[\d,]+\]<=\S*?)(?:, |$)", text):
@@ -195,7 +197,7 @@ def device_groups(op: Op, devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-  """[8,8]<=[4,4,4]T(0,2,1) -> the numbers 0..63 as [4,4,4], transposed, as [8,8]."""
+  """Parses an iota: [8,8]<=[4,4,4]T(0,2,1) gives the numbers 0..63 as [4,4,4], transposed, as [8,8]."""
   shape, source, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
   numbers = np.arange(math.prod(_ints(source))).reshape(_ints(source))
   return (numbers.transpose(_ints(order)) if order else numbers).reshape(_ints(shape))
@@ -211,7 +213,7 @@ def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> np.ndarray:
     numbers = _iota(f"[{total}]<={source.split('<=')[-1]}" + (f"T{order}" if order else "")).reshape(-1)
   else:
     numbers = np.array(_ints(device_ids))
-  # An axis that is taken in part, 'x':(before)size, is three dimensions: before, size, the rest.
+  # An axis that is taken in part, 'x':(before)size, becomes three dimensions: before, size, and the remainder.
   parts = re.findall(r"'?([^'=,:]+)'?(?::\((\d+)\)(\d+))?", axes)
   wanted = {(name, int(before or 1), int(part or dict(zip(names, sizes))[name])) for name, before, part in parts}
   dims, grouped = [], []
@@ -241,24 +243,24 @@ def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _meetings(length: int, kernel: int, out: int, stride: int, low: int, dilate: int, kernel_dilate: int) -> int:
-  """Pairs (output, kernel element) of one spatial dimension that meet an input element, not padding."""
+  """Counts pairs (output, kernel element) of one spatial dimension that meet an input element and not padding."""
   at = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * kernel_dilate - low
   return int(((at >= 0) & (at % dilate == 0) & (at // dilate < length)).sum())
 
 
 def _convolution(op: Op, left: Op, right: Op) -> int:
-  """2 x multiply-adds. The TPU compiler writes dots as convolutions, batch dimensions as dilated windows."""
+  """FLOPs of a convolution. The TPU compiler writes dots as convolutions, with batch dimensions as dilated windows."""
   lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes).groups()
   shapes = [x.shapes[0][1] for x in (left, right, op)]
-  size = lambda labels, which, label: shapes[which][labels.index(label)]
+  size_of = lambda labels, which, label: shapes[which][labels.index(label)]
   window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", op.attributes) or ["", ""])[1]))
   rank = len(lhs) - 2
-  each = lambda key, default: [int(n) for n in window[key].split("x")] if key in window else [default] * rank
+  window_field = lambda key, default: [int(n) for n in window[key].split("x")] if key in window else [default] * rank
   low = [int(p.split("_")[0]) for p in window["pad"].split("x")] if "pad" in window else [0] * rank
-  strides, dilate, kernel_dilate = each("stride", 1), each("lhs_dilate", 1), each("rhs_dilate", 1)
-  macs = size(rhs, 1, "i") * size(rhs, 1, "o") * size(lhs, 0, "b")
+  strides, dilate, kernel_dilate = (window_field(key, 1) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+  macs = size_of(rhs, 1, "i") * size_of(rhs, 1, "o") * size_of(lhs, 0, "b")
   for i in range(rank):
-    length, kernel, n = size(lhs, 0, str(i)), size(rhs, 1, str(i)), size(out, 2, str(i))
+    length, kernel, n = size_of(lhs, 0, str(i)), size_of(rhs, 1, str(i)), size_of(out, 2, str(i))
     macs *= _meetings(length, kernel, n, strides[i], low[i], dilate[i], kernel_dilate[i])
   batch_groups = op.attribute("batch_group_count")
   return 2 * macs // int(batch_groups or 1)
@@ -271,12 +273,12 @@ def _flops(op: Op, ops: dict[str, Op]) -> int:
   if op.kind == "convolution":
     return _convolution(op, ops[op.operands[0]], ops[op.operands[1]])
   if op.kind == "custom-call" and "$" in op.attributes and "dot_dimension_numbers" in op.attributes:
-    # A library's matmul (cuBLAS); the first result is the product, the others are its workspace.
+    # This is a library's matmul (cuBLAS); its first result is the product, and the others are workspace.
     contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)[1]
     lhs = ops[op.operands[0]].shapes[0][1]
     return 2 * math.prod(op.shapes[0][1]) * math.prod(lhs[i] for i in _ints(contracted.replace('"', "")))
   if op.kind == "reduce" and re.search(r'op_name="[^"]*dot_general"', op.attributes):
-    # A dot with few rows, unrolled to a sum over products.
+    # This is a dot with few rows, unrolled to a sum over products.
     products = _behind_views(ops, ops[op.operands[0]])
     return 2 * products.elements if products.kind == "multiply" else 0
   return 0
@@ -292,8 +294,8 @@ def _behind_views(ops: dict[str, Op], op: Op) -> Op:
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # done in place; the operand that is written
-# Custom calls by which the TPU compiler annotates: they neither compute nor move anything.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # ops done in place, with the operand that is written
+# Custom calls by which the TPU compiler annotates values; they neither compute nor move anything.
 _MARKS = ("AsyncCollective", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndices", "ZeroCrop")
 
 
@@ -303,7 +305,7 @@ def _is_mark(op: Op) -> bool:
 
 
 def _read_bytes(program: Program, computation: Computation, name: str) -> int:
-  """Bytes of a value that its users in a fused computation read: of a slice, only the slice."""
+  """Bytes of a value that its users in a fused computation read; a slice counts only its own size."""
   value, total = computation.ops[name], 0
   for user_name in computation.users.get(name, ()):
     user = computation.ops[user_name]
@@ -321,7 +323,7 @@ def _read_bytes(program: Program, computation: Computation, name: str) -> int:
 
 
 def _is_view(program: Program, op: Op) -> bool:
-  """Whether an operation only shows its operand in another form; a fusion may do no more."""
+  """True if an operation only shows its operand in another form; a fusion may do no more than that."""
   if op.kind != "fusion":
     return op.kind in _VIEWS
   inside = program.computations[op.attribute("calls")]
@@ -335,14 +337,14 @@ def _operand_bytes(program: Program, fusion: Op, operand: str) -> int:
 
 
 def _written_bytes(program: Program, computation: Computation, name: str) -> int:
-  """Bytes of a result that are written to main memory: of an update in place, only the update."""
+  """Bytes of a result that are written to main memory; an update in place counts only the update."""
   op = computation.ops[name]
   if op.kind == "tuple":
     return sum(_written_bytes(program, computation, o) for o in op.operands)
   if op.kind == "fusion":
     inside = program.computations[op.attribute("calls")]
     return _written_bytes(program, inside, inside.root)
-  if op.kind == "parameter" or _is_mark(op) or not op.far_bytes:  # handed on, or kept on the chip
+  if op.kind == "parameter" or _is_mark(op) or not op.far_bytes:  # the value is passed on, or stays on the chip
     return 0
   source = _behind_views(computation.ops, op)
   if source.kind in _UPDATES:
@@ -356,7 +358,7 @@ def _bytes(program: Program, computation: Computation, op: Op) -> int:
   if op.kind == "fusion":
     read = sum(_operand_bytes(program, op, o.name) for o in operands if o.far_bytes)
     return read + _written_bytes(program, computation, op.name)
-  if op.kind in ("copy-start", "slice-start"):  # leaves: target, source, ... and source, target, ...
+  if op.kind in ("copy-start", "slice-start"):  # its leaves are (target, source, ...) or (source, target, ...)
     target = 0 if op.kind == "copy-start" else 1
     return _size(op.shapes[target]) * (op.far[target] + op.far[1 - target])
   if op.kind in _SLICES:
@@ -389,9 +391,9 @@ _MOST_TRIPS = 10**6
 
 
 class _Frame:
-  """Integers that a computation works out from its arguments; None is a number that depends on data.
+  """The integers that a computation derives from its arguments; None is a number that depends on data.
 
-  An argument is a number, None, or for a tuple a function from an index to such.
+  An argument is a number or None or, for a tuple, a function from an index to such an argument.
   """
 
   def __init__(self, program: Program, computation: Computation, arguments: list):
@@ -404,32 +406,32 @@ class _Frame:
     return self.known[name]
 
   def _value(self, op: Op):
-    of = lambda i: self.value(op.operands[i])
+    operand = lambda i: self.value(op.operands[i])
     if op.kind == "constant":
       text = {"true": "1", "false": "0"}.get(op.argument, op.argument)
       return int(text) if re.fullmatch(r"-?\d+", text) else None
     if op.kind == "parameter":
       return self.arguments[int(op.argument)]
     if op.kind == "tuple":
-      return of
+      return operand
     if op.kind == "get-tuple-element":
-      source = of(0)
+      source = operand(0)
       return source(int(op.attribute("index"))) if callable(source) else None
     if op.kind in ("copy", "bitcast", "convert", "reshape"):
-      return of(0)
+      return operand(0)
     if op.kind in _ARITHMETIC or op.kind == "compare":
       act = _ARITHMETIC.get(op.kind) or _COMPARE[op.attribute("direction")]
-      a, b = of(0), of(1)
+      a, b = operand(0), operand(1)
       return None if a is None or b is None or callable(a) or callable(b) else int(act(a, b))
     if op.kind in ("fusion", "call") and op.elements == 1:
       inside = self.program.computations[op.attribute("calls") or op.attribute("to_apply")]
       return _Frame(self.program, inside, [self.value(o) for o in op.operands]).value(inside.root)
-    if op.kind == "while":  # what a loop does not change can be known behind it
+    if op.kind == "while":  # the elements that a loop does not change are known after it
       return self.unchanged(op)
     return None
 
   def unchanged(self, loop: Op):
-    """The loop's arguments: elements that its body hands on untouched keep their number."""
+    """The loop's arguments; elements that its body passes on untouched keep their number."""
     body = self.program.computations[loop.attribute("body")]
     root, first = body.ops[body.root], self.value(loop.operands[0])
 
@@ -443,7 +445,7 @@ class _Frame:
     return element if callable(first) and root.kind == "tuple" else None
 
   def trips(self, loop: Op) -> int | None:
-    """How often the body of a while runs, or None where that depends on data."""
+    """Number of times that the body of a while runs, or None if that depends on data."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
       return int(known[1])
     condition = self.program.computations[loop.attribute("condition")]
@@ -458,7 +460,7 @@ class _Frame:
       if not more:
         return trip
       step = _Frame(self.program, body, [state])
-      # Worked out at once: left to the end, one trip would ask the one before it, and so on.
+      # The value is computed at once; lazily, one trip would ask the one before it, and so on.
       numbers = {i: step.value(o) for i, o in enumerate(body_root.operands) if _is_counter(body.ops[o])}
       state = numbers.get
     return None
@@ -482,6 +484,8 @@ _COLLECTIVES = {
 
 
 class _Counter:
+  """Counts the work of a program, from its entry computation on."""
+
   def __init__(self, program: Program, mesh: dict[str, int]):
     self.program, self.mesh = program, mesh
     self.flops = self.bytes = self.open_loops = 0
@@ -499,7 +503,7 @@ class _Counter:
     return Counts(self.flops, self.bytes, tuple(rows), self.open_loops, dict(self.opaque))
 
   def walk(self, computation: Computation, times: int, arguments: list, fused: bool) -> None:
-    """Adds what one computation does in `times` runs. `fused`: its operands stay on the chip."""
+    """Adds the work of one computation in `times` runs. If `fused`, its operands stay on the chip."""
     frame = _Frame(self.program, computation, arguments)
     for op in computation.ops.values():
       kind = op.kind.removesuffix("-start")
@@ -518,8 +522,8 @@ class _Counter:
         self.walk(inside, times, [frame.value(o) for o in op.operands], fused or op.kind == "fusion")
       if op.kind == "custom-call" and not _flops(op, computation.ops) and not _is_mark(op):
         self.opaque[op.attributes.partition('custom_call_target="')[2].partition('"')[0]] += times
-      whole = op.kind not in _FREE and op.kind != "call" and not op.kind.startswith("async")
-      if whole and not _is_mark(op) and not fused and not op.kind.endswith(("-done", "-update")):
+      counts_bytes = op.kind not in _FREE and op.kind != "call" and not op.kind.startswith("async")
+      if counts_bytes and not _is_mark(op) and not fused and not op.kind.endswith(("-done", "-update")):
         self.bytes += times * _bytes(self.program, computation, op)
 
   def loop(self, op: Op, frame: _Frame, times: int, fused: bool) -> None:
@@ -529,14 +533,14 @@ class _Counter:
     self.walk(inside, times * (1 if trips is None else trips), [frame.unchanged(op)], fused)
 
   def branches(self, op: Op, times: int, fused: bool) -> None:
-    """A conditional counts as its dearest branch."""
+    """Counts a conditional as its most expensive branch."""
     listed = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
     names = _NAME.findall(listed[1]) if listed else map(op.attribute, ("true_computation", "false_computation"))
     tried = []
     for name in names:
-      one = _Counter(self.program, self.mesh)
-      one.walk(self.program.computations[name], times, [None], fused)
-      tried.append(one)
+      branch_counter = _Counter(self.program, self.mesh)
+      branch_counter.walk(self.program.computations[name], times, [None], fused)
+      tried.append(branch_counter)
     best = max(tried, key=lambda c: (c.flops, c.bytes))
     self.flops += best.flops
     self.bytes += best.bytes
@@ -556,7 +560,7 @@ class _Counter:
       groups = device_groups(op, devices)
       axes, group = axes_of(groups, self.mesh), groups.shape[1]
     sizes = [computation.ops[o].bytes * (group if kind == "all-gather" else 1) for o in op.operands]
-    if kind == "all-to-all" and not op.dimensions("dimensions"):  # an operand for each peer: parts of one array
+    if kind == "all-to-all" and not op.dimensions("dimensions"):  # it has one operand per peer: parts of one array
       sizes = [sum(sizes)]
     for i, size in enumerate(sizes):
       rewritten = _rewritten(self.program, computation, op, i, group) if kind == "all-reduce" and group > 1 else None
@@ -564,16 +568,16 @@ class _Counter:
 
 
 def _first_of_chain(computation: Computation, op: Op) -> bool:
-  """The TPU compiler spreads a collective over the fusions it overlaps with, and repeats it in each."""
+  """True for the first part of a collective, which the TPU compiler repeats in each fusion that overlaps with it."""
   users = (computation.ops[u] for u in computation.users.get(op.name, ()))
   return "chain_id=" not in op.attributes or any("AsyncCollectiveStart" in u.attributes for u in users)
 
 
 def _rewritten(program: Program, computation: Computation, op: Op, index: int, group: int) -> str | None:
-  """What the all-reduce of one operand was before the compiler rewrote it."""
+  """The kind that the all-reduce of one operand had before the compiler rewrote it; None if it was an all-reduce."""
   source = computation.ops[op.operands[index]]
   results = [op.name]
-  if len(op.operands) > 1:  # several arrays in one operation
+  if len(op.operands) > 1:  # one operation moves several arrays
     done = [u for u in computation.users[op.name] if computation.ops[u].kind == "all-reduce-done"] or results
     results = [u for d in done for u in computation.users[d] if computation.ops[u].attribute("index") == str(index)]
   if results and all(_keeps_a_slice(program, computation, r, source.elements, group) for r in results):
@@ -590,7 +594,7 @@ def _rewritten(program: Program, computation: Computation, op: Op, index: int, g
 
 
 def _keeps_a_slice(program: Program, computation: Computation, name: str, elements: int, parts: int) -> bool:
-  """Whether all that is read of a value is 1/parts of it, by dynamic slices."""
+  """True if only 1/parts of a value is read, by dynamic slices."""
   users = computation.users.get(name, ())
 
   def sliced(user: Op) -> bool:

@@ -1,10 +1,10 @@
-"""A layout in words: its row, its places, and the collectives of one layer in order, read from the layer's traced
-program; nothing is compiled.
+"""A description of a layout: its row, its places, and the collectives of one layer in order.
 
-A layer is what a second layer adds to a model of one. In manual mode every collective is in the program. In automatic
-mode there are those of its local programs (`sharding.local`), and those that XLA must add where an array is
-constrained to another place than it has: the place follows the array through operations that keep its shape, and
-`sharding.redistribute` says what the way to the next place takes.
+The collectives come from the layer's traced program; nothing is compiled. A layer is the difference between a model of
+two layers and a model of one. In manual mode every collective is in the program. In automatic mode, some are in its
+local programs (`sharding.local`), and XLA must add others where a constraint moves an array to another place. The place
+of an array is followed through operations that keep its shape, and `sharding.redistribute` says which collectives move
+it from there to the next place.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from llmarch.run_config import RunConfig
 from llmarch.sharding import Layout
 from llmarch.sharding.mesh_text import LENGTH
 
-MESHES = {"train": "fsdp=2,sequence=2,tensor=2", "megatron": "data=2,tensor=4"}  # by default
+MESHES = {"train": "fsdp=2,sequence=2,tensor=2", "megatron": "data=2,tensor=4"}  # default meshes of rows
 MESH = "x=2,y=2,z=2"
 PLACES = ("RESIDUAL", "NORMED", "BRANCH", "PROJECTED", "ATTENDING", "SCORES", "LATENT")
 
 
-KINDS = {  # of jax's primitives, in the words of HLO
+KINDS = {  # names of jax's primitives in the words of HLO
   "all_gather": "all-gather",
   "all_to_all": "all-to-all",
   "pmax": "all-reduce",
@@ -45,21 +45,21 @@ KINDS = {  # of jax's primitives, in the words of HLO
 
 
 class Collective(NamedTuple):
-  """One collective of one device, or `count` of them, in a loop."""
+  """One collective of one device, or `count` of them in a loop."""
 
-  kind: str  # as in HLO
-  axes: tuple[str, ...]  # mesh axes within which devices talk
-  shape: tuple[int, ...]  # of what a device sends
+  kind: str  # a kind as in HLO
+  axes: tuple[str, ...]  # mesh axes within which devices communicate
+  shape: tuple[int, ...]  # shape of the array that a device sends
   dtype: str
   count: int
   where: str  # the module of layers/ that asks for it
-  implied: bool = False  # XLA adds it, to bring an array to another place
+  implied: bool = False  # XLA adds it, to move an array to another place
 
 
 def describe_layout(name: str, mesh: str | None = None, config: RunConfig | None = None) -> dict:
-  """The row, the places and the collectives, as plain data.
+  """Describes the row, the places and the collectives of a layout as plain data.
 
-  mesh: None is one of 8 devices. config: its blocks are described; None is one small block that the mesh divides.
+  mesh: None means one of 8 devices. config: its blocks are described; None means one small block that the mesh divides.
   Raises UserError.
   """
   text = MESHES.get(name.split("+")[0], MESH) if mesh is None else mesh
@@ -78,7 +78,7 @@ def describe_layout(name: str, mesh: str | None = None, config: RunConfig | None
       if stages := plan_pipeline(sizes, config.model, config.train):
         batch //= stages[1]  # a layer works on one microbatch
   model = small_model(n, length) if config is None else config.model
-  present = lambda axes: [a for a in axes if sizes[a] > 1]
+  split_by = lambda axes: [a for a in axes if sizes[a] > 1]
   collectives = {
     block: layer_collectives(model, block, layout, devices, batch, length) for block in model.blocks
   }
@@ -87,7 +87,7 @@ def describe_layout(name: str, mesh: str | None = None, config: RunConfig | None
     "mesh": {axis: size for axis, size in sizes.items() if size > 1},
     "products": layout.products if training else ("rings" if layout.ring else "manual"),
     "axes": {
-      part: {axis: present(layout.mesh_axes(axis)) for axis in names.split()} for part, names in sharding.AXES.items()
+      part: {axis: split_by(layout.mesh_axes(axis)) for axis in names.split()} for part, names in sharding.AXES.items()
     },
     "places": {place: sharding.notation(getattr(sharding, place), layout, sizes) for place in PLACES},
     "tokens": [batch, length],
@@ -96,7 +96,7 @@ def describe_layout(name: str, mesh: str | None = None, config: RunConfig | None
 
 
 def small_model(devices: int, length: int) -> ModelConfig:
-  """A model with one block, attention and a gated feed-forward, whose sizes any mesh of so many devices divides."""
+  """A model with one block, attention and a gated feed-forward, whose sizes any mesh of `devices` devices divides."""
   heads = devices * math.ceil(8 / devices)
   block = BlockConfig(
     mixer=AttentionConfig(num_heads=heads, head_dim=16, position=RoPE()), ffn=MLPConfig(d_ff=32 * heads), norm=RMSNorm()
@@ -107,7 +107,7 @@ def small_model(devices: int, length: int) -> ModelConfig:
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-  """A mesh of no devices, to trace under."""
+  """A mesh without devices, under which programs can be traced."""
   return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
@@ -130,7 +130,7 @@ def program(config: ModelConfig, layout: Layout, mesh, batch: int, length: int) 
   graph, params = nnx.split(model)
   manual = layout.products != "local"
 
-  def run(params, tokens, positions):
+  def run_trunk(params, tokens, positions):
     with sharding.use_layout(layout, mesh, manual=manual):
       return nnx.merge(graph, params).trunk(tokens, positions)[0]
 
@@ -139,12 +139,12 @@ def program(config: ModelConfig, layout: Layout, mesh, batch: int, length: int) 
   tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
   if manual:
     out = sharding.spec(sharding.RESIDUAL, (batch, length, config.d_model), layout, mesh)
-    run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
-  return run, (params, tokens, tokens), specs
+    run_trunk = jax.shard_map(run_trunk, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+  return run_trunk, (params, tokens, tokens), specs
 
 
 def _stack_of(config: ModelConfig, name: str, layers: int) -> ModelConfig:
-  """A model of so many layers of one block, on top of those blocks whose kept values it reads."""
+  """A model of `layers` layers of one block, on top of the blocks whose kept values that block reads."""
   branches = {block: config.blocks[block].branches.values() for block in config.blocks}
   read = {value for branch in branches[name] for value in branch.reads_kept}
   owners = [block for block in branches if any(read & {*branch.keeps} for branch in branches[block])]
@@ -161,14 +161,14 @@ def _trunk_collectives(config: ModelConfig, layout: Layout, mesh, batch: int, le
 
 
 class Place(NamedTuple):
-  """Where an array of an automatic program lies."""
+  """The place of an array in an automatic program."""
 
-  axes: list[tuple[str, ...]]  # the mesh axes of each dimension
-  pending: tuple[str, ...] = ()  # those over which it is still to be summed
+  axes: list[tuple[str, ...]]  # mesh axes of each dimension
+  pending: tuple[str, ...] = ()  # mesh axes over which the array is still to be summed
 
 
 class _Reader:
-  """Walks a program in order, and keeps the places of its arrays, as far as they are known."""
+  """Walks a program in order, and keeps the places of its arrays as far as they are known."""
 
   def __init__(self, mesh):
     self.mesh = mesh
@@ -176,7 +176,7 @@ class _Reader:
   def read(
     self, jaxpr, places: list[Place | None], ends: dict, count: int = 1, outer: str = ""
   ) -> Iterator[Collective]:
-    """The collectives of a program whose arguments lie at `places`; `ends` gets the places of its results.
+    """Yields the collectives of a program whose arguments are at `places`; `ends` gets the places of its results.
 
     outer: the module that asks for the program itself.
     """
@@ -200,7 +200,7 @@ class _Reader:
         yield from self.read(inner, [None] * len(inner.invars), {}, count, where)
         for v, spec in zip(eqn.outvars, eqn.params["out_specs"], strict=True):
           known[v] = Place(_padded(spec, v.aval.ndim))
-      elif name == "scan":  # its program sees one slice of an argument
+      elif name == "scan":  # the inner program sees one slice of each argument
         yield from self.read(inner, [None] * len(inner.invars), {}, count * eqn.params["length"], where)
       elif inner is not None:
         found, same = {}, len(inner.invars) == len(here)
@@ -217,12 +217,12 @@ class _Reader:
     ends |= {v: place_of(v) for v in jaxpr.outvars if not hasattr(v, "val")}
 
   def _implied(self, aval, have: Place | None, want: list, count: int, where: str) -> Iterator[Collective]:
-    """What sums an array and brings it to another place."""
+    """Yields the collectives that sum an array and move it to another place."""
     if have is None or (have.axes == want and not have.pending):
       return
-    move = lambda x: sharding.reduce(x, have.pending, have.axes, want, self.mesh.shape)
+    move_array = lambda x: sharding.reduce(x, have.pending, have.axes, want, self.mesh.shape)
     specs = dict(in_specs=PartitionSpec(*have.axes), out_specs=PartitionSpec(*want))
-    moved = jax.make_jaxpr(jax.shard_map(move, mesh=self.mesh, check_vma=False, **specs))
+    moved = jax.make_jaxpr(jax.shard_map(move_array, mesh=self.mesh, check_vma=False, **specs))
     for c in self.read(moved(jax.ShapeDtypeStruct(aval.shape, aval.dtype)).jaxpr, [None], {}, count):
       yield c._replace(where=where, implied=True)
 
@@ -234,14 +234,14 @@ def _padded(spec, ndim: int) -> list[tuple[str, ...]]:
 
 
 def _place_after(have: Place | None, spec, ndim: int) -> list[tuple[str, ...]]:
-  """Where a constraint puts an array: a dimension that it leaves free stays as it is."""
+  """The place where a constraint puts an array; a dimension that it leaves free stays as it is."""
   free = [entry is PartitionSpec.UNCONSTRAINED for entry in spec]
   want = _padded([None if f else entry for f, entry in zip(free, spec, strict=True)], ndim)
   return [have.axes[d] if have and d < len(free) and free[d] else axes for d, axes in enumerate(want)]
 
 
 def _multiplied(lhs: Place | None, rhs: Place | None, eqn) -> Place | None:
-  """A product lies as its factors do, and is still to be summed over the mesh axes of what it sums over."""
+  """The place of a product: its dimensions are split as its factors' are, and it is partial over the summed ones."""
   (summed, summed_too), (batch, batch_too) = eqn.params["dimension_numbers"]
   if lhs is None or rhs is None or [lhs.axes[d] for d in summed] != [rhs.axes[d] for d in summed_too]:
     return None
@@ -251,8 +251,11 @@ def _multiplied(lhs: Place | None, rhs: Place | None, eqn) -> Place | None:
 
 
 def _reshaped(place: Place, old: tuple[int, ...], new: tuple[int, ...]) -> Place | None:
-  """Dimensions that become one are split as the first of them was, and so is the first that one becomes. None where
-  another of them was split."""
+  """The place of a reshaped array; None if it cannot be known.
+
+  Dimensions that are merged are split as the first of them was, and a dimension that is divided passes its split to the
+  first of its parts. None if any other of them was split.
+  """
   axes, i, j = [()] * len(new), 0, 0
   while i < len(old) and j < len(new):
     first, size, target = i, old[i], new[j]
@@ -277,7 +280,7 @@ def _inner(eqn):
 
 
 def _asked_in(eqn) -> str:
-  """The innermost module of layers/ or models/ on the way to an operation: "attention"."""
+  """The innermost module of layers/ or models/ on the way to an operation, such as "attention"."""
   traceback = eqn.source_info.traceback
   for frame in traceback.frames if traceback else ():
     *_, folder, file = frame.file_name.replace("\\", "/").rsplit("/", 2)

@@ -158,7 +158,7 @@ def _as_dict(request, advice, verdicts, notes) -> dict:
 
 
 def _verdicts(folder: str, names: list[str]) -> dict[str, str]:
-  """What the records under a folder of experiments say of each claim; "no record" where there are none."""
+  """The verdict on each claim by the records under a folder of experiments; "no record" if there are none."""
   found = {}
   for name in names:
     ablation, _, comparison = name.partition("/")

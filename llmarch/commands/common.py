@@ -1,4 +1,4 @@
-"""What the commands share: flags, configs from files and overrides, JSON or tables."""
+"""Shared parts of the commands: flags, configs from files and overrides, JSON or tables."""
 
 import json
 import os

@@ -138,7 +138,7 @@ def _known(model_type: str | None, config: ModelConfig) -> str | None:
 
 
 def _open(source: Path):
-  """Of a model folder: config, what was carried, {path: (dtype, shape)}, a reader, where the tokenizer is."""
+  """Opens a model folder: config, carried entries, {path: (dtype, shape)}, a reader, the tokenizer's place."""
   import llmarch.layers.registry  # noqa: F401
   from llmarch.convert import hf
   from llmarch.infer import lm
@@ -184,7 +184,7 @@ def _check_fit(path: Path, config: ModelConfig, tensors: dict, metadata: dict) -
 
 
 def _open_run(source: Path):
-  """The same of a training run's newest checkpoint."""
+  """Opens a training run's newest checkpoint, with the results of `_open`."""
 
   import llmarch
 

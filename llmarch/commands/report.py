@@ -131,7 +131,7 @@ def _runs(folders: list[str], args) -> int:
 
 
 def distinct(folders: list[str]) -> list[str]:
-  """Of each of different folders, so many of its last parts as tell it from the others."""
+  """Shortens the names of different folders to as many of their last parts as tell them apart."""
   parts = [Path(folder).resolve().parts for folder in folders]
   depth = [1] * len(folders)
   name = lambda i: "/".join(parts[i][-depth[i] :])

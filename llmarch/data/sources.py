@@ -19,7 +19,7 @@ STDLIB_SKIP_PREFIXES = ("config-", "_sysconfigdata")
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-  """What a source holds. `corpus` is the sha256 (hex) over the sha256 of each document, in order."""
+  """The contents of a source. `corpus` is the sha256 (hex) over the sha256 of each document, in order."""
 
   corpus: str
   num_documents: int

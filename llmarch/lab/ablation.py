@@ -130,8 +130,11 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """How much a sweep may take. `overrides` go before an arm's; the baseline runs with `noise_seeds` seeds, for the
-  noise floor, and every arm with the first `seeds` of them."""
+  """Limits of a sweep.
+
+  `overrides` go before an arm's. The baseline runs with `noise_seeds` seeds, for the noise floor, and every arm with
+  the first `seeds` of them.
+  """
 
   seeds: int = 3
   noise_seeds: int = 0  # 0: seeds
@@ -206,7 +209,7 @@ class Ablation:
 
   @property
   def functions(self) -> list[Callable]:
-    """What gives the metrics that training does not."""
+    """The functions that give the metrics which training does not."""
     return [f for f in (self.trial, *self.measures) if f is not None]
 
 
@@ -284,17 +287,17 @@ def _distinct(plan: list[Trial]) -> list[Trial]:
 
 
 def tuning(ablation: Ablation, folder: str | Path, budget: str) -> list[Trial]:
-  """A trial of each arm and learning rate, at TUNING_SEED."""
+  """Makes a trial of each arm and learning rate, at TUNING_SEED."""
   _budget(ablation, folder, budget)
   rates = [{"optimizer.learning_rate": rate} for rate in ablation.learning_rates]
-  of = lambda arm: _trials(ablation, folder, budget, arm, "tune", [TUNING_SEED], rates)
-  return _distinct([trial for arm in ablation.arms for trial in of(arm)] if rates else [])
+  trials_of = lambda arm: _trials(ablation, folder, budget, arm, "tune", [TUNING_SEED], rates)
+  return _distinct([trial for arm in ablation.arms for trial in trials_of(arm)] if rates else [])
 
 
 def recorded(plan: Iterable[Trial], rows: Mapping[str, Mapping]) -> list[dict]:
   """The records of the plan's trials, by key; arms are called as the file calls them now, and not as it did then."""
-  named = lambda t: {"arm": t.arm, "seed": t.seed, "phase": t.phase, "overrides": t.overrides}
-  return [{**rows[t.key], **named(t)} for t in plan if t.key in rows]
+  names_of = lambda t: {"arm": t.arm, "seed": t.seed, "phase": t.phase, "overrides": t.overrides}
+  return [{**rows[t.key], **names_of(t)} for t in plan if t.key in rows]
 
 
 def chosen_rates(ablation: Ablation, records: Sequence[Mapping]) -> dict[str, float]:
@@ -325,7 +328,7 @@ def _budget(ablation: Ablation, folder, name: str) -> Budget:
 def _trials(
   ablation, folder, budget: str, arm: Arm, phase: str, seeds: Sequence[int], rates: Sequence[Overrides]
 ) -> list[Trial]:
-  """Those of one arm, whose config is resolved once."""
+  """The trials of one arm, whose config is resolved once."""
   data, overrides, match = resolve(ablation, folder, budget, arm)
 
   def one(seed: int, rate: Overrides) -> Trial:

@@ -44,7 +44,7 @@ HOLDS, REFUTED, PASSES, FAILS, *_, UNDECIDABLE, NOT_RUN = STATUSES
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-  """What a fact's function returns: whether the claim's statement holds, and the numbers that show it."""
+  """The result of a fact's function: whether the claim's statement holds, and the numbers that show it."""
 
   holds: bool
   text: str
@@ -179,7 +179,7 @@ def _functions_at(path: Path, time_ns: int) -> dict[str, str]:
 
 
 def fingerprint(claim: Claim, folder: Path) -> str:
-  """Of what a run decides."""
+  """A fingerprint of everything that decides a claim's run."""
   what = claim.statement, claim.rule, claim.check
   if isinstance(claim.check, Fact):
     what += (_functions(folder / FACTS).get(claim.check.function),)
@@ -267,7 +267,7 @@ def _cited(claim: Claim) -> tuple[str, str]:
 
 
 def rule(claim: Claim, folder: str | Path) -> str:
-  """What decides a claim, in words. Raises UserError for a comparison that is not there."""
+  """The rule that decides a claim, in words. Raises UserError for a comparison that does not exist."""
   if not isinstance(claim.check, Measured):
     return claim.rule
   from llmarch.lab import results

@@ -13,7 +13,7 @@ from llmarch.run_config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """What is to be equal, and what is changed for it.
+  """The cost that is to be equal, and the size that changes for it.
 
   params: all parameters; flops: of training, over all steps; tokens: trained on. by: d_ff changes every
   feed-forward in proportion, to multiples of `multiple`; depth the repeats of a stack of one term; steps

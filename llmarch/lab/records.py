@@ -44,7 +44,7 @@ def read(folder: str | Path, *, say=lambda text: print(text, file=sys.stderr)) -
 
 
 def is_record(row: dict) -> bool:
-  """Whether it has what every record has; what somebody wrote by hand may not."""
+  """True if a row has what every record has; a row that somebody wrote by hand may not."""
   if "version" not in row or not all(isinstance(row.get(name), kind) for name, kind in FIELDS.items()):
     return False
   if row["status"] == "failed":

@@ -1,4 +1,4 @@
-"""What the records of an ablation say: its arms, what each costs, and the verdict of every comparison.
+"""Results of an ablation from its records: its arms, the cost of each, and the verdict of every comparison.
 
 Everything is computed from the records and the ablation's file; nothing is stored that could go stale beside them.
 """
@@ -161,7 +161,7 @@ def _spread(found: Mapping[int, float]) -> dict:
 
 
 def costs(config: RunConfig) -> dict:
-  """What an arm costs by formula: params, active_params, train_flops_per_token, state_bytes_per_token (by which one
+  """Costs of an arm by formula: params, active_params, train_flops_per_token, state_bytes_per_token (by which one
   more token lengthens the decoding state), state_bytes (of a row of train.seq_len), decode_ms {chip: milliseconds of a
   token, batch 1, a lower bound}."""
   model, length = config.model, config.train.seq_len

@@ -148,7 +148,7 @@ SHARED = ("status", "metrics", "curve", "eval_curve", "step_ms", "sample", "seco
 
 
 def _known(sweep: Sweep, trial: Trial, sweeps: list[Sweep]) -> dict | None:
-  """What a sibling's records say of the trial, if it went well there."""
+  """The row of the trial in a sibling's records, if it went well there."""
   for other in sweeps:
     row = other.rows.get(trial.key) if other is not sweep else None
     if row and row["status"] == "ok":

@@ -1,4 +1,4 @@
-"""What differences between arms mean: paired effects, their intervals, the noise floor, and the verdict of a rule."""
+"""Statistics of differences between arms: paired effects, intervals, the noise floor, and the verdict of a rule."""
 
 import math
 from collections import Counter
@@ -47,7 +47,7 @@ def noise_floor(values: Sequence[float]) -> float:
 
 
 def different(effect: Effect, floor: float) -> bool:
-  """Whether two arms are called different: the interval excludes zero, and the effect exceeds the noise floor."""
+  """True if two arms are called different: the interval excludes zero, and the effect exceeds the noise floor."""
   if effect.n < MIN_PAIRS or not math.isfinite(effect.mean):
     return False
   return abs(effect.mean) > floor and not effect.low <= 0 <= effect.high

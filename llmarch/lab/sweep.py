@@ -98,7 +98,7 @@ class Sweep:
 
 
 def header(trial: Trial, name: str) -> dict:
-  """What a row says of its trial."""
+  """The part of a row that identifies its trial."""
   fields = {f: getattr(trial, f) for f in ("key", "arm", "seed", "budget", "phase", "overrides", "match")}
   return {"ablation": name, **fields}
 
@@ -173,7 +173,7 @@ def why(folder: Path, code: int, limit: float | None) -> tuple[str, str]:
 
 
 class Progress:
-  """What a sweep says while it runs: a line a trial, and on a terminal a bar with the time left."""
+  """The messages of a running sweep: a line per trial, and on a terminal a bar with the time left."""
 
   def __init__(self, sweeps: list[Sweep], say: Callable[[str], None]):
     self.say = say

@@ -103,7 +103,7 @@ def thinned(points: list, most: int = CURVE) -> list:
 
 
 def _text(trained: Trained) -> dict:
-  """What the model writes after the prompt of its config."""
+  """The text that the model writes after the prompt of its config."""
   e, lm = trained.config.eval, trained.lm
   if lm.tokenizer is None or not e.sample_tokens:
     return {}

@@ -101,7 +101,7 @@ class Segment(nnx.Module):
 
 
 class Aux(NamedTuple):
-  """What the layers return besides the residual stream."""
+  """The results of the layers besides the residual stream."""
 
   stats: dict[str, jax.Array]  # f32 [L'] each, over the layers that have this statistic, from the bottom up
   loss: jax.Array | None  # f32 [L'] over the layers that have a loss; None where none has

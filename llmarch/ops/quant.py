@@ -172,7 +172,7 @@ def _product(equation: str, x: jax.Array, w: QTensor, *, inside: bool) -> jax.Ar
 
 
 def _in_blocks(equation: str, product: Callable, x: jax.Array, w: QTensor) -> jax.Array:
-  """The same product in blocks of the matrix's first dimension, whose results are summed or concatenated."""
+  """Computes the product in blocks of the matrix's first dimension, whose results are summed or concatenated."""
   lhs, rhs, out = equation.replace("->", ",").split(",")
   divisor = math.gcd(w.shape[0], *(n for n in w.scale.shape[:1] if n > 1))
   n = next(n for n in range(min(-(-w.codes.size // BLOCK), divisor), 0, -1) if divisor % n == 0)

@@ -143,7 +143,7 @@ def effects(summary: Mapping):
 
 
 def effect_rows(summary: Mapping) -> list[dict]:
-  """Of the comparisons with numbers: what they are, margins, the ends of what the rule speaks of, floor_low and
+  """Rows of the comparisons with numbers: what they are, margins, the ends of what the rule speaks of, floor_low and
   floor_high, what noise may reach, and `of`: the metric, without the length or share it was measured at."""
   rows = []
   for c in summary["comparisons"]:
@@ -279,7 +279,7 @@ def _quality(alt, summary: Mapping, rows: Sequence[dict], names: Sequence[str]):
 
 
 def _beside(points: Sequence[tuple], widths: Sequence[float], width: float, height: float) -> list[tuple[bool, float]]:
-  """Where names of these widths go, beside points (x, y), all in pixels of a plot: (left of it?, y).
+  """Places names of these widths beside points (x, y), all in pixels of a plot: (left of it?, y).
 
   One after the other takes the nearest place that no point and no name before has, right of its point where it can.
   """
@@ -341,7 +341,7 @@ def _room(rows: Sequence[dict]) -> list[float]:
 
 
 def _apart(values: Sequence[float], scale: Sequence[float], height: float) -> list[float]:
-  """Where names go that belong to `values`: moved, as little as possible in squares, until they are a line apart."""
+  """Places names beside `values`, moved as little as possible in squares, until they are a line apart."""
   if not values:
     return []
   low, high = scale

@@ -130,7 +130,7 @@ def norm(key: str, path: str, residual: str | None = None) -> tuple[Row, ...]:
 
 
 def ends(embed: str, final: str, **more: str) -> tuple[Row, ...]:
-  """What lies around the blocks."""
+  """The parts around the blocks."""
   rows = *(Row(key, path) for path, key in more.items()), Row(f"{embed}.weight", "embed"), *norm(final, "final_norm")
   return *rows, Row("lm_head.weight", "head"), Row("lm_head.bias", "head_bias")
 
