@@ -313,8 +313,8 @@ def test_dealt_tokens_balance_causal_work(ring):
 
 def test_what_counts_tokens_keeps_their_order():
   """Experts with a capacity take the first tokens of a row, and dropout draws by place."""
-  assert step._by_index(MODELS["experts_full"]) and step._by_index(spaces.HAND["gpt2"])
-  assert not any(step._by_index(MODELS[name]) for name in ("gqa_window", "latent", "experts"))
+  assert step._in_order(MODELS["experts_full"]) and step._in_order(spaces.HAND["gpt2"])
+  assert not any(step._in_order(MODELS[name]) for name in ("gqa_window", "latent", "experts"))
 
 
 # ------------------------------------------------------------------------------------------------ the machine

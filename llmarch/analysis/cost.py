@@ -108,18 +108,20 @@ def mla(c: MLAConfig, d_model: int) -> Cost:
 
 
 def linear(c: LinearConfig, d_model: int) -> Cost:
-  """The cost of linear attention in chunks (2006.16236, section 3.2).
-
-  4 D N H parameters. A token takes 2 N H (H + 1) multiply-adds with the state, which it reads and writes, and 2 N H + N
-  for each key of its chunk, or of its row if that is shorter (a masked half is computed). The state has N H (H + 1) f32
-  numbers.
-  """
+  """4 D N H parameters. A token spends 2 N H (H + 1) multiply-adds on the state, which it reads and adds to, and
+  N (2 H + 1) on each token of its chunk of C (a masked half of them in vain; the last chunk is filled up). The state is
+  N H (H + 1) numbers in f32, and the segment that they belong to (2006.16236, section 3.2)."""
   D, N, H = d_model, c.num_heads, c.dim(d_model)
-  chunk_macs = lambda length: N * (2 * H + 1) * min(c.chunk, length)
+
+  def mixing(length: int, dense: bool) -> float:
+    C = min(c.chunk, length)
+    filled = -(-length // C) * C / length
+    return filled * N * (2 * H * (H + 1) + (2 * H + 1) * C)
+
   return Cost(
     matrices=4 * D * N * H,
     vectors=0,
-    mixing=lambda length, dense: 2 * N * H * (H + 1) + chunk_macs(length),
+    mixing=mixing,
     state=lambda max_len, chunk, dtype: 4 * (N * H * (H + 1) + 1),
   )
 
