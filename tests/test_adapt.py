@@ -450,7 +450,7 @@ def test_exported_factors_multiply_to_what_ours_add(name, tmp_path):
         for path, index in slot.parts
       ]
       found = (b @ a).T if options["fan_in_fan_out"] else b @ a
-      np.testing.assert_allclose(found, slot.layout.join(ours), atol=1e-5, err_msg=key)
+      np.testing.assert_allclose(found, slot.rearrange.join(ours), atol=1e-5, err_msg=key)
       module = key.removesuffix(".weight")
       rank = options["rank_pattern"].get(module, options["r"])
       alpha = options["alpha_pattern"].get(module, options["lora_alpha"])

@@ -388,7 +388,7 @@ def test_every_pair_of_options_meets_in_a_chosen_config_or_is_refused(cases):
   assert all(choice.refused.values()) and not held & choice.refused.keys()
   assert len(held) > 9000 and len(choice.refused) < 30, (len(held), choice.refused)
   first = set().union(*map(covering.pairs, choice.configs[:PLAIN]))
-  assert len(first) > 0.9 * len(held)
+  assert len(first) > 0.85 * len(held)
   cases("pairs of option values that meet", len(held))
   cases("pairs of option values that are refused", len(choice.refused))
 
@@ -758,6 +758,10 @@ def test_an_axis_that_does_not_divide_is_refused_by_name():
 EXEMPT = {
   ("ModelConfig", "max_seq_len"): "read by guards on the host; test_config.py",
   ("TopK", "balance_rate"): "its value is read by the train step; test_moe.py",
+  # Fields that go with another's, and cannot change alone; test_contract.py.
+  ("AttentionConfig", "keep_kv"): "a name that another layer reads",
+  ("AttentionConfig", "kv_from"): "the name that another layer keeps",
+  ("CrossAttentionConfig", "memory_dim"): "the width of the encoder",
 }
 
 

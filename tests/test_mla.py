@@ -175,6 +175,5 @@ def test_a_config_that_cannot_be_is_refused_in_one_sentence(changes, words):
 
 
 def test_keys_by_channel_are_refused_with_the_format_that_serves():
-  model = abstract(with_state(CONFIG, "int8_channel"))
   with pytest.raises(UserError, match="precision.state=int8_channel: .*; use int8$"):
-    model.state_spec(1, 8, 1)
+    with_state(CONFIG, "int8_channel")

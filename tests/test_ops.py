@@ -431,7 +431,7 @@ def attention_inputs(B=2, T=7, N=6, K=2, H=8, seed=0):
 
 def run_attend(q, k, v, seen, bias=None, sinks=None, **options):
   options = {"scale": q.shape[-1] ** -0.5, "softcap": None, "dropout": 0.0, "key": None} | options
-  out, entropy = attention.attend(q, k, v, seen, bias, sinks, **options)
+  out, entropy = attention.attend(q, k, v, seen[:, None], bias, sinks, **options)  # one mask for all heads
   return (out, entropy) if options.get("entropy") else out
 
 
