@@ -221,7 +221,7 @@ def climb(single: Single, parts: Parts, left: Left, shared: bool) -> Single:
 
 @functools.cache
 def draws(n: int) -> tuple[ModelConfig, ...]:
-  """About n configs that hypothesis draws, the same on every run of one commit."""
+  """About n configs that hypothesis draws, the same on every run."""
   found = {}
 
   @seed(0)
@@ -232,7 +232,8 @@ def draws(n: int) -> tuple[ModelConfig, ...]:
   def collect(config):
     found[config] = None
 
-  collect()
+  with spaces.draws_alike():
+    collect()
   return tuple(found)
 
 

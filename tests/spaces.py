@@ -3,6 +3,7 @@
 Sizes are tiny and unequal, so that a transposed axis cannot pass.
 """
 
+import contextlib
 import dataclasses
 import functools
 import typing
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 
 from llmarch.build import to_dict
 from llmarch.config import BlockConfig, EmbedConfig, FanIn, HeadConfig, ModelConfig, Normal, Xavier
@@ -575,9 +577,23 @@ def model_configs(draw) -> ModelConfig:
 GROUP = 50
 
 
+@contextlib.contextmanager
+def draws_alike():
+  """Hypothesis also draws constants that it finds in the loaded modules. Without them, what it draws depends neither on
+  the tests that run beside nor on an edit elsewhere."""
+  found = providers._get_local_constants
+  providers._get_local_constants = providers.Constants
+  providers.CONSTANTS_CACHE.cache.clear()
+  try:
+    yield
+  finally:
+    providers._get_local_constants = found
+    providers.CONSTANTS_CACHE.cache.clear()
+
+
 @functools.cache
 def _drawn(group: int) -> list[ModelConfig]:
-  """GROUP configs, the same on every run of one commit (hypothesis also draws constants that it finds in the code).
+  """GROUP configs, the same on every run.
 
   It begins with the simplest and varies each fresh draw a few times before the next; of such neighbours few
   are kept: a compilation is better spent on a fresh one."""
@@ -595,7 +611,8 @@ def _drawn(group: int) -> list[ModelConfig]:
   def collect(config):
     found[config] = None
 
-  collect()
+  with draws_alike():
+    collect()
   picks = np.linspace(GROUP // 5, len(found) - 1, GROUP).round().astype(int)
   return [list(found)[i] for i in picks]
 
