@@ -280,7 +280,8 @@ def choice() -> Choice:
             break
     names = "abc"[: len(blocks)]
     stack = spaces.STACKS[names][len(chosen) % len(spaces.STACKS[names])]
-    chosen.append(spaces.completed(model.config, dict(zip(names, blocks, strict=True)), stack))
+    made = spaces.completed(model.config, dict(zip(names, blocks, strict=True)), stack)
+    chosen.append(spaces.with_room(made))
   return Choice(tuple(chosen), refused)
 
 

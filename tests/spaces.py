@@ -376,10 +376,26 @@ def _mlp(draw):
 
 
 def drops_nothing(block: BlockConfig) -> bool:
-  """Whether no expert of a block runs out of places, even where all tokens choose it."""
+  """Whether the experts of a block have as many places as its tokens have choices (see `with_room`)."""
   router = getattr(block.ffn, "router", None)
   factor = getattr(router, "capacity_factor", None) if isinstance(router, TopK) else None
   return factor is None or factor * router.k >= block.ffn.num_experts
+
+
+def with_room(config: ModelConfig) -> ModelConfig:
+  """The config with room for every token in every expert: a capacity of c n / E is that of all n tokens where c is E.
+
+  What a decoding state never drops, a whole row may: their results are the same only where nothing is dropped.
+  """
+
+  def roomy(block: BlockConfig) -> BlockConfig:
+    router = getattr(block.ffn, "router", None)
+    if not isinstance(router, TopK) or router.capacity_factor is None:
+      return block
+    router = dataclasses.replace(router, capacity_factor=max(router.capacity_factor, float(block.ffn.num_experts)))
+    return dataclasses.replace(block, ffn=dataclasses.replace(block.ffn, router=router))
+
+  return dataclasses.replace(config, blocks={name: roomy(block) for name, block in config.blocks.items()})
 
 
 @st.composite
