@@ -176,7 +176,7 @@ class _Loop:
 
 
 class _Places:
-  """Where parameters and carries lie on a mesh, for prefill and for decode."""
+  """The places of parameters and carries on a mesh, for prefill and for decode."""
 
   def __init__(self, mesh: Mesh, specs: dict, params, batch: int, prefills: Layout, decodes: Layout, manual: bool):
     self.mesh, self.specs, self.batch, self.manual = mesh, specs, batch, manual

@@ -35,7 +35,7 @@ class MaskConfig(Variant):
 
     Each array of q is [B, 1, T, 1], and each array of k is [B, 1, 1, S].
     """
-    raise NotImplementedError
+    raise NotImplementedError  # each member says
 
   def may_see(self, q: Extent, k: Extent) -> jax.Array:
     """Says, as bool [B], whether any query of one block of tokens may see any key of another, from their extents."""
@@ -43,7 +43,7 @@ class MaskConfig(Variant):
 
   def mean_keys(self, length: int, window: int | None) -> float:
     """Number of keys that a query sees, averaged over one document of `length` tokens."""
-    raise NotImplementedError
+    raise NotImplementedError  # each member says
 
   def slot(self, index: jax.Array, capacity: int) -> jax.Array:
     """The slot, of `capacity` slots, that caches a row's token number `index`; by default that of a ring buffer."""

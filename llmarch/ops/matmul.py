@@ -36,7 +36,7 @@ def letters(subscripts: str) -> list[str]:
 
 
 def value_of(w):
-  """What a Param holds; an array itself."""
+  """Returns the value that a Param holds, and an array as it is."""
   return w.get_value() if hasattr(w, "get_value") else w
 
 

@@ -61,7 +61,7 @@ def with_active_layout(f: Callable) -> Callable:
 
 
 def mode() -> Mode:
-  """How products are placed under the active layout."""
+  """Returns how products are placed under the active layout."""
   active = _active.get()
   if active is None:
     return None
@@ -71,7 +71,7 @@ def mode() -> Mode:
 
 
 def is_manual() -> bool:
-  """Whether arrays are what one device holds."""
+  """Returns whether an array is the part that one device holds."""
   return mode() in ("manual", "rings")
 
 
