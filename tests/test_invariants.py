@@ -480,7 +480,9 @@ def test_the_list_by_hand_holds_every_option():
   kinds = {type(c) for config in spaces.HAND.values() for c in spaces.components(config)}
   parts = (NormConfig, PositionConfig, ScalingConfig, InitConfig, MaskConfig, ResidualConfig)
   families = (*parts, MixerConfig, CrossConfig, FFNConfig)
-  assert {kind for family in families for kind in family.variants.values()} <= kinds
+  # Other tests of this process may have registered kinds of their own.
+  ours = {kind for family in families for kind in family.variants.values() if kind.__module__.startswith("llmarch.")}
+  assert ours <= kinds
 
 
 def test_low_precision_follows_the_oracle_and_its_own_decoding(cases):
