@@ -362,7 +362,7 @@ def check_one_forward(config: ModelConfig, seed: int, chunk: int, step: int, cas
 
 
 SHARES = 64  # tests between which the covering choice is divided: about one config each
-PLAIN = 16  # of them are in every run: the configs that bring most pairs come first
+PLAIN = 12  # of them are in every run: the configs that bring most pairs come first
 
 
 @pytest.mark.parametrize("share", plain_if(lambda share: share < PLAIN, range(SHARES)))
@@ -388,7 +388,7 @@ def test_every_pair_of_options_meets_in_a_chosen_config_or_is_refused(cases):
   assert all(choice.refused.values()) and not held & choice.refused.keys()
   assert len(held) > 9000 and len(choice.refused) < 30, (len(held), choice.refused)
   first = set().union(*map(covering.pairs, choice.configs[:PLAIN]))
-  assert len(first) > 0.85 * len(held)
+  assert len(first) > 0.8 * len(held)
   cases("pairs of option values that meet", len(held))
   cases("pairs of option values that are refused", len(choice.refused))
 
@@ -429,7 +429,7 @@ def test_one_forward_serves_all_for_shrunk_presets(name, cases):
   check_restack(check_one_forward(spaces.preset(name), 1, 3, 1, cases), cases)
 
 
-@pytest.mark.parametrize("name", plain_if(lambda name: name in covering.widest(16), spaces.HAND))
+@pytest.mark.parametrize("name", plain_if(covering.widest(8).__contains__, spaces.HAND))
 def test_layers_apart_can_be_stacked_again_and_are_as_many_parameters_as_the_formula_says(name, cases):
   """Of every option. This depends on the stack alone, so that it is not done again for each pair of options."""
   toy = Toy(spaces.HAND[name], 2, 3)
@@ -485,20 +485,20 @@ def test_the_list_by_hand_holds_every_option():
   assert ours <= kinds
 
 
-def test_low_precision_follows_the_oracle_and_its_own_decoding(cases):
+@pytest.mark.parametrize("name", plain_if(lambda name: name == "gemma2", ["llama", "gemma2", "prefix", "deepnorm"]))
+def test_low_precision_follows_the_oracle_and_its_own_decoding(name, cases):
   """bfloat16 parameters, stream and state: logits in f32, within bfloat16's three digits."""
   bf16 = Precision(param="bfloat16", compute="bfloat16", state="bfloat16")
-  for name in ("llama", "gemma2", "prefix", "deepnorm"):
-    toy = Toy(dataclasses.replace(spaces.HAND[name], precision=bf16), 3, 3)
-    logits = forward(toy.model)(*toy.batch.arrays())
-    rows = decode(toy.unstacked, toy.batch, plan(3, 1, 3), 3)
-    assert logits.dtype == np.float32 and all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(toy.params))
-    for row, expected in enumerate(toy.expected):
-      assert_close(logits[row, toy.batch.at(row)], expected, f"{name}, row {row}", 0.03)
-      assert_close(rows[row], expected, f"{name} decoding, row {row}", 0.03)
-    gradients = jax.jit(value_and_grad(toy.model, toy.batch, 3))(toy.params)[1]
-    assert all(jnp.isfinite(g).all() and g.dtype == jnp.bfloat16 for g in jax.tree.leaves(gradients))
-    cases("1 forward in bfloat16 == float64 oracle, to 3 %")
+  toy = Toy(dataclasses.replace(spaces.HAND[name], precision=bf16), 3, 3)
+  logits = forward(toy.model)(*toy.batch.arrays())
+  rows = decode(toy.unstacked, toy.batch, plan(3, 1, 3), 3)
+  assert logits.dtype == np.float32 and all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(toy.params))
+  for row, expected in enumerate(toy.expected):
+    assert_close(logits[row, toy.batch.at(row)], expected, f"row {row}", 0.03)
+    assert_close(rows[row], expected, f"decoding, row {row}", 0.03)
+  gradients = jax.jit(value_and_grad(toy.model, toy.batch, 3))(toy.params)[1]
+  assert all(jnp.isfinite(g).all() and g.dtype == jnp.bfloat16 for g in jax.tree.leaves(gradients))
+  cases("1 forward in bfloat16 == float64 oracle, to 3 %")
 
 
 # ---------------------------------------------------------------------- (5) (6) gradients, remat and depth
@@ -527,7 +527,7 @@ def assert_same_gradients(actual, expected, what: str, tolerance: float = 1e-5):
   assert largest > 0 and error <= tolerance * largest, f"{what}: gradients off by {error / largest:.1e} of the largest"
 
 
-@pytest.mark.parametrize("name", three(covering.widest(5).__contains__, covering.widest(14).__contains__, spaces.HAND))
+@pytest.mark.parametrize("name", three(covering.widest(3).__contains__, covering.widest(14).__contains__, spaces.HAND))
 def test_gradients_equal_the_slope_of_the_oracle(name, cases):
   """In a direction in which each parameter's gradient foretells its own share: none can hide behind another."""
   toy, draws = Toy(spaces.HAND[name], 8, 3), np.random.default_rng(8)
@@ -567,7 +567,7 @@ def test_gradients_equal_the_slope_of_the_oracle(name, cases):
   cases("1 gradients == slope of the oracle")
 
 
-@pytest.mark.parametrize("name", plain_if(lambda name: name == "gemma2", ["gemma2", "t5", "hybrid"]))
+@pytest.mark.parametrize("name", plain_if(lambda name: name == "t5", ["gemma2", "t5", "hybrid"]))
 def test_loss_in_chunks_of_1_3_and_all_agree_in_value_and_gradient(name, cases):
   toy = Toy(spaces.HAND[name], 4, 3)
   run = jax.jit(lambda params: [value_and_grad(toy.model, toy.batch, chunk)(params) for chunk in (T, 1, 3, 5)])
@@ -686,6 +686,7 @@ def declared(param, mesh: dict) -> tuple[int, ...]:
   return tuple(n if name == "kv_heads" and n % w else n // w for n, name, w in zip(shape, names, ways, strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", plain_if(lambda name: name == "biases_by_distance", WIDE))
 def test_layouts_on_fake_devices_equal_unsharded(name, cases):
   """Logits, gradients and decoding; parameters, gradients and state lie as declared."""
@@ -839,10 +840,10 @@ def knobs() -> dict[str, dict]:
 
 
 CHANGES = [(field, sort) for field, sorts in sorted(knobs().items()) for sort in sorted(sorts)]
-THIRD = CHANGES[::3]
+SOME = CHANGES[::6]
 
 
-@pytest.mark.parametrize("field, sort", plain_if(THIRD.__contains__, CHANGES))
+@pytest.mark.parametrize("field, sort", plain_if(SOME.__contains__, CHANGES))
 def test_every_field_of_every_config_is_live(field, sort, cases):
   """Each sort of change to a field changes the program where it can be made first; and of three numbers, each is
   another program (a field that only switches something on is not live)."""

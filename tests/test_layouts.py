@@ -93,8 +93,11 @@ OPTIONS = {
     spaces.block(
       spaces.attention(num_heads=8),
       ffn=spaces.moe(
-        4, TopK(bias=True, scores="sigmoid", balance_rate=0.1), {"d_ff": 16, "bias": True},
-        shared=MLPConfig(d_ff=24, bias=True), shared_gate=True,
+        4,
+        TopK(bias=True, scores="sigmoid", balance_rate=0.1),
+        {"d_ff": 16, "bias": True},
+        shared=MLPConfig(d_ff=24, bias=True),
+        shared_gate=True,
       ),
     ),
     spaces.block(
@@ -196,10 +199,10 @@ def mesh_of(text: str):
 
 
 # Each row of the feed-forward and each of attention once.
-DIAGONAL = {f"{ffn}+{attention}" for ffn, attention in zip(FEED_FORWARD, itertools.cycle(ATTENTION))}
+DIAGONAL = [f"{ffn}+{attention}" for ffn, attention in zip(FEED_FORWARD, itertools.cycle(ATTENTION))]
 
 
-@pytest.mark.parametrize("layout", three(DIAGONAL.__contains__, INFERENCE[::2].count, INFERENCE))
+@pytest.mark.parametrize("layout", three(DIAGONAL[::2].count, INFERENCE[::2].count, INFERENCE))
 def test_every_layout_equals_one_device(layout, cases):
   check_equal(SHARING, outcomes(SHARING, LAYOUTS[layout], mesh_of("x=2,y=2,z=2")), layout)
   cases("7 manual layout == one device: MHA, GQA, parallel MQA x prefill, chunk, decode", 9)
@@ -217,7 +220,7 @@ def test_every_layout_equals_one_device_for_each_form_of_each_sharing(layout, ca
 
 ROWS = ["ws_2d+batch_xyz", "wg_xy+batch_z", "megatron", "ws_1d+heads", "ws_2d+heads"]  # of which the tiers have three
 PLACES = [
-  pytest.param(layout, name, marks=[pytest.mark.nightly] if i > 2 else [] if j == 2 * i else [pytest.mark.full])
+  pytest.param(layout, name, marks=[pytest.mark.nightly] if i > 2 else [] if i == 0 == j else [pytest.mark.full])
   for i, layout in enumerate(ROWS)
   for j, name in enumerate(OPTIONS)
 ]
@@ -288,11 +291,11 @@ def test_padded_heads_leave_the_logits_as_they_are(cases):
   assert pad_heads(SHARING, 8) == SHARING
   _, params, tokens, positions = toy(UNEVEN)
   grown = pad_params(params, UNEVEN, padded)
-  run = lambda config, params: np.asarray(
-    nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: unstack(Decoder(config, jax.random.key(0))))), params)(
-      tokens, positions
-    )[0]
-  )
+
+  def run(config, params):
+    graph = nnx.graphdef(nnx.eval_shape(lambda: unstack(Decoder(config, jax.random.key(0)))))
+    return np.asarray(jax.jit(lambda params: nnx.merge(graph, params)(tokens, positions)[0])(params))
+
   real = positions >= 0
   assert_close(run(padded, grown)[real], run(UNEVEN, params)[real], "padded heads")
   stacked = nnx.state(abstract(UNEVEN))

@@ -167,7 +167,7 @@ def test_microbatches_are_the_micro_batches_of_one_device(name, mesh, cases):
 SCHEDULES = [(S, k * S, V) for S in (2, 3, 4, 8) for k in (1, 2, 5) for V in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("S, M, V", SCHEDULES)
+@pytest.mark.parametrize("S, M, V", plain_if(SCHEDULES[::5].count, SCHEDULES))
 def test_every_microbatch_passes_every_run_in_order_a_tick_apart(S, M, V):
   schedule = Schedule(S, M, V)
   m, v, busy = jax.device_get(schedule.work(np.arange(schedule.ticks)[:, None], np.arange(S)[None]))
