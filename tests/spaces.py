@@ -634,18 +634,19 @@ def distinct_presets() -> dict[str, list[str]]:
 def random_params(abstract_params: nnx.State, seed: int) -> nnx.State:
   """Arrays for every parameter, none at its initial value: a bias of zero or a scale of one would hide mistakes.
 
-  Matrices keep a spread of about 1 / sqrt(fan_in) so that f32 against f64 is a fair comparison.
+  Matrices keep a spread of about 1 / sqrt(fan_in) so that f32 against f64 is a fair comparison. Routers have a quarter:
+  where a large stream drives scores to one, f32 cannot tell which token an expert should choose.
   """
   draws = np.random.default_rng(seed)
 
   def draw(path, param):
     shape = param.get_value().shape
+    last = getattr(path[-1], "key", path[-1])
     if param.decay:
       stacked = len(shape) - len(param.axes)
       summed = [n for n, name in zip(shape[stacked:], param.axes, strict=True) if name in param.fan_in]
-      value = draws.normal(size=shape) / np.sqrt(np.prod(summed))
+      value = draws.normal(size=shape) / np.sqrt(np.prod(summed)) / (4 if last == "router" else 1)
     else:
-      last = getattr(path[-1], "key", path[-1])
       value = (1.0 if last == "scale" else 0.0) + 0.2 * draws.normal(size=shape)
     return param.replace(value.astype(param.get_value().dtype))
 
