@@ -5,6 +5,7 @@ the choices of programs: mesh axes, remat policies, objectives, packings, layout
 """
 
 import functools
+import itertools
 
 import composability
 import covering
@@ -284,6 +285,36 @@ def test_a_format_of_the_state_in_a_layout_is_that_of_one_device(state, layout, 
 
 
 # ------------------------------------------------------------------------------------------------- the page
+
+
+@pytest.fixture(scope="module")
+def page():
+  return composability.read(composability.PAGE.read_text())
+
+
+def test_the_page_has_every_feature_and_every_pair_of_them(page):
+  """No pair is left out, and none is there that no layer and no program can hold."""
+  known, found = page
+  assert not set(composability.space()) - set(known), "refresh the page with the command that it names"
+  here = set(composability.space())  # what random configs had when the page was made may be more
+  wanted = {p for p in itertools.combinations(sorted(here), 2) if composability.is_pair(*p)}
+  assert wanted == {pair for pair in found if set(pair) <= here}
+
+
+def test_what_the_page_calls_refused_is_refused_with_that_sentence(page):
+  _, found = page
+  refused = {pair: text for pair, text in found.items() if text[0] not in composability.EQUATIONS}
+  assert len(refused) > 20
+  for pair, sentence in refused.items():
+    assert composability.refusal(*pair) == sentence, pair
+
+
+def test_the_summary_counts_the_pairs_of_the_chart(page):
+  known, found = page
+  equal = sum(text[0] in composability.EQUATIONS for text in found.values())
+  count = f"- {len(found)} pairs: {equal} equal, {len(found) - equal} refused, 0 not tried."
+  assert count in composability.PAGE.read_text().splitlines()
+  assert len(set(known)) == len(known)
 
 
 def test_a_page_is_not_written_while_a_pair_is_neither_equal_nor_refused(tmp_path):
