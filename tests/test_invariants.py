@@ -310,9 +310,10 @@ def check_causality(toy: Toy, run, cases):
   cases("2 a change reaches what the masks allow, bit for bit", B)
 
 
-def check_decoding(toy: Toy, model, chunk: int, step: int, seed: int, what: str, cases):
+def check_decoding(toy: Toy, model, chunk: int, step: int, seed: int, what: str, cases) -> bool:
+  """Returns whether these calls are defined for the model: tokens that see later ones must all be in one call."""
   if "bidirectional" in toy.masks() and chunk < T:
-    return  # only a whole sequence in one call is defined
+    return False
   groups = plan(chunk, step, seed)
   if "bidirectional" in toy.masks():
     groups = [np.stack([np.where(np.arange(T) < sum(d), np.arange(T), -1) for d, *_ in ROWS])[None]]
@@ -322,6 +323,7 @@ def check_decoding(toy: Toy, model, chunk: int, step: int, seed: int, what: str,
       continue  # a state has one length a row, two documents have two
     assert_close(rows[row], expected, f"{what}, row {row}: prefill({ROWS[row][1]}) by {chunk}, then decode")
     cases("3 prefill(k) + decode == full forward")
+  return True
 
 
 def check_restack(toy: Toy, cases):
@@ -347,17 +349,21 @@ def check_count(config: ModelConfig, params, cases):
 # ------------------------------------------------------------------------- every config, every kind of call
 
 
-def check_one_forward(config: ModelConfig, seed: int, chunk: int, step: int, cases):
+def check_one_forward(config: ModelConfig, seed: int, chunk: int, step: int, cases, checked):
   """(1) (2) (3) (4) (6) of one config: the stacked model computes, the unstacked one decodes."""
   try:
     toy = Toy(config, seed, chunk)
     run = forward(toy.model)
     check_oracle_and_padding(toy, run(*toy.batch.arrays()), cases)
     check_causality(toy, run, cases)
-    check_decoding(toy, toy.unstacked, chunk, step, seed, "unstacked", cases)
+    decodes = check_decoding(toy, toy.unstacked, chunk, step, seed, "unstacked", cases)
   except Exception as e:
     e.add_note(repr(config))
     raise
+  checked("1 2", config)
+  checked("4", config, "packing='documents'")
+  if decodes:
+    checked("3 6", config, "state='float32'")
   return toy
 
 
@@ -366,11 +372,11 @@ PLAIN = 12  # of them are in every run: the configs that bring most pairs come f
 
 
 @pytest.mark.parametrize("share", plain_if(lambda share: share < PLAIN, range(SHARES)))
-def test_one_forward_serves_all_for_every_pair_of_options(share, cases):
+def test_one_forward_serves_all_for_every_pair_of_options(share, cases, checked):
   """And (5): the prefill goes by 1, 3 or 4 tokens."""
   for i in range(share, len(covering.choice().configs), SHARES):
     chunk = (1, 3, 4)[i % 3]
-    check_one_forward(covering.choice().configs[i], i, chunk, chunk, cases)
+    check_one_forward(covering.choice().configs[i], i, chunk, chunk, cases, checked)
     cases("all of the above for configs that together hold every pair of options")
 
 
@@ -399,9 +405,9 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.nightly
-def test_one_forward_serves_all_for_drawn_configs(drawn_index, cases):
+def test_one_forward_serves_all_for_drawn_configs(drawn_index, cases, checked):
   chunk = (1, 3, 4)[drawn_index % 3]
-  toy = check_one_forward(spaces.drawn(drawn_index), drawn_index, chunk, chunk, cases)
+  toy = check_one_forward(spaces.drawn(drawn_index), drawn_index, chunk, chunk, cases, checked)
   check_restack(toy, cases)
   check_count(toy.config, toy.params, cases)
 
@@ -425,8 +431,8 @@ def test_shrunk_presets_compute_what_the_oracle_does(name, cases):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", PRESETS_BY_SHAPE)
-def test_one_forward_serves_all_for_shrunk_presets(name, cases):
-  check_restack(check_one_forward(spaces.preset(name), 1, 3, 1, cases), cases)
+def test_one_forward_serves_all_for_shrunk_presets(name, cases, checked):
+  check_restack(check_one_forward(spaces.preset(name), 1, 3, 1, cases, checked), cases)
 
 
 @pytest.mark.parametrize("name", plain_if(covering.widest(8).__contains__, spaces.HAND))
@@ -439,13 +445,13 @@ def test_layers_apart_can_be_stacked_again_and_are_as_many_parameters_as_the_for
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", spaces.HAND)
-def test_one_forward_serves_all_for_every_option(name, cases):
+def test_one_forward_serves_all_for_every_option(name, cases, checked):
   """The choice that holds every pair of options holds every option too: these are other combinations."""
-  check_one_forward(spaces.HAND[name], 2, 3, 1, cases)
+  check_one_forward(spaces.HAND[name], 2, 3, 1, cases, checked)
 
 
 @pytest.mark.parametrize("name", three(lambda name: False, covering.widest(8).__contains__, spaces.HAND))
-def test_chunks_of_any_size_and_both_forms_of_the_stack_agree(name, cases):
+def test_chunks_of_any_size_and_both_forms_of_the_stack_agree(name, cases, checked):
   """(5): a prefill in one call gives what chunks give; (6): the stacked model decodes as the unstacked one computes."""
   toy = Toy(spaces.HAND[name], 2, T)
   check_decoding(toy, toy.unstacked, T, 1, T, "unstacked", cases)
@@ -453,6 +459,7 @@ def test_chunks_of_any_size_and_both_forms_of_the_stack_agree(name, cases):
   cases("5 chunks of 3 and T agree")
   check_oracle_and_padding(toy, forward(toy.unstacked)(*toy.batch.arrays()), cases)
   cases("6 scanned == unstacked")
+  checked("5 6", toy.config, "state='float32'")
 
 
 @pytest.mark.nightly
@@ -528,7 +535,7 @@ def assert_same_gradients(actual, expected, what: str, tolerance: float = 1e-5):
 
 
 @pytest.mark.parametrize("name", three(covering.widest(3).__contains__, covering.widest(14).__contains__, spaces.HAND))
-def test_gradients_equal_the_slope_of_the_oracle(name, cases):
+def test_gradients_equal_the_slope_of_the_oracle(name, cases, checked):
   """In a direction in which each parameter's gradient foretells its own share: none can hide behind another."""
   toy, draws = Toy(spaces.HAND[name], 8, 3), np.random.default_rng(8)
   batch = toy.batch
@@ -565,6 +572,7 @@ def test_gradients_equal_the_slope_of_the_oracle(name, cases):
   slope = (value(1) - value(-1)) / (2 * step)
   assert abs(slope - foretold) < 1e-3 * abs(foretold), (slope, foretold)
   cases("1 gradients == slope of the oracle")
+  checked("1", toy.config, "remat='none'", "packing='documents'")
 
 
 @pytest.mark.parametrize("name", plain_if(lambda name: name == "t5", ["gemma2", "t5", "hybrid"]))
@@ -578,7 +586,7 @@ def test_loss_in_chunks_of_1_3_and_all_agree_in_value_and_gradient(name, cases):
 
 
 @pytest.mark.parametrize("name", plain_if(lambda name: name == "gpt2", ["gpt2", "t5", "hybrid"]))
-def test_rematerialised_and_unstacked_gradients_agree(name, cases):
+def test_rematerialised_and_unstacked_gradients_agree(name, cases, checked):
   toy, key = Toy(spaces.HAND[name], 5, 3), jax.random.key(0)
 
   @jax.jit
@@ -591,6 +599,7 @@ def test_rematerialised_and_unstacked_gradients_agree(name, cases):
   for policy, remat in zip(REMAT_POLICIES, remats, strict=True):
     assert_same_gradients(remat, kept, f"{name} {policy}")
     cases("6 remat on == off, values and gradients (with dropout)")
+    checked("6", toy.config, f"remat='{policy}'", "packing='documents'")
   gradients = nnx.merge(nnx.graphdef(toy.unstacked), apart[1])
   assert_same_gradients((apart[0], nnx.state(restack(gradients))), plain, name)
   cases("6 scanned == unstacked, gradients")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import spaces
+from composability import layout_features
 from flax import nnx
 from test_invariants import assert_close
 from tiers import plain_if, three
@@ -203,9 +204,10 @@ DIAGONAL = [f"{ffn}+{attention}" for ffn, attention in zip(FEED_FORWARD, itertoo
 
 
 @pytest.mark.parametrize("layout", three(DIAGONAL[::2].count, INFERENCE[::2].count, INFERENCE))
-def test_every_layout_equals_one_device(layout, cases):
+def test_every_layout_equals_one_device(layout, cases, checked):
   check_equal(SHARING, outcomes(SHARING, LAYOUTS[layout], mesh_of("x=2,y=2,z=2")), layout)
   cases("7 manual layout == one device: MHA, GQA, parallel MQA x prefill, chunk, decode", 9)
+  checked("7", SHARING, "state='float32'", *layout_features(layout))
 
 
 SIX = model(*(block(kv, form=form) for form in ("pre", "parallel") for kv in (8, 4, 1)))
@@ -227,10 +229,11 @@ PLACES = [
 
 
 @pytest.mark.parametrize("layout, name", PLACES)
-def test_every_option_that_asks_where_it_is_equals_one_device(layout, name, cases):
+def test_every_option_that_asks_where_it_is_equals_one_device(layout, name, cases, checked):
   mesh = mesh_of("data=2,tensor=4" if layout == "megatron" else "x=2,y=2,z=2")
   check_equal(OPTIONS[name], outcomes(OPTIONS[name], LAYOUTS[layout], mesh), f"{layout} {name}")
   cases("7 manual layout == one device: other options")
+  checked("7", OPTIONS[name], "state='float32'", *layout_features(layout))
 
 
 @pytest.mark.full
@@ -320,13 +323,14 @@ LOOPED = [(layout, form) for layout in ("ws_1d+heads", "ws_2d+batch_xyz", "wg_x+
 
 
 @pytest.mark.parametrize("layout, form", three([LOOPED[-1]].count, LOOPED[::4].count, LOOPED))
-def test_looped_collective_einsum_equals_one_device(layout, form, cases):
+def test_looped_collective_einsum_equals_one_device(layout, form, cases, checked):
   """And there are hops in place of gathers: of all, where one axis gathers each x; of one axis in three in ws_1d."""
   mesh = mesh_of("x=2,y=4" if layout.startswith("ws_2d") else "x=2,y=2,z=2")
   looped, texts = find_layout(f"{layout}+{form}", mesh), []
   for name, config in {"sharing": SHARING, "options": OPTIONS["biases_and_learned_positions"]}.items():
     check_equal(config, outcomes(config, looped, mesh, lowered=texts), f"{layout} {form} {name}")
     cases("7 looped collective einsum == one device")
+    checked("7", config, "state='float32'", *layout_features(f"{layout}+{form}"))
   assert "collective_permute" in texts[0]
   assert ("all_gather" in texts[0]) == (layout != "ws_2d+batch_xyz")
 

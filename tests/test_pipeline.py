@@ -105,9 +105,11 @@ def assert_equal_steps(one, other):
 
 
 @pytest.mark.parametrize("mesh, name, options", in_tiers(CASES, PLAIN_MESHES, NIGHTLY_MESHES))
-def test_a_pipelined_step_equals_one_device(mesh, name, options, cases):
+def test_a_pipelined_step_equals_one_device(mesh, name, options, cases, checked):
   assert_equal_steps(outcome(name, mesh, tuple(options.items())), alone(name, options))
   cases("pipelined mesh == one device: start (bitwise), loss, gradients, update")
+  axes = [f"mesh.{part.partition('=')[0]}=given" for part in mesh.split(",")]
+  checked("7", MODELS[name], *axes, f"remat='{options.get('remat', 'none')}'", "packing='documents'")
 
 
 @pytest.mark.full
