@@ -8,7 +8,7 @@ from typing import Literal
 from llmarch.build import Variant, config_dataclass
 from llmarch.config import ModelConfig
 from llmarch.errors import check, check_above, check_at_least, check_rate
-from llmarch.experiment_checks import check_training
+from llmarch.mesh_checks import check_training
 
 # ------------------------------------------------------------------------------------------------ data
 

@@ -19,7 +19,7 @@ import spaces
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from llmarch.config import ModelConfig, Precision
-from llmarch.errors import UserError, check
+from llmarch.errors import UserError
 
 DRAWS = 100  # random configs to choose from and to take parts of
 TRIES = 12  # pairs of models out of which two option values are joined before they are called refused
@@ -107,7 +107,6 @@ class Single:
     if not hasattr(self.block, path[0]):
       return Single(put(self.config, path))
     block = put(self.block, path)
-    check(spaces.drops_nothing(block), "an expert could run out of places, which a decoding state does not know")
     return Single(spaces.completed(self.config, {"a": block}, "2*a"))
 
   def taking(self, chain, donor: "Single") -> "Single":

@@ -29,11 +29,11 @@ from llmarch.build import build, config_dataclass, override, to_dict
 from llmarch.commands.presets import row as presets_row
 from llmarch.config import ModelConfig
 from llmarch.errors import UserError
-from llmarch.experiment_checks import check_training
 from llmarch.layers import registry
 from llmarch.layers.linear import LinearConfig
 from llmarch.layers.mask import Heads, MaskConfig, Prefix
 from llmarch.layers.position import ALiBi
+from llmarch.mesh_checks import check_training
 from llmarch.ops import attention, blockwise
 from llmarch.ops.attention import Extent, Keys
 from llmarch.presets import PRESETS, shrink
