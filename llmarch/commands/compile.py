@@ -40,6 +40,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch compile`; returns its exit code."""
   from llmarch.analysis import compile as ahead
 
   ahead.prepare()  # before jax starts

@@ -28,6 +28,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch describe`; returns its exit code."""
   argv, overrides = split_overrides(argv)
   args = parse_flags(argv, _define, USAGE)
   if args.layout is not None:

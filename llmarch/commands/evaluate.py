@@ -34,6 +34,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch evaluate`; returns its exit code."""
   args = parse_flags(argv, _define, __doc__)
   folder = args["from"].value
   if not folder:

@@ -46,6 +46,7 @@ OPTIONS = (
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch generate`; returns its exit code."""
   args = parse_flags(argv, _define, USAGE)
   folder = args["from"].value
   if not folder:

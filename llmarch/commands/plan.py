@@ -42,6 +42,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch plan`; returns its exit code."""
   args = parse_flags(argv, _define, USAGE)
   from llmarch.analysis import planner
 

@@ -26,6 +26,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch train`; returns the exit code of train/faults.py."""
   rest, overrides = split_overrides(argv)
   args = parse_flags(rest, _define, USAGE)
   if not args.workdir:

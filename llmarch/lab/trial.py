@@ -165,6 +165,7 @@ def _lines(path: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
+  """Returns the versions of Python and of the libraries that a trial's numbers depend on."""
   from importlib.metadata import version
 
   return {"python": sys.version.split()[0]} | {name: version(name) for name in ("jax", "flax", "optax")}
