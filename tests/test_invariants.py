@@ -585,7 +585,7 @@ def test_loss_in_chunks_of_1_3_and_all_agree_in_value_and_gradient(name, cases):
     cases("5 loss in chunks == whole, values and gradients")
 
 
-@pytest.mark.parametrize("name", plain_if(lambda name: name == "gpt2", ["gpt2", "t5", "hybrid"]))
+@pytest.mark.parametrize("name", plain_if(["shared_kv"].count, ["gpt2", "t5", "hybrid", "shared_kv"]))
 def test_rematerialised_and_unstacked_gradients_agree(name, cases, checked):
   toy, key = Toy(spaces.HAND[name], 5, 3), jax.random.key(0)
 
