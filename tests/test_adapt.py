@@ -391,7 +391,7 @@ def test_targets_that_name_nothing_are_refused():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("weights", [None, "nf4"])
+@pytest.mark.parametrize("weights", plain_if(["nf4"].count, [None, "nf4"], "nightly"))
 def test_an_adapter_run_resumes_bit_for_bit_and_loads_merged(saved, corpus, tmp_path, weights):
   lora = LoRAConfig(rank=4, weights=weights)
   config = lambda steps: experiment(MODEL, corpus, steps=steps, lora=lora, init_from=str(saved), ema=0.5)
@@ -461,7 +461,7 @@ def test_exported_factors_multiply_to_what_ours_add(name, tmp_path):
 
 
 @needs_peft
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("name", plain_if(["llama", "gpt2"].count, ["llama", "gpt2", "falcon"], "nightly"))
 @pytest.mark.full
 def test_a_run_of_adapters_exported_is_loaded_by_peft(name, tmp_path, corpus):
   import torch

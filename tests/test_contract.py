@@ -5,6 +5,7 @@ cost and the oracle, and nothing else of llmarch or of the tests knows it.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -18,7 +19,7 @@ import running_mean
 import spaces
 import test_invariants as invariants
 import test_train_layouts as meshes
-from tiers import plain_if
+from tiers import three
 
 import llmarch
 from llmarch.__main__ import main
@@ -89,8 +90,17 @@ def new_mixers() -> dict[str, ModelConfig]:
 AXES = [axis for axis in TRAINING if axis != "expert"]
 
 
-@pytest.mark.parametrize("name", new_mixers())
-@pytest.mark.parametrize("axis", plain_if(lambda axis: axis in ("context", "tensor"), AXES))
+FIRST = [("context", "linear"), ("tensor", "running_mean"), ("context", "shared keys and values")]
+
+
+@pytest.mark.parametrize(
+  "axis, name",
+  three(
+    FIRST.count,
+    lambda case: case[1] == "running_mean" or case[0] in ("context", "stage"),
+    itertools.product(AXES, new_mixers()),
+  ),
+)
 def test_what_is_new_trains_alike_on_every_mesh_of_one_axis(axis, name, cases, monkeypatch):
   monkeypatch.setitem(meshes.MODELS, name, new_mixers()[name])
   meshes.test_a_train_step_equals_one_device(f"{axis}=2", name, "", cases)

@@ -341,7 +341,7 @@ def table(folder) -> dict:
   return {r["key"]: {k: v for k, v in r.items() if k not in VOLATILE} for r in rows}
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_r21_a_sweep_killed_at_random_ends_with_the_same_table(request, tmp_path, cases):
   kills = 10 if request.config.getoption("--nightly") else 3
   fields = dict(widths=[32, 48, 64], seeds=3, seconds=0.2)
@@ -495,7 +495,7 @@ def test_arms_are_called_what_the_file_calls_them(tmp_path):
   }
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_trials_of_two_budgets_that_are_one_config_are_one_trial(tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], rates=(1e-3, 2e-3))
   path = tmp_path / "widths" / "ablation.py"

@@ -222,7 +222,7 @@ def test_every_layout_equals_one_device_for_each_form_of_each_sharing(layout, ca
 
 ROWS = ["ws_2d+batch_xyz", "wg_xy+batch_z", "megatron", "ws_1d+heads", "ws_2d+heads"]  # of which the tiers have three
 PLACES = [
-  pytest.param(layout, name, marks=[pytest.mark.nightly] if i > 2 else [] if i == 0 == j else [pytest.mark.full])
+  pytest.param(layout, name, marks=[pytest.mark.nightly] if i > 1 else [] if i == 0 == j else [pytest.mark.full])
   for i, layout in enumerate(ROWS)
   for j, name in enumerate(OPTIONS)
 ]

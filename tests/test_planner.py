@@ -6,7 +6,7 @@ import math
 import sys
 
 import pytest
-from tiers import plain_if
+from tiers import three
 
 from llmarch.__main__ import main
 from llmarch.analysis import comm, cost, hardware, planner
@@ -332,7 +332,8 @@ BLOCKS = [
 MOVES = [(ffn, *block) for ffn in comm.FEED_FORWARD for block in BLOCKS]
 
 
-@pytest.mark.parametrize("ffn, attention, block", plain_if(MOVES[::4].count, MOVES))  # each row and each block once
+# Plain `pytest` has each row and each block once.
+@pytest.mark.parametrize("ffn, attention, block", three(MOVES[::4].count, MOVES[::2].count, MOVES))
 def test_a_compiled_layer_moves_what_is_predicted(ffn, attention, block):
   """Every kind, count and byte of one layer: those of two layers less those of one.
 
