@@ -27,7 +27,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> int:
   rest, overrides = split_overrides(argv)
-  args = parse_flags(rest, _define, USAGE)
+  args = parse_flags(rest, _define, USAGE, words=("config", "workdir"))
   if not args.workdir:
     raise UserError("--workdir is missing; give a folder for the run")
   if args.supervise:
