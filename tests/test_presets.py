@@ -447,7 +447,7 @@ def test_every_key_of_a_config_is_listed_with_its_type_default_and_sentence(caps
   }  # fmt: skip
   assert keys["model.d_model"]["default"] == "required" and keys["train.ema"]["type"] == "float or none"
   below = run(capsys, "describe", "--keys", "config.model.blocks.layer.mixer.position")
-  assert "model.blocks.NAME.mixer.position.theta (of rope): float, default '10000.0'" in below
+  assert "model.blocks.NAME.mixer.position.theta (of rope): float, default 10000.0" in below
   assert "train" not in below.replace("trained", "")
 
 

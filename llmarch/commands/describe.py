@@ -76,7 +76,7 @@ def _print_keys(prefix: str, as_json: bool) -> None:
     return
   width = terminal_width()
   for key in found:
-    default = "required" if key.default == "required" else f"default {key.default!r}" if key.default else ""
+    default = "required" if key.default == "required" else f"default {key.default}" if key.default else ""
     print(f"{key.key}: " + ", ".join(filter(None, (key.type, default))))
     for line in textwrap.wrap(key.sentence, max(width - 4, 20), break_long_words=False):
       print(f"    {line}")

@@ -57,8 +57,8 @@ def _keys_of(config: type, path: str, seen: tuple[type, ...], only: str = "") ->
     elif inner in (*seen, config):  # a model may have an encoder, which is a model
       yield Key(key + only, f"a {inner.__name__}" + (" or none" if optional else ""), value, sentence)
     elif dataclasses.is_dataclass(inner):
-      if optional:
-        yield Key(key + only, f"a {inner.__name__} or none", value, sentences[f.name] or _first_sentence(inner))
+      of = f"a {inner.__name__}" + (" or none" if optional else "")
+      yield Key(key + only, of, value, sentences[f.name] or _first_sentence(inner))
       yield from _keys_of(inner, f"{key}.", (*seen, config), only)
     else:
       kinds = " | ".join(inner.variants) + (" | none" if optional else "")

@@ -288,7 +288,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
     why = getattr(e, "strerror", None) or "not UTF-8"
     raise UserError(f"tokenizer {path} cannot be read ({why}); give 'bytes' or a tokenizer.json") from None
   if definition in (ByteTokenizer.definition, as_byte_bpe()):
-    return ByteTokenizer()
+    tokenizer = ByteTokenizer()
+    tokenizer.companions = beside
+    return tokenizer
   return HFTokenizer(definition, str(path), beside)
 
 

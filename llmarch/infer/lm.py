@@ -269,16 +269,7 @@ class LM:
       self._decode(programs, rows[first : first + batch], first, batch, chunk, n, seed, context, stream)
 
   def _decode(
-    self,
-    programs: Programs,
-    rows: "list[Continuation]",
-    first: int,
-    batch: int,
-    chunk: int,
-    n: int,
-    seed: int,
-    context: int | None,
-    stream,
+    self, programs: Programs, rows: list, first: int, batch: int, chunk: int, n: int, seed: int, context, stream
   ):
     """Runs the rows numbered from `first` to their ends; a batch that they do not fill has rows without tokens."""
     lengths = np.zeros(batch, np.int32)
