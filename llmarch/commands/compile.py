@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
   ahead.prepare()  # before jax starts
   argv, overrides = split_overrides(argv)
-  args = parse_flags(argv, _define, USAGE)
+  args = parse_flags(argv, _define, USAGE, words=("config",))
   if args.suite:
     return _run_suite(Path(args.suite), args.fast)
   config, cell = _cell(args, overrides)
