@@ -249,8 +249,7 @@ class LM:
     check(context is None or context < 2**31, f"context must be below 2^31, got {context}")
     check_generates(self.config, prefix)
     check(stream is None or callable(stream), f"stream must be a function of (row, piece), got {stream!r}")
-    batch = len(rows) if batch is None else min(_whole("batch", batch, 1), len(rows))
-    batch = self._rows_at_a_time(batch)
+    batch = self._rows_at_a_time(len(rows) if batch is None else min(_whole("batch", batch, 1), len(rows)))
     longest = max(len(row.prompt_ids) for row in rows)
     widest = max(16, _power_of_two(longest))
     chunk = widest if prefix else min(_power_of_two(chunk), widest)
@@ -272,8 +271,7 @@ class LM:
     self, programs: Programs, rows: list, first: int, batch: int, chunk: int, n: int, seed: int, context, stream
   ):
     """Runs the rows numbered from `first` to their ends; a batch that they do not fill has rows without tokens."""
-    lengths = np.zeros(batch, np.int32)
-    lengths[: len(rows)] = [len(row.prompt_ids) for row in rows]
+    lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * (batch - len(rows)), np.int32)
     width = -(-int(max(lengths)) // chunk) * chunk
     # Prompts are padded on the left, so that the last column holds the last token of every row.
     positions = np.maximum(np.arange(width) - (width - lengths[:, None]), -1).astype(np.int32)
