@@ -1,5 +1,6 @@
 """Writers of metrics: metrics.jsonl, TensorBoard, Weights & Biases, and a live line on the terminal."""
 
+import collections
 import contextlib
 import errno
 import json
@@ -76,8 +77,11 @@ class MetricsWriter:
 class _Lines:
   """The rows of metrics.jsonl. Rows that find no room wait in memory, and are written when there is some."""
 
+  PAUSE, MOST = 10.0, 100_000  # seconds between two tries on a full disk; rows that wait at most, the newest
+
   def __init__(self, path: Path, resume_step: int, say: Callable[[str], None]):
-    self._path, self._say, self._waiting, self._said = path, say, [], False
+    self._path, self._say, self._said = path, say, False
+    self._waiting, self._next_try = collections.deque(maxlen=self.MOST), 0.0
     kept, whole = _rows_until(path, resume_step) if path.exists() else ([], True)
     rows = [json.loads(line) for line in kept]
     self.seconds = next((row["seconds"] for row in reversed(rows) if "seconds" in row), 0.0)
@@ -91,6 +95,11 @@ class _Lines:
 
   def write(self, row: dict) -> None:
     self._waiting.append(json.dumps(row))
+    if time.monotonic() >= self._next_try:
+      self._flush()
+
+  def _flush(self) -> None:
+    """Writes the rows that wait, all or none of them."""
     data = "".join(f"{line}\n" for line in self._waiting).encode()
     size = os.fstat(self._file).st_size
     try:
@@ -102,13 +111,15 @@ class _Lines:
         os.ftruncate(self._file, size)  # no part of a row stays
       if not self._said:
         self._say(f"llmarch: cannot write {self._path} ({e.strerror}); the run goes on, and its rows wait for room")
-      self._said = True
+      self._said, self._next_try = True, time.monotonic() + self.PAUSE
 
   def sync(self) -> None:
+    self._flush()
     with contextlib.suppress(OSError):
       os.fsync(self._file)
 
   def close(self) -> None:
+    self._flush()
     os.close(self._file)
     if self._waiting:
       self._say(f"llmarch: {len(self._waiting)} rows found no room in {self._path}, and are lost")
@@ -143,7 +154,7 @@ class _TensorBoard:
     self._flushed = time.monotonic()
 
   def close(self) -> None:
-    self._file.close()
+    self._file._py_recordio_writer.close()  # `EventsWriter.close` leaves the file open where a flush fails
 
 
 class _WandB:
