@@ -64,6 +64,7 @@ def build(annotation: Any, value: Any, path: str = "config") -> Any:
   Raises UserError that names the path, for an unknown key (with the nearest valid name), a missing value, a wrong
   type, a number that is not finite, an unknown kind, and whatever the config itself refuses.
   """
+  value = _plain(value)
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
   if origin in (typing.Union, types.UnionType):
     if value is None and type(None) in args:
@@ -90,6 +91,13 @@ def build(annotation: Any, value: Any, path: str = "config") -> Any:
   if annotation in (bool, int, float, str):
     return _scalar(annotation, value, path)
   return _dataclass(annotation, value, path)
+
+
+def _plain(value: Any) -> Any:
+  """Numbers, texts and arrays of NumPy and JAX as Python's own; everything else as it is."""
+  if not hasattr(value, "dtype") or not hasattr(value, "tolist"):
+    return value
+  return value.tolist()
 
 
 def accept_name(config: Any, field: str, family: type) -> None:
@@ -187,19 +195,36 @@ def assign(data: dict, assignments: Iterable[tuple[str, Any]], path: str = "conf
   """Returns a copy of nested `data` with each dotted key set to its value, in order.
 
   Only existing keys can be set, so that a misspelled one is refused; `build` checks the value later. A variant may be
-  switched by its name alone (`mixer.position=alibi`).
+  switched by its name alone (`mixer.position=alibi`). A key below None makes a dict there, whose other keys have their
+  defaults (`train.lora.rank=4`).
   """
   data = _copy(data)
   for key, value in assignments:
     *parents, last = key.split(".")
     node, where = data, path
-    for parent in parents:
-      node, where = _child(node, parent, where), f"{where}.{parent}"
-    if isinstance(node, str):
-      raise UserError(f"{where}={node!r} has no keys yet; write {where}='{{\"kind\": \"{node}\", \"{last}\": ...}}'")
-    _child(node, last, where)
-    node[last] = value
+    for i, parent in enumerate(parents):
+      if _child(node, parent, where) is None:
+        node[parent] = _nested([*parents[i + 1 :], last], value)
+        break
+      node, where = node[parent], f"{where}.{parent}"
+    else:
+      _set(node, last, value, where)
   return data
+
+
+def _nested(keys: list[str], value: Any) -> Any:
+  """{"a": {"b": value}} of the keys a and b."""
+  for key in reversed(keys):
+    value = {key: value}
+  return value
+
+
+def _set(node: Any, last: str, value: Any, where: str) -> None:
+  """Sets an existing key of a dict. Raises UserError if there is none."""
+  if isinstance(node, str):
+    raise UserError(f"{where}={node!r} has no keys yet; write {where}='{{\"kind\": \"{node}\", \"{last}\": ...}}'")
+  _child(node, last, where)
+  node[last] = value
 
 
 def _copy(data):

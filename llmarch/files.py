@@ -3,6 +3,7 @@
 replace_file, write_text   a file that takes its name when it is complete and on the disk
 new_folder                 a folder that takes its name when all went well
 append_line, read_lines    lines of JSON, each with its own checksum, on the disk when append_line returns
+local_path, absolute_path  a path as a user wrote it, with `~` expanded; addresses such as gs://bucket are refused
 sync_folder, sync_tree     wait until names, or whole trees, are on the disk
 
 A temporary name is a dot, the final name and a random suffix (`.config.json.4f...`), so that files which a killed
@@ -12,6 +13,7 @@ for the user of it.
 import contextlib
 import json
 import os
+import re
 import tempfile
 import uuid
 import zlib
@@ -29,6 +31,30 @@ def or_refuse(what: str, mend: str) -> Iterator[None]:
     yield
   except OSError as e:
     raise UserError(f"{what} ({e.strerror}); {mend}") from None
+
+
+def local_path(path: str | os.PathLike, key: str) -> str:
+  """Expands `~` in a path that a user gave. Raises UserError, which names `key`, for an address such as gs://b/run."""
+  path = os.fspath(path)
+  scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", path)
+  if scheme:
+    raise UserError(
+      f"{key}={path!r} is an address ({scheme[0]}://), and only folders and files of this machine are read and written;"
+      " copy it here, or mount it (gcsfuse, mountpoint-s3) and give the folder"
+    )
+  return os.path.expanduser(path)
+
+
+def cache_folder(given: str) -> str:
+  """The folder of caches: the given one, or $LLMARCH_CACHE, or ~/.cache/llmarch."""
+  if given:
+    return local_path(given, "data.cache_dir")
+  return local_path(os.environ.get("LLMARCH_CACHE") or "~/.cache/llmarch", "LLMARCH_CACHE")
+
+
+def absolute_path(path: str | os.PathLike, key: str) -> str:
+  """`local_path` from the root, so that the path means the same in every working directory."""
+  return os.path.abspath(local_path(path, key))
 
 
 # ------------------------------------------------------------------------------------ whole files and folders

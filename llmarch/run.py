@@ -4,14 +4,15 @@
 """
 
 import dataclasses
+import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
 from llmarch import sharding
 from llmarch.errors import UserError, check
-from llmarch.run_config import RunConfig
+from llmarch.files import absolute_path, cache_folder, local_path
+from llmarch.run_config import JSONL, RunConfig, TextFiles, TokenFile
 from llmarch.train import distributed
 
 
@@ -24,7 +25,7 @@ def keep_programs(cache_dir: str) -> None:
 
   if jax.config.jax_compilation_cache_dir is not None:
     return
-  folder = Path(cache_dir or os.environ.get("LLMARCH_CACHE") or "~/.cache/llmarch").expanduser() / "programs"
+  folder = Path(cache_folder(cache_dir)) / "programs"
   try:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # only this user may write what will be executed
   except OSError:
@@ -33,15 +34,16 @@ def keep_programs(cache_dir: str) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
+def train_run(config: RunConfig, workdir: str, num_processes: int = 1, branch=None) -> dict:
   """Trains `config` in `workdir`; everything that can be refused is refused before anything is compiled.
 
-  Returns the last evaluation row (train/loop.py). Raises UserError, and whatever else the training loop raises.
+  branch: a checkpoint of another run to start from (train/branch.py). Returns the last evaluation row (train/loop.py).
+  Raises UserError, and whatever else the training loop raises.
   """
+  workdir = local_path(workdir, "--workdir")
+  config = with_absolute_paths(config)
+  check_settings(config)
   mesh = sharding.device_mesh(config.mesh, num_processes) if config.mesh else None
-  if config.train.init_from:  # the run records an absolute path, so that it can be resumed from any directory
-    here = os.path.abspath(os.path.expanduser(config.train.init_from))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=here))
 
   import jax
 
@@ -54,9 +56,13 @@ def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
   c = config.train
   if distributed.is_main():  # the corpus is not tokenised yet, so that bad input is refused first
     check_workdir(workdir, config)
+    if branch:
+      branch.check(workdir, config)
   with distributed.main_first("data"):  # the main process writes the cache of tokens, which the others then read
     train_data = _batches(config, "train")
     eval_data = _batches(config, "validation") if config.eval.every else None
+  if eval_data and distributed.is_main():
+    _say_short_split(config.eval.batches, eval_data)
   distributed.check_same(config=json.dumps(to_dict(config)), corpus=train_data.hash, version=jax.__version__)
   text = train_data.num_bytes > 0  # a synthetic task has neither text nor a tokenizer
   tokenizer = load_tokenizer(config.data.tokenizer) if text else None
@@ -81,7 +87,52 @@ def train_run(config: RunConfig, workdir: str, num_processes: int = 1) -> dict:
     peak_flops=peak and peak * len(devices),
     tokenizer=tokenizer,
     weights=(lambda: _weights(config, tokenizer)) if c.init_from else None,
+    branch=branch,
   )
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+  """The config with `~` expanded and all paths absolute, so that the run can be resumed from any directory."""
+  data, train = config.data, config.train
+  full = lambda value, key: absolute_path(value, key) if value else value
+  source = data.source
+  if isinstance(source, TextFiles | JSONL):
+    paths = tuple(absolute_path(path, "data.source.paths") for path in source.paths)
+    source = dataclasses.replace(source, paths=paths)
+  elif isinstance(source, TokenFile):
+    source = dataclasses.replace(source, path=absolute_path(source.path, "data.source.path"))
+  tokenizer = data.tokenizer if data.tokenizer == "bytes" else full(data.tokenizer, "data.tokenizer")
+  cache_folder(data.cache_dir)  # raises UserError for an address; it may lie elsewhere on each host
+  return dataclasses.replace(
+    config,
+    data=dataclasses.replace(data, source=source, tokenizer=tokenizer),
+    train=dataclasses.replace(train, init_from=full(train.init_from, "train.init_from")),
+  )
+
+
+def check_settings(config: RunConfig) -> None:
+  """Raises UserError for settings that cancel each other, which an old run may still have in its config.json."""
+  c, e = config.checkpoint, config.eval
+  check(
+    not config.log.wandb or importlib.util.find_spec("wandb") is not None,
+    f"log.wandb={config.log.wandb!r} needs the package wandb; run pip install 'llmarch[wandb]', or leave log.wandb out",
+  )
+  check(
+    not c.keep_best or (e.every and c.every and c.every % e.every == 0),
+    f"checkpoint.keep_best={c.keep_best} keeps checkpoints by their eval/loss, and with checkpoint.every={c.every} and"
+    f" eval.every={e.every} some or all have none; make checkpoint.every a multiple of eval.every, or set keep_best=0",
+  )
+
+
+def _say_short_split(batches: int, data) -> None:
+  """Says that an evaluation is longer than the validation split, where that is so."""
+  rows = data.num_rows
+  if rows is not None and batches * data.batch_size > rows:
+    print(
+      f"eval.batches={batches} of {data.batch_size} rows are more than the {rows} rows of the validation split; each"
+      " of its rows counts once",
+      file=sys.stderr,
+    )
 
 
 def _batches(config, split: str):

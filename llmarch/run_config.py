@@ -24,10 +24,14 @@ class Stdlib(SourceConfig, kind="stdlib"):
 
 @config_dataclass
 class TextFiles(SourceConfig, kind="text"):
-  """Text files. `paths` are globs; a file is one document, or several if `separator` cuts it."""
+  """Text files. `paths` are globs; a file is one document, or several if `separator` cuts it.
+
+  Line ends are read as "\n", and a byte-order mark is dropped. Files may end in .gz or .zst; the documents of a
+  .parquet file are the rows of its column "text".
+  """
 
   paths: tuple[str, ...]  # files or globs
-  separator: str = ""  # "\n\n", "<|endoftext|>" ...; "" keeps a file whole
+  separator: str = ""  # "\n\n" (also as a shell passes it on: \\n\\n), "<|endoftext|>" ...; "" keeps a file whole
 
   def __post_init__(self):
     check(bool(self.paths), "paths is empty; name at least one file or glob")
@@ -35,7 +39,7 @@ class TextFiles(SourceConfig, kind="text"):
 
 @config_dataclass
 class JSONL(SourceConfig, kind="jsonl"):
-  """JSON-lines files with one document per line, whose text is the value of `field`."""
+  """JSON-lines files with one document per line, whose text is the value of `field`; .gz, .zst and .parquet too."""
 
   paths: tuple[str, ...]  # files or globs
   field: str = "text"  # key whose value is the text
@@ -383,6 +387,18 @@ class CheckpointConfig:
 
 
 @config_dataclass
+class LogConfig:
+  """What is told of a run, and to whom, beside metrics.jsonl. None of it changes a number."""
+
+  name: str = ""  # name of the run; "" means that of its workdir
+  notes: str = ""
+  tags: tuple[str, ...] = ()
+  tensorboard: bool = True  # events of TensorBoard in the workdir
+  wandb: str = ""  # project of Weights & Biases (pip install 'llmarch[wandb]'); "" means that nothing is sent there
+  wandb_mode: Literal["online", "offline"] = "online"  # offline: files in WORKDIR/wandb, which `wandb sync` sends
+
+
+@config_dataclass
 class RunConfig:
   """Everything that determines a run; it is written to the run's workdir as config.json."""
 
@@ -393,6 +409,7 @@ class RunConfig:
   train: TrainConfig = TrainConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  log: LogConfig = LogConfig()
   mesh: str = ""  # sizes of the axes of sharding.TRAINING, such as "fsdp=2,tensor=4"; "" means one device
 
   def __post_init__(self):

@@ -151,14 +151,14 @@ def test_overrides_apply_in_order_and_reach_every_depth():
     ("train.step", "5", "config.train.step: no such key; did you mean 'steps'?"),
     ("model.blocks.c.ffn", "none", "config.model.blocks.c: no such key"),
     ("seed.x", "5", "config.seed.x: config.seed is 0 and has no keys; set config.seed to a kind first"),
-    ("model.blocks.a.mixer.window.size", "5", "config.model.blocks.a.mixer.window.size"),
+    ("model.blocks.a.mixer.window.size", "5", "config.model.blocks.a.mixer.window must be of type int"),
     ("", "5", "config.: no such key"),
     ("model..d_model", "5", "config.model.: no such key"),
   ],
 )
 def test_an_override_of_a_key_that_is_not_there_names_the_nearest(key, text, sentence):
   with pytest.raises(UserError) as e:
-    override(BASE, [(key, text)])
+    build(RunConfig, override(BASE, [(key, text)]))
   assert str(e.value).startswith(sentence) and "\n" not in str(e.value)
 
 

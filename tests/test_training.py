@@ -120,7 +120,7 @@ def run(config, workdir, data=None):
 
 def rows(workdir):
   """The metrics, without what depends on the clock."""
-  clock = ("tokens_per_second", "mfu")
+  clock = ("tokens_per_second", "mfu", "seconds")
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
@@ -451,15 +451,21 @@ def test_schedules_equal_their_formulas():
   warm = peak * (np.arange(w) + 1) / (w + 1)
   curves = {
     Constant(warmup=w): np.full(steps - w, peak),
-    Linear(warmup=w, final=0.2): peak + (s - w) / (steps - w) * (0.2 - 1) * peak,
-    Cosine(warmup=w, final=0.1): peak * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (s - w) / (steps - w)))),
+    Linear(warmup=w, final=0.2): peak + (s - w) / (steps - 1 - w) * (0.2 - 1) * peak,
+    Cosine(warmup=w, final=0.1): peak * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (s - w) / (steps - 1 - w)))),
     InverseSqrt(warmup=w): peak * np.sqrt(w / s),
-    WSD(warmup=w, decay=20, final=0.0): peak * np.minimum(1, (steps - s) / 20),
+    WSD(warmup=w, decay=20, final=0.0): peak * np.minimum(1, (steps - 1 - s) / 20),
   }
   for config, curve in curves.items():
     schedule = make_schedule(config, peak, steps)
     got = np.array([schedule(i) for i in range(steps)])
-    np.testing.assert_allclose(got, np.concatenate([warm, curve]), rtol=1e-5, err_msg=config.kind)
+    np.testing.assert_allclose(got, np.concatenate([warm, curve]), rtol=1e-5, atol=1e-7, err_msg=config.kind)
+
+
+@pytest.mark.parametrize("schedule", [Linear(final=0.25), Cosine(warmup=2, final=0.25), WSD(decay=4, final=0.25)])
+def test_a_decay_reaches_its_end_at_the_last_step(schedule):
+  assert float(make_schedule(schedule, 2.0, 10)(9)) == pytest.approx(0.5)
+  assert float(make_schedule(schedule, 2.0, 10)(8)) > 0.51
 
 
 def test_a_schedule_longer_than_the_run_is_refused():

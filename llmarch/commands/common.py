@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 from absl import flags
 
-from llmarch.build import build, execute, number_with_unit, override, to_dict
+from llmarch.build import assign, build, execute, number_with_unit, override, parse_value, to_dict
 from llmarch.errors import UserError, nearest
+from llmarch.files import local_path
 
 
 def parse_flags(
@@ -104,28 +105,41 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
   return rest, found
 
 
-def load_config(source: str | None, overrides: list[tuple[str, str]] = ()):
+def load_config(source: str | None, overrides: list[tuple[str, str]] = (), *, trains: bool = False):
   """A RunConfig from "FILE.py", "FILE.py:argument", "config.json", a preset's name, the folder of a run or of
   a model (ours or transformers'), which has no more than model.*.
 
   Overrides are applied to the complete config, so that every key can be set, whether the file names it or
-  not. Raises UserError for whatever is wrong with any of them.
+  not. With `trains`, parameters that are trained are kept in f32, whatever the dtype of the model in a folder, unless
+  an override says otherwise. Raises UserError for whatever is wrong with any of them.
   """
   import llmarch.layers.registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
   from llmarch.run_config import RunConfig
 
   if not source:
     raise UserError("--config is missing; give a file such as configs/tiny.py, or the name of a preset")
-  config = build(RunConfig, _read_config(source), "config")
+  config = build(RunConfig, _read_config(local_path(source, "--config"), overrides), "config")
   if overrides:
     config = build(RunConfig, override(to_dict(config), overrides), "config")
+  named = any(key.startswith("model.precision") for key, _ in overrides)
+  if trains and not named and config.train.lora is None and _holds_model(local_path(source, "--config")):
+    config = build(RunConfig, assign(to_dict(config), [("model.precision.param", "float32")]), "config")
   return config
 
 
-def _read_config(source: str) -> dict:
+def _holds_model(source: str) -> bool:
+  """True if a source of a config is the folder of a model, or its config.json, and no run's."""
+  path = source if source.endswith(".json") else os.path.join(source, "config.json")
+  if not os.path.isfile(path):
+    return False
+  with open(path) as f:
+    return "train" not in json.load(f)
+
+
+def _read_config(source: str, overrides: list[tuple[str, str]] = ()) -> dict:
   path, _, argument = source.partition(".py:")
   if source.endswith(".py") or argument:
-    return _run_config(path if not argument else f"{path}.py", argument)
+    return _run_config(path if not argument else f"{path}.py", argument, overrides)
   if os.path.isdir(source):
     from llmarch.convert import hf
 
@@ -160,9 +174,47 @@ def _of_model(folder: str, model) -> dict:
   return {"model": model, "data": data, "train": {"seq_len": min(limit, TrainConfig.seq_len)}}
 
 
-def _run_config(path: str, argument: str) -> dict:
+def _run_config(path: str, argument: str, overrides: list[tuple[str, str]]) -> dict:
   config = execute(path, "get_config", *([argument] if argument else []), flag="--config")
-  return config.to_dict() if hasattr(config, "to_dict") else config
+  if not hasattr(config, "to_dict"):
+    return config
+  for key, text in overrides:
+    _set_reference(config, key.split("."), parse_value(text))
+  return _resolved(config, path, "config")
+
+
+def _set_reference(config, keys: list[str], value) -> None:
+  """Sets a key of a ConfigDict if it is there, so that what the file computes from it by references follows."""
+  from ml_collections import ConfigDict
+
+  *parents, last = keys
+  for parent in parents:
+    if not isinstance(config, ConfigDict) or parent not in config:
+      return
+    config = config[parent]
+  if isinstance(config, ConfigDict) and last in config:
+    with config.unlocked(), config.ignore_type():
+      config[last] = value
+
+
+def _resolved(config, file: str, path: str) -> dict:
+  """A ConfigDict as a dict. A placeholder that has no value is left out, so that its key has its default.
+
+  Raises UserError if a required placeholder has no value.
+  """
+  from ml_collections import ConfigDict, FieldReference
+  from ml_collections.config_dict import RequiredValueError
+
+  found = {}
+  for key, value in config.items(preserve_field_references=True):
+    try:
+      plain = value.get() if isinstance(value, FieldReference) else value
+    except RequiredValueError:
+      raise UserError(f"{path}.{key} has no value in {file}; give it with --{path}.{key}=VALUE") from None
+    if plain is None and isinstance(value, FieldReference):
+      continue
+    found[key] = _resolved(plain, file, f"{path}.{key}") if isinstance(plain, ConfigDict) else plain
+  return found
 
 
 def print_table(rows: list[dict], as_json: bool, *, title: str = "") -> None:

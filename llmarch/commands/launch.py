@@ -18,6 +18,7 @@ from absl import flags
 
 from llmarch.commands.common import parse_flags
 from llmarch.errors import UserError, check
+from llmarch.files import absolute_path
 from llmarch.train.workdir import LOGS
 
 USAGE = """llmarch launch --workdir=DIR (--local=N | --hosts=A,B,... | --slurm) [--flags] -- train --config=... [...]
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
   )
   clash = [a for a in command if a.startswith(("--workdir", "--num_processes", "--process_id", "--coordinator"))]
   check(not clash, f"{clash[0] if clash else ''} stands after `--`; the launcher gives it to every process")
-  workdir = os.path.abspath(args.workdir)
+  workdir = absolute_path(args.workdir, "--workdir")
   command = [*command, f"--workdir={workdir}"]
   logs = Path(workdir) / LOGS
   try:
@@ -104,8 +105,12 @@ def _run(commands: list[list[str]], hosts: list[str | None], coordinator: str, l
   shown = logs / "0.log"
   before = shown.stat().st_size if shown.exists() else 0  # an earlier run's
 
-  def tell(*_):
+  def tell(number=None, _=None):
     nonlocal told
+    if told and number == signal.SIGINT:  # a second Ctrl-C quits
+      for child in running.values():
+        with contextlib.suppress(OSError):
+          os.killpg(child.pid, signal.SIGKILL)
     told = True
     for child in running.values():
       with contextlib.suppress(OSError):

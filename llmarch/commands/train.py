@@ -6,15 +6,20 @@ from absl import flags
 
 from llmarch.commands.common import load_config, parse_flags, split_overrides
 from llmarch.errors import UserError, check
+from llmarch.files import local_path
 from llmarch.train import distributed
 
-USAGE = "llmarch train --config=FILE|PRESET --workdir=DIR [--config.a.b=value ...]"
+USAGE = """llmarch train --config=FILE|PRESET --workdir=DIR [--config.a.b=value ...]
+  llmarch train --from=RUN[@STEP] --workdir=NEW [--config.a.b=value ...]   (goes on from a checkpoint of another run)"""
 
 
 def _define(values: flags.FlagValues) -> None:
   text = lambda name, help: flags.DEFINE_string(name, None, help, flag_values=values)
   text("config", "config file (FILE.py or FILE.py:argument), preset or run folder")
   text("workdir", "folder of the run; resumed if it holds the same config")
+  text("from", "RUN or RUN@STEP: start from this checkpoint of another run; its config is the default of --config")
+  what = "what a branch (--from) does not keep: moments of the optimizer, step (and schedule), data (its place there)"
+  flags.DEFINE_list("reset", [], what, flag_values=values)
   what = "start it again when it dies (by the table of llmarch/train/faults.py), and account for the time"
   flags.DEFINE_bool("supervise", False, what, flag_values=values)
   number = lambda name, default, help: flags.DEFINE_integer(name, default, help, flag_values=values)
@@ -31,14 +36,23 @@ def main(argv: list[str]) -> int:
   args = parse_flags(rest, _define, USAGE, words=("config", "workdir"))
   if not args.workdir:
     raise UserError("--workdir is missing; give a folder for the run")
+  workdir = local_path(args.workdir, "--workdir")
   if args.supervise:
     from llmarch.train.supervise import supervise
 
     again = [word for word in argv if word.lstrip("-").partition("=")[0] != "supervise"]
-    return supervise([sys.executable, "-m", "llmarch", "train", *again], args.workdir)
+    return supervise([sys.executable, "-m", "llmarch", "train", *again], workdir)
   from llmarch.run import keep_programs, train_run
 
-  config = load_config(args.config, overrides)
+  source = args["from"].value
+  check(bool(source) or not args.reset, "--reset is of a branch; give --from=RUN too, or leave it out")
+  if source:
+    from llmarch.train.branch import parse_branch
+
+    branch = parse_branch(source, args.reset)
+  else:
+    branch = None
+  config = load_config(args.config or (branch and branch.workdir), overrides, trains=True)
   cluster = distributed.find_cluster(
     num_processes=args.num_processes, process_id=args.process_id, coordinator=args.coordinator
   )
@@ -49,7 +63,7 @@ def main(argv: list[str]) -> int:
   keep_programs(config.data.cache_dir)
   with distributed.ends_together():
     distributed.initialize(cluster, heartbeat=args.heartbeat, timeout=args.start_timeout)
-    train_run(config, args.workdir, cluster.num_processes if cluster else 1)
+    train_run(config, workdir, cluster.num_processes if cluster else 1, branch)
   return 0
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from llmarch.data.synthetic import TASKS, Draws, TaskRows
 from llmarch.data.tokenfile import TokenStore, open_tokens, progress_bar, write_tokens
 from llmarch.data.tokenizers import Tokenizer, load_tokenizer
 from llmarch.errors import UserError
+from llmarch.files import cache_folder, local_path
 from llmarch.run_config import DataConfig, TokenFile
 
 FORMAT = 1  # part of the hash: raise it with every change that gives other batches for the same inputs
@@ -32,17 +32,22 @@ Split = Literal["train", "validation"]
 
 
 class TextRows:
-  """Rows of a stream, each once an epoch, in another order every epoch."""
+  """Rows of a stream, each once an epoch, in another order every epoch.
+
+  The validation split has one epoch alone, so that no row counts twice in an evaluation; rows past it are padding.
+  """
 
   def __init__(self, stream: Stream, plan, *, seed: int, split: str, shuffle: bool):
     self._stream, self._plan = stream, plan
-    self._words, self._shuffle = (seed, split), shuffle
+    self._words, self._split, self._shuffle = (seed, split), split, shuffle
 
   def fill(self, row: dict[str, np.ndarray], index: int) -> None:
     """Writes the row that comes at `index`, counted from the first epoch on."""
-    slot = 0
+    number, slot = self._order(index), 0
+    if number >= self._plan.num_rows:
+      return
     cuts = Draws(*self._words, "prefix", index) if "prefix" in row else None
-    for segment, (start, size) in enumerate(self._plan.pieces(self._order(index)), self._plan.first_segment):
+    for segment, (start, size) in enumerate(self._plan.pieces(number), self._plan.first_segment):
       ids, here = self._stream.read(start, size), slice(slot, slot + size)
       row["tokens"][here] = ids[:-1]
       row["targets"][here] = ids[1:]
@@ -55,10 +60,17 @@ class TextRows:
         row["loss_weights"][slot : slot + max(cut - 1, 0)] = 0
       slot += size
 
+  @property
+  def num_rows(self) -> int:
+    return self._plan.num_rows
+
   def _order(self, index: int) -> int:
+    """The plan's number of the row that comes at `index`; one past the end for none."""
     from grain.experimental import index_shuffle
 
     epoch, at = divmod(index, self._plan.num_rows)
+    if epoch and self._split == "validation":
+      return index
     if not self._shuffle:
       return at
     return index_shuffle(at, self._plan.num_rows - 1, _epoch_key(*self._words, epoch), 4)
@@ -84,6 +96,16 @@ class Pipeline:
   num_documents: int = 0  # of the split, like the next two
   num_tokens: int = 0  # ends of documents included; an epoch has each once as a target
   num_bytes: int = 0  # of text
+  decides: dict = dataclasses.field(default_factory=dict, repr=False)  # that of which `hash` is
+
+  @property
+  def num_rows(self) -> int | None:
+    """The number of rows of an epoch; None for a synthetic task, which has no end."""
+    return self.rows.num_rows if isinstance(self.rows, TextRows) else None
+
+  def hash_of(self, **other) -> str:
+    """The hash of the pipeline that differs in these values alone, such as batch_size=8."""
+    return _hash(**self.decides | other)
 
   @property
   def bytes_per_token(self) -> float:
@@ -149,7 +171,8 @@ def make_pipeline(
   decides = dict(format=FORMAT, batch_size=batch_size, seq_len=seq_len, seed=seed, split=split, prefix=prefix)
   if type(data.source) in TASKS:
     rows = TaskRows(data.source, seed=seed, split=split, seq_len=seq_len, vocab_size=vocab_size)
-    return Pipeline(rows, hash=_hash(**decides, source=to_dict(data.source)), **common)
+    decides |= dict(source=to_dict(data.source))
+    return Pipeline(rows, hash=_hash(**decides), decides=decides, **common)
 
   tokenizer = load_tokenizer(data.tokenizer)
   if tokenizer.vocab_size > vocab_size:
@@ -173,6 +196,7 @@ def make_pipeline(
   return Pipeline(
     TextRows(stream, plan, seed=seed, split=split, shuffle=data.shuffle),
     hash=_hash(**decides),
+    decides=decides,
     corpus=store.corpus,
     num_documents=int(chosen.sum()),
     num_tokens=len(stream),
@@ -207,7 +231,7 @@ def load_tokens(
 ) -> TokenStore:
   """The tokens of a source: its token file, or a cache, made again unless it is whole and the same."""
   if isinstance(data.source, TokenFile):
-    store = open_tokens(os.path.expanduser(data.source.path))
+    store = open_tokens(local_path(data.source.path, "data.source.path"))
     if (store.tokenizer, store.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
       raise UserError(
         f"token file {data.source.path} was written with another tokenizer than"
@@ -215,8 +239,8 @@ def load_tokens(
       )
     return store
   found = sources.survey(data.source)
-  folder = Path(data.cache_dir or os.environ.get("LLMARCH_CACHE") or "~/.cache/llmarch").expanduser()
-  path = folder / f"{_hash(corpus=found.corpus, tokenizer=tokenizer.fingerprint)[:32]}.tokens"
+  name = _hash(corpus=found.corpus, tokenizer=tokenizer.fingerprint)[:32]
+  path = Path(cache_folder(data.cache_dir)) / f"{name}.tokens"
   if path.exists():
     try:
       return _same(open_tokens(path), found.corpus, tokenizer)

@@ -34,7 +34,7 @@ from llmarch.run_config import CheckpointConfig, RunConfig
 from llmarch.train import distributed
 from llmarch.train.faults import Fault, StorageFault
 from llmarch.train.journal import Journal
-from llmarch.train.workdir import read_config
+from llmarch.train.workdir import read_config, steps_of
 
 FORMAT = 3
 TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted-"
@@ -252,11 +252,6 @@ def check_base(meta: dict, params: dict, workdir: str, source: str) -> None:
   """Raises UserError unless params are the weights that the adapters of a checkpoint were trained on."""
   if meta.get("base_hash") != weights_hash(params):
     raise UserError(f"the adapters in {workdir} were trained on other weights than {source} has now; restore them")
-
-
-def steps_of(folder: Path) -> list[int]:
-  """The steps of the checkpoints in a folder, ascending, read from the disk."""
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def restore_params(workdir: str, *, step: int | None = None, base: Callable[[str], dict] | None = None):

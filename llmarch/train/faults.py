@@ -5,10 +5,11 @@ exit code   the run                                                           --
 2, 78       was refused: the config, a flag, the data, the workdir            ends
 70          cannot go on: numbers that are not finite, a step that gave
             other bits when done again, no whole checkpoint                   ends
-74          could not write a checkpoint (disk full, folder gone)             starts it again
-75          was stuck, and the watchdog ended it (1 where the interpreter
+74          could not write a checkpoint or the journal (disk full, folder
+            gone)                                                            starts it again
+75          was stuck, and the watchdog ended it (154 where the interpreter
             itself was stuck)                                                 starts it again
-130         was interrupted from the keyboard                                 ends
+130         was interrupted from the keyboard: its last step is saved         ends
 143         was told to stop (SIGTERM): its last step is saved                starts it again, unless told too
 others      died: 137 or -9 killed, 134 or -6 aborted, 1 an uncaught error    starts it again
 
@@ -28,7 +29,7 @@ class Fault(UserError):
 
 
 class StorageFault(Fault):
-  """Raised if a checkpoint could not be written."""
+  """Raised if a checkpoint, or the journal, could not be written."""
 
   exit_code = STORAGE
 
@@ -37,3 +38,9 @@ class Preempted(UserError):
   """Raised by a run that was told to stop, after it has saved its state."""
 
   exit_code = PREEMPTED
+
+
+class Interrupted(Preempted):
+  """Raised by a run that was told to stop from the keyboard (Ctrl-C), after it has saved its state."""
+
+  exit_code = INTERRUPTED

@@ -9,6 +9,7 @@ stepping       step: the first that it has done
 saved          step, metrics; at: when its state was taken; stall: seconds that training stood still for it
 quarantined    step, why, to: the folder's new place
 rollback       step, loss, to: the step gone back to; skip: [to, number of batches left out from there on]
+branched       step: that the run begins with; source: [the other run, its step]; reset; skip: as of a rollback
 skipped        step: its loss or gradient was not finite, its update is left out
 stuck, preempted, failed, done                what ended the process, and at which step
 death          child, code: of the supervisor, whose child has ended
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 from llmarch.files import append_line, read_lines
+from llmarch.train.faults import StorageFault
 
 NAME = "journal.jsonl"
 BEGAN = time.time()  # start of this process, to within the time of its imports
@@ -32,10 +34,13 @@ class Journal:
     self.events = read_lines(self.path)
 
   def add(self, event: str, **fields) -> dict:
-    """Appends an event, which is on the disk on return. Raises OSError if it cannot be written."""
+    """Appends an event, which is on the disk on return. Raises StorageFault if it cannot be written."""
     row = {"event": event, "time": time.time(), "pid": os.getpid(), **fields}
     if self._writes:
-      append_line(self.path, row)
+      try:
+        append_line(self.path, row)
+      except OSError as e:
+        raise StorageFault(f"cannot write {self.path} ({e.strerror}); make room there, and start the run again") from e
     self.events.append(row)
     return row
 
@@ -53,7 +58,17 @@ class Journal:
 
   def skips(self) -> list[tuple[int, int]]:
     """[(step, batches)]: after `step` steps, this many batches of the data are skipped. See `batch_index`."""
-    return [tuple(row["skip"]) for row in self.events if row["event"] == "rollback"]
+    found = []
+    for row in self.events:
+      if row["event"] == "branched":  # nothing before it counts, as a branch that was killed before its first save
+        found = []
+      if row["event"] in ("rollback", "branched"):
+        found.append(tuple(row["skip"]))
+    return found
+
+  def branched(self) -> dict | None:
+    """The event that began this run as a branch of another; None if it began anew."""
+    return next((row for row in reversed(self.events) if row["event"] == "branched"), None)
 
 
 def batch_index(step: int, skips: list[tuple[int, int]]) -> int:

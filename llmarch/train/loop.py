@@ -16,6 +16,7 @@ from llmarch.build import to_dict
 from llmarch.errors import UserError
 from llmarch.run_config import RunConfig
 from llmarch.train import distributed
+from llmarch.train.branch import Branch, tokens_seen
 from llmarch.train.checkpoint import (
   Checkpoints,
   check_base,
@@ -25,12 +26,12 @@ from llmarch.train.checkpoint import (
   weights_hash,
   without_base,
 )
-from llmarch.train.faults import Fault, Preempted
+from llmarch.train.faults import Fault, Interrupted, Preempted, StorageFault
 from llmarch.train.journal import BEGAN, Journal, batch_index
-from llmarch.train.metrics import LiveLine, MetricsWriter
+from llmarch.train.metrics import LiveLine, MetricsWriter, read_rows
 from llmarch.train.spikes import Spikes
 from llmarch.train.step import TrainStep, make_train_step
-from llmarch.train.watch import Preemption, Watchdog, tidy
+from llmarch.train.watch import INTERRUPTED, Preemption, Watchdog, tidy
 from llmarch.train.workdir import claim_workdir, only_process
 
 IN_A_ROW = 3  # the run ends after this many skipped updates in a row, or rollbacks without progress
@@ -48,20 +49,23 @@ def train(
   peak_flops: float | None,
   tokenizer=None,
   weights: Callable[[], dict] | None = None,
+  branch: Branch | None = None,
 ) -> dict:
   """Trains from the newest good checkpoint of `workdir`, or from the start, to config.train.steps.
 
   train_data and eval_data (unused if eval.every is 0) are as data.pipeline.Pipeline. sample(params) gives text.
   flops_per_token: FLOPs of a train step for each of its tokens. peak_flops: FLOP/s of all devices together; None if
   unknown (mfu is then null). tokenizer: a copy of it is kept in the workdir. weights() gives all parameters of the
-  model by name (train.init_from); None: they are drawn. Returns the last evaluation row ({} if eval.every is 0).
+  model by name (train.init_from); None: they are drawn. branch: a checkpoint of another run, which the run starts from.
+  Returns the last evaluation row ({} if there was none).
 
   Raises UserError for a workdir that belongs to another run or is in use by another process, or a checkpoint of other
   data; Fault (train/faults.py) for numbers that are not finite and checkpoints that cannot be written or read;
-  Preempted after SIGTERM, with the state saved.
+  Preempted after SIGTERM, and Interrupted after Ctrl-C, with the state saved.
   """
   functions = make_train_step(config, mesh)
-  given = weights() if weights and needs_weights(config, workdir) else None
+  needed = needs_weights(config, workdir) and (branch is None or config.train.lora is not None)
+  given = weights() if weights and needed else None
   if distributed.is_main():
     claim_workdir(workdir, config, tokenizer)  # last among all refusals, since a corrected config may use the folder
   distributed.barrier("claimed")
@@ -71,20 +75,19 @@ def train(
     checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint, journal))
     c = config.train
     meter = Meter(c.batch_size * c.seq_len, flops_per_token, peak_flops)
-    run = _Run(config, workdir, functions, train_data, eval_data, given, sample, meter, journal, checkpoints)
+    run = _Run(config, workdir, functions, train_data, eval_data, given, branch, sample, meter, journal, checkpoints)
     stack.callback(run.close)
     record_stuck = lambda what, seconds: journal.add("stuck", step=run.step, what=what, seconds=seconds)
     if not distributed.several():
       tidy(workdir)  # the lock is held, so no other process uses the folder
     run.watchdog = stack.enter_context(Watchdog(workdir, c.watchdog, on_stuck=record_stuck))
-    if not distributed.several():  # with several processes, jax handles SIGTERM
-      run.preemption = stack.enter_context(Preemption())
+    run.preemption = stack.enter_context(Preemption(several=distributed.several()))
     stack.enter_context(distributed.ends_together())  # entered last, so that it acts before the end of a save waits
     try:
       run.restore()
       run.train()
     except BaseException as e:
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(StorageFault):
         journal.add("preempted" if isinstance(e, Preempted) else "failed", step=run.step, why=str(e)[:500])
       raise
     journal.add("done", step=run.step)
@@ -109,6 +112,7 @@ class _Run:
   train_data: object
   eval_data: object
   given: dict | None
+  branch: Branch | None
   sample: Callable | None
   meter: "Meter"
   journal: Journal
@@ -122,7 +126,8 @@ class _Run:
 
   def __post_init__(self):
     c = self.config.train
-    self.line = LiveLine(c.steps, 0)
+    self.line = LiveLine(c.steps)
+    self.compiled = set()  # kinds of work that this process has done before
     shape = c.batch_size, c.seq_len
     self.rows = distributed.local_rows(self.functions.batch_sharding, shape) if distributed.several() else None
     self.meta = {"config": to_dict(self.config), "pipeline_hash": self.train_data.hash}
@@ -138,7 +143,39 @@ class _Run:
         f"the journal of {self.workdir} names the checkpoint of step {max(self.journal.saved())}, but there is none;"
         " put the folder checkpoints back, or give another --workdir"
       )
+    if found is None and self.branch:
+      self.branch_off()
+      return
+    begun = self.journal.branched()
+    if found is None and begun:
+      source = "@".join(map(str, begun["source"]))
+      raise UserError(f"{self.workdir} is a branch that has saved nothing yet; give --from={source} again")
     self.start_from(found)
+    if self.step >= self.config.train.steps:
+      self.say(
+        f"{self.workdir} is finished, with {self.step} steps; to go on, give more --config.train.steps, or start a"
+        f" branch: llmarch train --from={self.workdir} --workdir=NEW"
+      )
+
+  def branch_off(self) -> None:
+    """Starts from a checkpoint of another run, and saves it as the first one of this run."""
+    fresh = lambda: self.functions.init() if self.given is None else self.functions.init(self.given)
+    at, state, old = self.branch.restore(self.config, self.functions.abstract_state, fresh)
+    anew = "step" in self.branch.reset
+    step, skips = (0, []) if anew else (at, [tuple(s) for s in old.get("skips", ())])
+    first, sentence = self.branch.first_batch(old, self.config, self.train_data)
+    skip = [step, first - batch_index(step, skips)]
+    source = [self.branch.workdir, at]
+    self.journal.add("branched", step=step, source=source, reset=list(self.branch.reset), skip=skip)
+    record = {"pipeline_hash": self.train_data.hash, "skips": skips, "base_hash": old.get("base_hash")}
+    if not anew:
+      record |= {"tokens": tokens_seen(old), **{name: old[name] for name in ("losses", "left_out") if name in old}}
+    self.say("; ".join(filter(None, (self.branch.describe(self.config, at), sentence))))
+    self.start_from((step, state, record))
+    if self.writer and not anew:  # the curves of a run have their beginning
+      for row in read_rows(self.branch.workdir, at):
+        self.writer.write(row)
+    self.save()
 
   def start_from(self, found: tuple[int, dict, dict] | None) -> None:
     """Continues from (step, state, record), or from the beginning if `found` is None."""
@@ -155,7 +192,7 @@ class _Run:
         state["base"] = self.functions.init(given)["base"]
       self.say(f"resuming {self.workdir} after step {self.step}")
     else:
-      self.step, record = 0, {}
+      self.step, record = 0, {"tokens": 0}
       state = self.functions.init() if given is None else self.functions.init(given)
     self.state, self.pending, self.first = state, None, True
     # The skips in the record count too, in case the journal has lost a line.
@@ -163,11 +200,13 @@ class _Run:
     self.skips = known + list((collections.Counter(lost) - collections.Counter(known)).elements())
     self.spikes = Spikes(self.config.train.spike, record.get("losses", ()))
     self.left_out = record.get("left_out", 0)
+    self.tokens = record["tokens"] if "tokens" in record else tokens_seen({"step": self.step} | self.meta)
     self.close()
     self.batches = self.read_batches()
-    self.line.start = self.step
+    self.line.begin(self.step)
     if distributed.is_main():
-      self.writer = MetricsWriter(self.workdir, self.step)
+      self.writer = MetricsWriter(self.workdir, self.step, self.config.log, config=self.meta["config"], say=self.say)
+      self.last_eval = {name: value for name, value in self.writer.last_eval.items() if name != "seconds"}
     self.journal.add("start", step=self.step, began=BEGAN)
 
   def close(self) -> None:
@@ -219,11 +258,11 @@ class _Run:
     self.watchdog.begin(f"step{' with telemetry' * telemetry}{' and its replay' * bool(replay)}")
     batch = next(self.batches)
     before = jax.tree.map(jnp.copy, self.state) if replay else None
-    self.state, metrics = self.functions.step(self.state, batch, telemetry=telemetry)
+    metrics = self.run_step(batch, telemetry)
     self.step = step
+    self.tokens += self.meter.tokens
     if replay:
       self.replay(before, batch, telemetry)
-    self.meter.step()
     self.judge()
     self.pending = step, {name: metrics[name] for name in ("loss", "grad_norm", "finite")}
     self.checkpoints.check()
@@ -232,15 +271,40 @@ class _Run:
       self.log(metrics)
     if self.config.eval.every and (is_due(self.config.eval.every) or last):
       self.judge()
-      with self.meter.paused():
+      with self.first_time("evaluation"), self.meter.paused():
         self.evaluate()
     stop = distributed.preempted(step) if distributed.several() else self.preemption.asked
     if is_due(self.config.checkpoint.every) or last or stop:
-      with self.meter.paused():
+      with self.first_time("save"), self.meter.paused():
         self.save()
     if stop and not last:
       self.settle()
-      raise Preempted(f"told to stop: step {step} is saved in {self.workdir}; start it again to go on")
+      kind, what = (Preempted, "told to stop") if self.preemption.code != INTERRUPTED else (Interrupted, "interrupted")
+      raise kind(f"{what}: step {step} is saved in {self.workdir}; start it again to go on")
+
+  def run_step(self, batch: dict, telemetry: bool) -> dict:
+    """Runs the jitted step -> its metrics. The first of a kind is compiled, and measured, apart from all others."""
+    if ("step", telemetry) in self.compiled:
+      self.state, metrics = self.functions.step(self.state, batch, telemetry=telemetry)
+      self.meter.step()
+      return metrics
+    jax.block_until_ready(self.state)
+    with self.first_time(("step", telemetry)), self.meter.paused():
+      self.functions.compile(self.state, batch, telemetry=telemetry)
+      began = time.monotonic()
+      self.state, metrics = jax.block_until_ready(self.functions.step(self.state, batch, telemetry=telemetry))
+      self.meter.first_step(time.monotonic() - began)
+    self.line.leave_out(0, steps=1)
+    return metrics
+
+  @contextlib.contextmanager
+  def first_time(self, what):
+    """Leaves the block out of the time left if it is the first work of its kind in this process, which compiles."""
+    began = time.monotonic()
+    yield
+    if what not in self.compiled:
+      self.compiled.add(what)
+      self.line.leave_out(time.monotonic() - began)
 
   def judge(self) -> None:
     """Checks the numbers of the pending step. Raises Fault if the run cannot continue, Spike if it must go back."""
@@ -278,9 +342,9 @@ class _Run:
   def log(self, metrics: dict) -> None:
     row = {"step": self.step, **jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))}
     sound = row.pop("finite")["update"]
-    row |= {"bits_per_byte": _bits_per_byte(row["loss"], self.train_data), **self.meter.read()}
+    row |= {"bits_per_byte": _bits_per_byte(row["loss"], self.train_data), "tokens": self.tokens, **self.meter.read()}
     if self.writer:
-      self.writer.write(row if sound else {k: v for k, v in row.items() if k in ("step", "learning_rate")})
+      self.writer.write(row if sound else {k: v for k, v in row.items() if k in ("step", "tokens", "learning_rate")})
       if sound:
         self.line.show(row)
 
@@ -288,7 +352,7 @@ class _Run:
     self.watchdog.begin("evaluation", slow=True)
     batches = self.config.eval.batches
     found = validation_metrics(self.functions.evaluate, self.state, self.eval_data, batches, self.eval_place)
-    self.last_eval = {"step": self.step, **found}
+    self.last_eval = {"step": self.step, **found, "tokens": self.tokens}
     loss = self.last_eval["eval/loss"]
     if not math.isfinite(loss):
       raise Fault(f"the eval/loss is {loss} at step {self.step} in {self.workdir}; {self.mend()}")
@@ -320,12 +384,13 @@ class _Run:
     self.judge()
     if self.writer:
       self.writer.sync()
-    known = {k: v for k, v in self.last_eval.items() if k != "step"}
+    known = {k: v for k, v in self.last_eval.items() if k.startswith("eval/")}
     known = known if self.last_eval.get("step") == self.step else None
     meta = self.meta | {
       "skips": [s for s in self.skips if s[0] < self.step],
       "losses": list(self.spikes.losses),
       "left_out": self.left_out,
+      "tokens": self.tokens,
     }
     self.checkpoints.save(self.step, without_base(self.state), meta, known, began=began)
 
@@ -339,6 +404,8 @@ class _Run:
     self.checkpoints.wait()
     before = max(step - self.config.train.spike.back, 0) + 1
     found = self.checkpoints.latest_good(without_base(self.functions.abstract_state), before=before, say=self.say)
+    if found is None and self.journal.branched():
+      raise Fault(f"the loss is {loss:.4g} at step {step} in {self.workdir}, a spike, and no checkpoint lies before it")
     to = found[0] if found else 0
     if sum(row["event"] == "rollback" and row["step"] >= step for row in self.journal.events) == IN_A_ROW:
       raise Fault(
@@ -403,15 +470,20 @@ class Meter:
 
   def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
     self.tokens, self.flops, self.peak = tokens_per_step, flops_per_token, peak_flops
-    self.began, self.steps, self.first = time.monotonic(), 0, True
+    self.began, self.steps, self.first = time.monotonic(), 0, None
 
   def step(self) -> None:
     self.steps += 1
 
+  def first_step(self, seconds: float) -> None:
+    """Notes a step that began once it was compiled; it counts only where no other one was measured."""
+    self.first = seconds
+
   def read(self) -> dict:
     now = time.monotonic()
-    rate = self.steps * self.tokens / max(now - self.began, 1e-9)
-    self.began, self.steps = now, 0
+    seconds, steps = (now - self.began, self.steps) if self.steps or not self.first else (self.first, 1)
+    rate = steps * self.tokens / max(seconds, 1e-9)
+    self.began, self.steps, self.first = now, 0, None
     return {
       "tokens_per_second": rate,
       "mfu": None if self.peak is None else rate * self.flops / self.peak,

@@ -1,6 +1,7 @@
 """Optimizers and schedules: configs turned into optax. Parameters are a flat dict {name: array} here."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from optax import contrib
@@ -25,15 +26,15 @@ from llmarch.run_config import (
 def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
   """The learning rate of steps 0 .. steps-1: a linear warm-up, then the config's curve.
 
-  Warm-up reaches the peak at step `warmup` and starts above zero, so that step 0 is not wasted. Raises UserError if
-  warm-up and decay do not fit into the steps.
+  Warm-up reaches the peak at step `warmup` and starts above zero, so that step 0 is not wasted. A decay reaches its end
+  at the last step, steps-1. Raises UserError if warm-up and decay do not fit into the steps.
   """
   warmup, decay = config.warmup, getattr(config, "decay", 0)
   check(
     warmup + decay <= steps,
     f"optimizer.schedule: warmup={warmup} and decay={decay} do not fit into train.steps={steps}; lower them",
   )
-  after = max(steps - warmup, 1)
+  after = max(steps - warmup - 1, 1)  # steps from the peak to the last step
   match config:
     case Constant():
       curve = optax.constant_schedule(peak)
@@ -46,13 +47,23 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> optax.Sche
     case WSD():
       stable = optax.constant_schedule(peak)
       curve = stable
-      if decay:
+      if decay:  # the last `decay` steps lie below the peak
         curve = optax.join_schedules(
           [stable, optax.linear_schedule(peak, config.final * peak, decay)], [after - decay]
         )
   if not warmup:
     return curve
   return optax.join_schedules([lambda step: peak * (step + 1) / (warmup + 1), curve], [warmup])
+
+
+def rates_agree(config: OptimizerConfig, steps: int, other: int, done: int) -> bool:
+  """True if a run of `steps` steps and one of `other` steps have the same learning rates in the first `done` steps."""
+  schedules = (make_schedule(config.schedule, config.learning_rate, n) for n in (steps, other))
+  a, b = (np.broadcast_to(np.asarray(schedule(np.arange(done))), done) for schedule in schedules)
+  return np.array_equal(a, b)
+
+
+SCHEDULE_COUNT = "opt_state/3/count"  # name, in a flat train state, of the number of steps that the schedule has done
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: dict[str, nnx.Param]) -> optax.GradientTransformation:

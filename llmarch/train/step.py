@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from llmarch import sharding
 from llmarch.adapt.lora import Adapters
 from llmarch.config import ModelConfig
+from llmarch.errors import check
 from llmarch.layers.param import flatten, unflatten
 from llmarch.layers.stack import Aux
 from llmarch.models.decoder import Decoder, abstract
@@ -33,14 +34,16 @@ from llmarch.train import pipeline
 from llmarch.train.optim import make_optimizer, make_schedule
 
 LAYOUT = sharding.TRAIN
+ROUNDING = 0x7FFFFFFF  # number of the step's key from which random rounding draws; micro-batches split the key itself
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-  """The functions that `make_train_step` returns. All are jitted; `step` donates its state."""
+  """The functions that `make_train_step` returns. Those of arrays are jitted; `step` donates its state."""
 
   init: Callable[..., dict]  # (params=None) -> state; params: the whole model's by name, drawn if not given
   step: Callable[..., tuple[dict, dict]]  # (state, batch, *, telemetry=False) -> state, metrics
+  compile: Callable[..., None]  # (state, batch, *, telemetry=False): compiles `step` for them, and runs nothing
   evaluate: Callable[[dict, dict], dict]  # (state, batch) -> {"loss", "weight"} sums
   export: Callable[[dict], dict]  # state -> all parameters of the model, averaged and merged, for sampling
   abstract_state: dict  # shapes, dtypes and shardings, for restoring
@@ -53,9 +56,11 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
   seed = np.uint32(config.seed)  # an argument, so that one compiled program draws the parameters of every seed
   shapes = jax.eval_shape(program.init, seed)
   placed, batch_sharding = program.places(shapes)
+  step = jax.jit(program.step, donate_argnums=0, static_argnames="telemetry", out_shardings=(placed, None))
   return TrainStep(
     init=functools.partial(jax.jit(program.init, out_shardings=placed), seed),
-    step=jax.jit(program.step, donate_argnums=0, static_argnames="telemetry", out_shardings=(placed, None)),
+    step=step,
+    compile=lambda *args, **kw: step.lower(*args, **kw).compile(),
     evaluate=jax.jit(program.evaluate),
     export=jax.jit(program.export) if program.lora else program.export,
     abstract_state=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed),
@@ -73,6 +78,11 @@ class _Program:
     self.named = flatten(self.abstract_params, variables=True)
     self.lora = Adapters(c.lora, config.model) if c.lora else None
     self.trained = self.lora.params if self.lora else self.named
+    check(
+      all(p.dtype != jnp.float16 for p in self.trained.values()),
+      "model.precision.param=float16 has too few exponents for parameters that are trained, whose small updates would"
+      " be lost; take float32, or bfloat16, which is rounded at random (model.precision.compute may stay)",
+    )
     # Biases of routers go against the sign of their gradient, and past the optimizer (layers/moe.py).
     self.rates = {name: p.balance_rate for name, p in self.trained.items() if hasattr(p, "balance_rate")}
     self.optimizer = make_optimizer(config.optimizer, c.steps, self.trained)
@@ -103,7 +113,7 @@ class _Program:
       weight = jnp.maximum(sums["weight"], 1.0)
       grads, errors = self.mean_gradients(grads, weight)
       updates, opt_state = self.optimizer.update(grads, state["opt_state"], _f32(state["params"]))
-      params = self.updated(state["params"], updates, errors)
+      params = self.updated(state["params"], updates, errors, jax.random.fold_in(key, ROUNDING))
       metrics = self.metrics(state, grads, sums, aux, weight)
       if telemetry:
         metrics["telemetry"] = self.telemetry(state, sums, aux, weight, updates)
@@ -193,10 +203,12 @@ class _Program:
     errors = {name: grads[name] for name in self.rates}
     return grads | {name: jnp.zeros_like(error) for name, error in errors.items()}, errors
 
-  def updated(self, params: dict, updates: dict, errors: dict) -> dict:
+  def updated(self, params: dict, updates: dict, errors: dict, key: jax.Array) -> dict:
     """The parameters after an update, and routers' biases a step of their rate against their load's error."""
-    new = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
-    return new | {name: params[name] - rate * jnp.sign(errors[name]) for name, rate in self.rates.items()}
+    updates = updates | {name: -rate * jnp.sign(errors[name]) for name, rate in self.rates.items()}
+    keys = dict(zip(sorted(params), jax.random.split(key, len(params))))
+    add = lambda name, p: rounded(p.astype(jnp.float32) + updates[name], p.dtype, keys[name])
+    return {name: add(name, p) for name, p in params.items()}
 
   def new_state(self, state: dict, params: dict, opt_state) -> dict:
     """The train state after the update."""
@@ -280,6 +292,19 @@ def _finite(tree) -> jax.Array:
   """
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
   return jnp.stack([jnp.max(jnp.abs(x)) < jnp.inf for x in floats]).all()
+
+
+def rounded(x: jax.Array, dtype, key: jax.Array) -> jax.Array:
+  """Rounds f32 numbers to bfloat16 up or down at random, so that their mean is x; to float32, x itself.
+
+  Rounding to the nearest would lose an update of less than half a unit in the last place, 2^-9 of the parameter, at
+  every step (2010.06192). Random rounding keeps it on average, without a second copy of the parameter.
+  """
+  if dtype == jnp.float32:
+    return x
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  cut = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+  return jnp.where(jnp.isfinite(x), cut, x).astype(dtype)
 
 
 def _f32(tree):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llmarch.files import read_lines
 from llmarch.process import dies_with
-from llmarch.train.faults import FINAL
+from llmarch.train.faults import FINAL, StorageFault
 from llmarch.train.journal import NAME, Journal
 
 FIRST, LONGEST = 1.0, 60.0  # seconds between a death and the next start; they double as long as no new step is saved
@@ -44,7 +44,8 @@ def supervise(command: list[str], workdir: str) -> int:
       with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
       if (Path(workdir) / "config.json").exists():  # otherwise the run was refused, and the folder is not its own
-        Journal(workdir).add("death", child=child.pid, code=code)
+        with contextlib.suppress(StorageFault):  # a full disk does not end the supervision
+          Journal(workdir).add("death", child=child.pid, code=code)
       if code in FINAL or asked:
         break
       step = _newest(workdir)
@@ -65,7 +66,8 @@ def supervise(command: list[str], workdir: str) -> int:
   events = read_lines(Path(workdir) / NAME)
   if events:
     account = goodput(events)
-    (Path(workdir) / "goodput.json").write_text(json.dumps(account, indent=1) + "\n")
+    with contextlib.suppress(OSError):
+      (Path(workdir) / "goodput.json").write_text(json.dumps(account, indent=1) + "\n")
     _say(describe(account))
   return code if code >= 0 else 128 - code
 
