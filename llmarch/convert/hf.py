@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,11 @@ from llmarch.models.decoder import abstract
 
 CONFIG, SINGLE, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 ADAPTER, WEIGHTS_OF_ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+# The files beside the weights that say how text becomes ids and how it is generated; they are copied, never read here.
+BESIDE = (
+  TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+  "chat_template.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
 ORIGINAL = "consolidated.safetensors"  # the makers' own names, which some families' tables know as well
 TOO_LARGE = "the sizes are beyond what arrays can have; restore the file"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
@@ -388,7 +394,8 @@ class Checkpoint:
   def notes(self) -> dict[str, str]:
     """What a report says about the folder: parts that are left out, tensors that are cast, adapters that are added."""
     kept = self.config.precision.param
-    cast = Counter(t.dtype for t in self.tensors.values() if DTYPES[t.dtype].itemsize > DTYPES[NAMES[kept]].itemsize)
+    (width,) = (dtype.itemsize for dtype in DTYPES.values() if dtype.name == kept)
+    cast = Counter(tensor.dtype for tensor in self.tensors.values() if DTYPES[tensor.dtype].itemsize > width)
     return {
       **({"left out": ", ".join(sorted({_part(name) for name in self.left_out}))} if self.left_out else {}),
       **({"adapters": f"added to {len(self.adapters)} matrices"} if self.adapters else {}),
@@ -712,6 +719,13 @@ def write_checkpoint(
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
   return family
+
+
+def carry(source: Path, target: Path) -> None:
+  """Copies the files beside the weights that the target lacks. Raises UserError for a link out of the folder."""
+  for name in BESIDE:
+    if (source / name).is_file() and not (target / name).exists():
+      shutil.copyfile(_inside(source, name), target / name)
 
 
 @contextlib.contextmanager

@@ -92,6 +92,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "vocab_size": 50304,
   },
   "gpt_oss": {
+    "rope_parameters": {
+      "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+      "original_max_position_embeddings": 4096,
+    },
     "hidden_size": 2880, "intermediate_size": 2880, "max_position_embeddings": 131072, "num_attention_heads": 64,
     "num_experts_per_tok": 4, "num_hidden_layers": 36, "num_key_value_heads": 8, "num_local_experts": 128,
     "vocab_size": 201088,
@@ -155,7 +159,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "num_hidden_layers": 36, "num_key_value_heads": 4, "vocab_size": 128256,
   },
   "glm4": {
-    "hidden_size": 4096, "intermediate_size": 13696, "max_position_embeddings": 131072, "num_attention_heads": 32,
+    "head_dim": 128, "hidden_size": 4096, "intermediate_size": 13696, "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
     "num_hidden_layers": 40, "num_key_value_heads": 2, "vocab_size": 151552,
   },
 }  # fmt: skip

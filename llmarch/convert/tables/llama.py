@@ -121,7 +121,7 @@ FAMILIES = (
     model(rms(default=1.5625e-7)),
     {
       "mixer": attention(
-        head_dim=Size("head_dim", 128),
+        **HEAD_DIM,
         position=Rope(partial=0.5, interleaved=True),
         qkv_bias=Key("attention_bias", True),
       ),

@@ -74,16 +74,6 @@ def _oss_slides(h, i) -> bool:
   return i % 2 == 0
 
 
-def _given_rope(rope: Rope) -> Pair:
-  """A rope whose options the file must have."""
-
-  def read(h, i):
-    check(bool(rope_options(h)[0][1]), "the option rope_parameters is missing")
-    return rope.read(h, i)
-
-  return Pair(read, rope.write)
-
-
 def _dbrx_theta(h) -> float:
   """rope_parameters decide where a file has them; older ones have attn_config.rope_theta alone."""
   theta = h.get("attn_config.rope_theta", 10000.0)
@@ -197,7 +187,7 @@ FAMILIES = (
     {
       "head_dim": Size("head_dim", 64),
       "window": Window(128, types=_oss_slides),
-      "position": _given_rope(Rope(theta=150000.0)),
+      "position": Rope(theta=150000.0),
       "sinks": True,
       "qkv_bias": Key("attention_bias", True),
       "out_bias": Key("attention_bias", True),
