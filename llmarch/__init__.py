@@ -81,6 +81,7 @@ def load(directory: str | os.PathLike, **options: Any) -> "LM":
   prefill_layout, decode_layout. Raises UserError if there is no model, it is damaged, or an option does not suit it.
   """
   # These imports stand inside the function, so that `import llmarch` and `llmarch --help` do not load jax.
+  from llmarch.data import companions
   from llmarch.data.tokenizers import load_tokenizer
   from llmarch.infer import lm
 
@@ -91,6 +92,8 @@ def load(directory: str | os.PathLike, **options: Any) -> "LM":
     return lm.LM(config, params, tokenizer and load_tokenizer(tokenizer), **options)
   has_tokenizer = os.path.exists(os.path.join(directory, lm.TOKENIZER))
   tokenizer = load_tokenizer(os.fspath(directory)) if has_tokenizer else None
+  if tokenizer is None:
+    options = {"end_ids": companions.read(directory).ids("eos_token_id"), **options}
   from llmarch.convert import hf
 
   if hf.is_checkpoint(directory):

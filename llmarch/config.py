@@ -177,14 +177,14 @@ class Precision:
 class ModelConfig:
   """A decoder. `stack` gives the order of its named blocks, as in "3*dense 2*(5*local global)" (see parse_stack)."""
 
-  d_model: int
-  vocab_size: int
-  max_seq_len: int
-  stack: str
+  d_model: int  # width of the residual stream
+  vocab_size: int  # number of token ids
+  max_seq_len: int  # most tokens of a text, prompt included
+  stack: str  # order of the blocks, such as "32*layer"
   blocks: dict[str, BlockConfig]
   embed: EmbedConfig = EmbedConfig()
   head: HeadConfig = HeadConfig()
-  final_norm: NormConfig | None = None
+  final_norm: NormConfig | None = None  # norm before the head; None: none
   init: InitConfig = FanIn()
   embed_init: InitConfig = Normal(stddev=0.02)  # its fan_in is d_model, so FanIn gives the deviation 1/sqrt(d_model)
   precision: Precision = Precision()

@@ -179,7 +179,8 @@ def _sampler(config, tokenizer):
   from llmarch.models.decoder import abstract
 
   e = config.eval
-  length, limit, mend = len(tokenizer.encode(e.sample_prompt)), config.model.max_seq_len, "or set eval.sample_tokens=0"
+  length = len(tokenizer.encode_prompt(e.sample_prompt, special=True))
+  limit, mend = config.model.max_seq_len, "or set eval.sample_tokens=0"
   try:
     check_generates(config.model)
   except UserError as why:

@@ -8,7 +8,7 @@ from typing import Literal
 from llmarch.build import Variant, config_dataclass
 from llmarch.config import ModelConfig
 from llmarch.errors import check, check_above, check_at_least, check_rate
-from llmarch.experiment_checks import check_training
+from llmarch.mesh_checks import check_training
 
 # ------------------------------------------------------------------------------------------------ data
 
@@ -26,7 +26,7 @@ class Stdlib(SourceConfig, kind="stdlib"):
 class TextFiles(SourceConfig, kind="text"):
   """Text files. `paths` are globs; a file is one document, or several if `separator` cuts it."""
 
-  paths: tuple[str, ...]
+  paths: tuple[str, ...]  # files or globs
   separator: str = ""  # "\n\n", "<|endoftext|>" ...; "" keeps a file whole
 
   def __post_init__(self):
@@ -37,8 +37,8 @@ class TextFiles(SourceConfig, kind="text"):
 class JSONL(SourceConfig, kind="jsonl"):
   """JSON-lines files with one document per line, whose text is the value of `field`."""
 
-  paths: tuple[str, ...]
-  field: str = "text"
+  paths: tuple[str, ...]  # files or globs
+  field: str = "text"  # key whose value is the text
 
   def __post_init__(self):
     check(bool(self.paths), "paths is empty; name at least one file or glob")
@@ -48,17 +48,17 @@ class JSONL(SourceConfig, kind="jsonl"):
 class TokenFile(SourceConfig, kind="tokens"):
   """A memory-mapped token file written by `llmarch tokenizer --encode` (data/tokenfile.py)."""
 
-  path: str
+  path: str  # the token file
 
 
 @config_dataclass
 class HFDataset(SourceConfig, kind="hf"):
   """A Hugging Face dataset, for which the package `datasets` is needed."""
 
-  path: str
-  name: str | None = None
-  split: str = "train"
-  field: str = "text"
+  path: str  # name or folder of the dataset
+  name: str | None = None  # configuration of the dataset, where it has several
+  split: str = "train"  # split of the dataset
+  field: str = "text"  # column that holds the text
 
 
 # Synthetic tasks: data/synthetic.py has the exact layout of a row.
@@ -313,24 +313,24 @@ class LoRAConfig:
 class TrainConfig:
   """The work of a training run: its steps, its batches, its loss, and its reaction to a step that goes wrong."""
 
-  steps: int = 1000
+  steps: int = 1000  # optimizer steps of the run
   batch_size: int = 16  # sequences per step, over all devices and micro-batches
-  seq_len: int = 256
-  log_every: int = 10
+  seq_len: int = 256  # tokens of a row
+  log_every: int = 10  # steps between rows of metrics
   grad_accum: int = 1  # micro-batches per step; their gradients are summed in f32
   microbatches: int | None = None  # pipeline microbatches in each micro-batch; None: 4, 3 or 2 per stage, as divides
   circuits: int = 1  # times a microbatch passes through all stages; more: smaller bubble, more traffic
   remat: Literal["none", "full", "dots", "dots_no_batch", "offload"] = "none"  # what is recomputed (layers/stack.py)
-  loss: Literal["causal", "prefix"] = "causal"
+  loss: Literal["causal", "prefix"] = "causal"  # prefix: each row has a prefix that is not counted
   loss_chunk: int = 128  # tokens of a row whose logits exist at the same time
   z_loss: float = 0.0  # coefficient of log Z^2 (PaLM: 1e-4)
-  label_smoothing: float = 0.0
+  label_smoothing: float = 0.0  # probability that is spread over all tokens
   init_from: str = ""  # folder of a saved model, a run or a checkpoint of transformers; "" draws the parameters
   lora: LoRAConfig | None = None  # trains only adapters of init_from's weights
   ema: float | None = None  # decay of an exponential moving average of the parameters; None: no average
   telemetry_every: int = 0  # steps between rows of per-layer statistics; 0: never
   on_nonfinite: Literal["stop", "skip"] = "stop"  # reaction to a loss or gradient of inf or nan; 3 in a row always stop
-  spike: SpikeConfig | None = None
+  spike: SpikeConfig | None = None  # what to do about a spike of the loss; None: nothing
   replay_every: int = 0  # steps between checks that a repeated step gives the same bits; 0: never
   watchdog: float | None = None  # seconds that a step may take; None: 20 times the median, at least 60
 
@@ -359,10 +359,10 @@ class EvalConfig:
   """Evaluation on the validation split, with a sample of text."""
 
   every: int = 100  # steps between evaluations; 0: never
-  batches: int = 8
+  batches: int = 8  # batches of the validation split in an evaluation
   sample_tokens: int = 128  # length of the sample of text; 0: no sample
-  sample_prompt: str = "def "
-  temperature: float = 0.8
+  sample_prompt: str = "def "  # text that the sample continues
+  temperature: float = 0.8  # temperature of the sample; 0 takes the most likely token
 
   def __post_init__(self):
     check_at_least(self, 0, "every", "sample_tokens", "temperature")
@@ -374,7 +374,7 @@ class CheckpointConfig:
   """The checkpoints that a run saves and keeps."""
 
   every: int = 500  # steps between checkpoints; 0: only the last step is saved
-  max_to_keep: int = 2
+  max_to_keep: int = 2  # newest checkpoints that are kept
   keep_best: int = 0  # number of further checkpoints to keep, those with the lowest eval/loss
 
   def __post_init__(self):
@@ -387,7 +387,7 @@ class RunConfig:
   """Everything that determines a run; it is written to the run's workdir as config.json."""
 
   model: ModelConfig
-  seed: int = 0
+  seed: int = 0  # decides the parameters drawn, the order of the data and dropout
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   train: TrainConfig = TrainConfig()

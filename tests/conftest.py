@@ -59,6 +59,13 @@ def pytest_addoption(parser):
     help="the cases marked `full` alone: `pytest && pytest --rest` runs each case of `pytest --full` once",
   )
   tiers.addoption("--nightly", action="store_true", help="everything, with long counts: hours, and gigabytes")
+  tiers.addoption(
+    "--composability",
+    metavar="PATH",
+    help="run the tests that check pairs of features, of whatever tier, and write the page of pairs from what the"
+    " passed ones checked (--nightly writes docs/composability.md); what earlier runs over the same sources checked is"
+    " kept beside it, so that a page can be made of several runs",
+  )
   tiers.addoption("--cases", type=int, default=200, help="configs that hypothesis draws for --nightly (default: 200)")
 
 
@@ -67,8 +74,13 @@ def tier_of(item) -> str:
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out the cases of other tiers, but for tests that the command line names by their ids."""
+  """Leaves out the cases of other tiers, but for tests that the command line names by their ids; for the page of pairs,
+  whatever checks none."""
   if config.getoption("--nightly"):
+    return
+  if config.getoption("--composability"):
+    config.hook.pytest_deselected(items=[item for item in items if "checked" not in item.fixturenames])
+    items[:] = [item for item in items if "checked" in item.fixturenames]
     return
   tiers = {"full"} if config.getoption("--rest") else {"plain", "full"} if config.getoption("--full") else {"plain"}
   ids = [arg.partition("::") for arg in config.args if "::" in arg]
@@ -104,6 +116,51 @@ def cases(request):
     request.node.user_properties.append((f"cases {equation}", n))
 
   return count
+
+
+@pytest.fixture
+def checked(request):
+  """`checked("1 2", config, "remat=full")` notes that these equations hold for a config with these features, if the
+  test passes; see composability.py."""
+
+  def note(equations: str, config, *features: str):
+    import composability
+
+    request.node.user_properties.append(("checked", composability.record(equations, config, features)))
+
+  return note
+
+
+def page_of(config) -> pathlib.Path | None:
+  """Where this run writes the page of pairs; None on xdist's workers and where nobody asked."""
+  given = config.getoption("--composability")
+  if hasattr(config, "workerinput") or not (given or config.getoption("--nightly")):
+    return None
+  return pathlib.Path(given) if given else config.rootpath / "docs/composability.md"
+
+
+def pytest_configure(config):
+  page = page_of(config)
+  if page is None:
+    return
+
+  class Collector:
+    """Keeps the records of passed tests as they come, and writes the page when the run ends."""
+
+    def pytest_runtest_logreport(self, report):
+      import composability
+
+      records = [record for name, record in report.user_properties if name == "checked"]
+      if report.when == "call" and report.passed and records:
+        composability.keep(page, report.nodeid, records)
+
+    def pytest_terminal_summary(self, terminalreporter):
+      import composability
+
+      terminalreporter.section("pairs of features")
+      terminalreporter.write_line(composability.write(page))
+
+  config.pluginmanager.register(Collector())
 
 
 def pytest_terminal_summary(terminalreporter):

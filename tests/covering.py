@@ -19,7 +19,7 @@ import spaces
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from llmarch.config import ModelConfig, Precision
-from llmarch.errors import UserError, check
+from llmarch.errors import UserError
 
 DRAWS = 100  # random configs to choose from and to take parts of
 TRIES = 12  # pairs of models out of which two option values are joined before they are called refused
@@ -89,6 +89,10 @@ class Single:
     chain = lambda path: tuple((path[:n], self.kinds[path[:n]]) for n in range(1, len(path) + 1))
     return {name: chain(path) for path, name, _ in self.labels}
 
+  def below(self, path: tuple[str, ...]) -> set[str]:
+    """The option values of a part."""
+    return {name for place, name, _ in self.labels if place[: len(path)] == path}
+
   def at(self, path: tuple[str, ...]):
     """The part at a path, which leads into the block or into what all blocks share."""
     return functools.reduce(getattr, path, self.block if hasattr(self.block, path[0]) else self.config)
@@ -103,7 +107,6 @@ class Single:
     if not hasattr(self.block, path[0]):
       return Single(put(self.config, path))
     block = put(self.block, path)
-    check(spaces.drops_nothing(block), "an expert could run out of places, which a decoding state does not know")
     return Single(spaces.completed(self.config, {"a": block}, "2*a"))
 
   def taking(self, chain, donor: "Single") -> "Single":
@@ -294,3 +297,134 @@ def widest(n: int) -> tuple[str, ...]:
     names.append(max(left, key=lambda name: len(left[name] - seen)))
     seen |= left.pop(names[-1])
   return tuple(names)
+
+
+# ------------------------------------------------------------------------- few models that hold every option value
+
+
+def even(config: ModelConfig) -> ModelConfig:
+  """The same options at sizes that every mesh of eight devices divides: for layouts, and for training over meshes.
+
+  Dropout, which draws by place, is left out.
+  """
+  heads = lambda branch: None if branch.num_kv_heads is None else {1: 1, 2: 2, 3: 4}.get(branch.num_kv_heads, 8)
+  width = lambda feed_forward, d_ff: dataclasses.replace(feed_forward, d_ff=d_ff) if feed_forward else None
+
+  def mixer(m):
+    changes = {"num_heads": 8}
+    for field, value in {"num_kv_heads": getattr(m, "num_kv_heads", None) and heads(m), "dropout": 0.0}.items():
+      changes |= {field: value} if field in spaces.field_types(type(m)) else {}
+    if "kv_lora_rank" in spaces.field_types(type(m)):
+      changes |= {"kv_lora_rank": 16, "q_lora_rank": None if m.q_lora_rank is None else 24}
+    scaling = getattr(getattr(m, "position", None), "scaling", None)
+    if hasattr(scaling, "short_factors"):  # a factor for each pair of dimensions that turns
+      sizes = m.position.dims, getattr(m, "qk_rope_head_dim", None), getattr(m, "head_dim", None), EVEN_WIDTH // 8
+      turned = next(size for size in sizes if size)
+      cut = lambda factors: tuple(factors[i % len(factors)] for i in range(turned // 2))
+      factors = {name: cut(getattr(scaling, name)) for name in ("short_factors", "long_factors")}
+      changes["position"] = dataclasses.replace(m.position, scaling=dataclasses.replace(scaling, **factors))
+    return dataclasses.replace(m, **changes)
+
+  def feed_forward(f):
+    if f is None or not hasattr(f, "expert"):
+      return width(f, 24)
+    groups = getattr(f.router, "groups", None)
+    count = 4 * (groups.num if groups else -(-f.num_experts // 4))
+    return dataclasses.replace(f, num_experts=count, expert=width(f.expert, 16), shared=width(f.shared, 24))
+
+  def cross(c):
+    return c and dataclasses.replace(
+      c, num_heads=8, num_kv_heads=heads(c), memory_dim=EVEN_WIDTH, max_source_len=8, dropout=0.0
+    )
+
+  blocks = {
+    name: dataclasses.replace(
+      block, mixer=mixer(block.mixer), ffn=feed_forward(block.ffn), cross=cross(block.cross), dropout=0.0
+    )
+    for name, block in config.blocks.items()
+  }
+  position = config.embed.position
+  if hasattr(position, "length"):
+    position = dataclasses.replace(position, length=EVEN_LENGTH)
+  embed = dataclasses.replace(
+    config.embed, position=position, dropout=0.0, dim=None if config.embed.dim is None else 16
+  )
+  # Every term of a stack is repeated, so that the stages of a pipeline can share it.
+  stack = f"2*({' '.join(dict.fromkeys(config.layers))})"
+  return dataclasses.replace(
+    config,
+    d_model=EVEN_WIDTH,
+    vocab_size=40,
+    max_seq_len=EVEN_LENGTH,
+    blocks=blocks,
+    stack=stack,
+    embed=embed,
+    encoder=config.encoder and even(config.encoder),
+  )
+
+
+EVEN_WIDTH, EVEN_LENGTH = 48, 48
+
+
+def with_state(config: ModelConfig, dtype: str) -> ModelConfig:
+  """The same with a decoding state in another dtype or format."""
+  return dataclasses.replace(config, precision=dataclasses.replace(config.precision, state=dtype))
+
+
+def few(found: list[Single], accepts, models: int, blocks: int) -> tuple[ModelConfig, ...]:
+  """Models of even sizes which together hold every option value of the parts that are accepted.
+
+  accepts(config): raises UserError for a model of one block that cannot be. What blocks share is put together of what
+  earlier models have not, field by field; then come the blocks with most new option values, and to the last model all
+  that are left. Each has experts, so that a mesh can split them.
+  """
+  parts = []
+  for single in found:
+    with contextlib.suppress(UserError):
+      made = Single(even(single.config))
+      accepts(made.config)
+      parts.append((made, option_values(made.block)))
+  where, seen, made = Parts([part for part, _ in parts]), set(), []
+
+  def newest(candidates, values):
+    best = max(candidates, key=lambda one: len(values(one) - seen))
+    seen.update(values(best))
+    return best
+
+  def fresh() -> Single:
+    """The part with most new option values in its block, and then with parts of others in it that bring more."""
+    best = max(parts, key=lambda part: len(part[1] - seen))[0]
+    news = lambda part: len(option_values(part.block) - seen)
+    for value in sorted(set(where.where) - seen - best.values):
+      for chain, donors in where.where[value].items():
+        if not hasattr(best.block, chain[0][0][0]):
+          continue
+        for donor in donors[:6]:
+          if value in best.values:
+            break
+          with contextlib.suppress(UserError):
+            changed = best.taking(chain, donor)
+            accepts(changed.config)
+            best = max(best, changed, key=news)
+    seen.update(option_values(best.block))
+    return best
+
+  of_blocks = set().union(*(values for _, values in parts))
+  for number in range(models):
+    chosen = []
+    while of_blocks - seen and (len(chosen) < blocks or number == models - 1):
+      chosen.append(fresh())
+    if not any(part.block.ffn and part.block.ffn.experts for part in chosen):
+      chosen.append(next(part for part, _ in parts if part.block.ffn and part.block.ffn.experts))
+    frame = next((part for part in chosen if part.config.encoder), chosen[0])
+    for path in SHARED:
+      frame = frame.with_part(path, newest(parts, lambda part, path=path: part[0].below(path))[0].at(path))
+    names = "abcdefghijklmnop"[: len(chosen)]
+    blocks_by_name = {name: part.block for name, part in zip(names, chosen, strict=True)}
+    made.append(even(spaces.completed(frame.config, blocks_by_name, " ".join(names))))
+  return tuple(made)
+
+
+# What blocks share, in parts that can be exchanged.
+SHARED = [("embed", field) for field in ("norm", "position", "dim")]
+SHARED += [("head",), ("final_norm",), ("init",), ("embed_init",)]

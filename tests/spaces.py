@@ -375,13 +375,6 @@ def _mlp(draw):
   )
 
 
-def drops_nothing(block: BlockConfig) -> bool:
-  """Whether the experts of a block have as many places as its tokens have choices (see `with_room`)."""
-  router = getattr(block.ffn, "router", None)
-  factor = getattr(router, "capacity_factor", None) if isinstance(router, TopK) else None
-  return factor is None or factor * router.k >= block.ffn.num_experts
-
-
 def with_room(config: ModelConfig) -> ModelConfig:
   """The config with room for every token in every expert: a capacity of c n / E is that of all n tokens where c is E.
 

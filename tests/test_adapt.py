@@ -116,7 +116,7 @@ KV = ("mixer/k", "mixer/v", "mixer/k_bias", "mixer/v_bias")
 
 
 @pytest.mark.parametrize("how", ["mean", "first"])
-@pytest.mark.parametrize("new", [1, 2])
+@pytest.mark.parametrize("new", plain_if([2].count, [1, 2]))
 def test_a_new_head_is_the_mean_or_the_first_of_its_neighbours(new, how):
   config, before, after = regrouped(new, how)
   checked = 0
@@ -272,7 +272,7 @@ def forward(base: dict, params: dict, **lora) -> np.ndarray:
   return np.asarray(jax.jit(run)(base, params))
 
 
-@pytest.mark.parametrize("lora", [{}, {"rank": 3, "alpha": 5.0, "targets": ("mixer/[qo]", "ffn/down")}])
+@pytest.mark.parametrize("lora", plain_if(bool, [{}, {"rank": 3, "alpha": 5.0, "targets": ("mixer/[qo]", "ffn/down")}]))
 def test_an_adapter_changes_nothing_at_first_and_merging_it_changes_nothing_ever(lora):
   _, state = started(**lora)
   plain = lm_of(MODEL, drawn(MODEL)).logits(batch()["tokens"])
@@ -295,6 +295,7 @@ def test_the_adapted_weight_is_w_plus_alpha_over_rank_a_b():
     np.testing.assert_allclose(merged[name + at], flat[name + at] + 5 / 3 * np.einsum(equation, a, b), atol=1e-5)
 
 
+@pytest.mark.full
 def test_only_adapters_train_and_only_they_have_moments():
   functions, start = started()
   start = jax.device_get(start)
@@ -390,7 +391,7 @@ def test_targets_that_name_nothing_are_refused():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("weights", [None, "nf4"])
+@pytest.mark.parametrize("weights", plain_if(["nf4"].count, [None, "nf4"], "nightly"))
 def test_an_adapter_run_resumes_bit_for_bit_and_loads_merged(saved, corpus, tmp_path, weights):
   lora = LoRAConfig(rank=4, weights=weights)
   config = lambda steps: experiment(MODEL, corpus, steps=steps, lora=lora, init_from=str(saved), ema=0.5)
@@ -460,7 +461,7 @@ def test_exported_factors_multiply_to_what_ours_add(name, tmp_path):
 
 
 @needs_peft
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("name", plain_if(["llama", "gpt2"].count, ["llama", "gpt2", "falcon"], "nightly"))
 @pytest.mark.full
 def test_a_run_of_adapters_exported_is_loaded_by_peft(name, tmp_path, corpus):
   import torch
@@ -514,7 +515,7 @@ def naive(lm: LM, before: list[int], after: list[int]) -> np.ndarray:
   return np.array([logprobs[len(before) + i - 1, token] for i, token in enumerate(after)])
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", plain_if([4].count, [1, 4]))
 def test_scores_of_ragged_rows_are_those_of_each_row_alone(batch):
   lm, draw = reader(), np.random.default_rng(0)
   rows = [draw.integers(0, 259, n).tolist() for n in (5, 33, 1, 2, 17, 9)]

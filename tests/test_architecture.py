@@ -13,9 +13,9 @@ MODULES = sorted((ROOT / "llmarch").rglob("*.py"))
 # A part of llmarch, a folder or a file, may import itself and these parts. GROUND and CONFIG need the standard library
 # alone.
 GROUND = {"errors", "build", "branches", "residual", "files", "locks", "process"}
-CONFIG = {"config", "run_config", "experiment_checks"}
+CONFIG = {"config", "run_config", "mesh_checks"}
 BELOW_MODELS = GROUND | CONFIG | {"sharding", "ops", "layers", "models"}
-EXCEPTIONS = {"llmarch.experiment_checks": "llmarch.sharding.mesh_text"}  # which is without jax
+EXCEPTIONS = {"llmarch.mesh_checks": "llmarch.sharding.mesh_text"}  # which is without jax
 # The modules of sharding/, each of which may import those before it; meshes.py stands apart.
 SHARDING = ("mesh_text", "table", "places", "active", "collectives", "moves")
 ARROWS = {
@@ -27,8 +27,8 @@ ARROWS = {
   "branches": {"build", "errors"},
   "residual": {"build", "errors"},
   "config": {"branches", "residual", "build", "errors"},
-  "experiment_checks": {"branches", "config", "build", "errors"},
-  "run_config": {"experiment_checks", "config", "build", "errors"},
+  "mesh_checks": {"branches", "config", "build", "errors"},
+  "run_config": {"mesh_checks", "config", "build", "errors"},
   "sharding": {"errors"},
   "ops": {"sharding", "errors", "build"},  # ops/sampling.py has a config
   "layers": {"ops", "config", "sharding", "branches", "residual", "build", "errors"},

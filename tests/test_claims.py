@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+from tiers import plain_if
 
 from llmarch import files
 from llmarch.__main__ import main as llmarch
@@ -25,7 +26,7 @@ def test_the_registry_covers_all_surveys_and_ways_to_check(cases):
   cases("claims in the registry", len(CLAIMS))
 
 
-@pytest.mark.parametrize("claim", FACTS, ids=lambda c: c.id)
+@pytest.mark.parametrize("claim", plain_if(FACTS[::4].count, FACTS), ids=lambda c: c.id)
 def test_facts_come_out_as_the_sources_read(claim, tmp_path, cases):
   """The sheet's verdict was written by reading; the fact computes. (None: the sheet gives none.)"""
   (tmp_path / "facts.py").symlink_to(FOLDER / "facts.py")

@@ -19,7 +19,7 @@ import pytest
 
 from llmarch.build import build
 from llmarch.commands import tokenizer as command
-from llmarch.data import packing, pipeline, sources, synthetic, tokenfile, tokenizers
+from llmarch.data import companions, packing, pipeline, sources, synthetic, tokenfile, tokenizers
 from llmarch.errors import UserError
 from llmarch.run_config import (
   JSONL,
@@ -651,18 +651,121 @@ def test_the_vocabulary_reaches_to_the_largest_id(bpe, tmp_path):
   assert tokenizers.load_tokenizer(variant(bpe, tmp_path / "t.json", change)).vocab_size == 1001
 
 
-@pytest.mark.parametrize("end", ["</s>", "<eos>", "<|end_of_text|>"])
-def test_the_usual_end_tokens_are_known(bpe, tmp_path, end):
-  def change(definition):
-    definition["added_tokens"][0] |= dict(content=end, special=False)
-    vocab = definition["model"]["vocab"]
-    vocab[end] = vocab.pop(tokenizers.END)
+def released(folder, special=("<bos>", "<end>", "<turn>"), plain=("</s>",), begins=False, **files):
+  """A folder as released models have it: byte-level BPE without merges, then tokens; files are those beside it."""
+  from tokenizers import AddedToken, Tokenizer, processors
 
-  loaded = tokenizers.load_tokenizer(variant(bpe, tmp_path / "t.json", change))
-  assert loaded.end_id == bpe.end_id and loaded.decode([loaded.end_id, *loaded.encode("a")]) == "a"
-  with pytest.raises(UserError, match="no token that ends a document"):
-    end = "<other>"
-    tokenizers.load_tokenizer(variant(bpe, tmp_path / "t.json", change))
+  folder.mkdir()
+  model = Tokenizer.from_str(tokenizers.as_byte_bpe().replace(tokenizers.END, special[0]))
+  model.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+  model.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
+  if begins:
+    first = (special[0], model.token_to_id(special[0]))
+    model.post_processor = processors.TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+  model.save(str(folder / "tokenizer.json"))
+  for name, data in files.items():
+    (folder / f"{name}.json").write_text(json.dumps(data))
+  return str(folder)
+
+
+BOS, EOS, TURN, CLOSE = 256, 257, 258, 259  # ids of `released`
+ENDS = [  # the files beside, the id that ends a document, the ids that end a text
+  (dict(tokenizer_config={"eos_token": "<turn>"}), TURN, (TURN,)),
+  (dict(special_tokens_map={"eos_token": {"content": "<end>"}}), EOS, (EOS,)),
+  (dict(config={"model_type": "llama", "eos_token_id": EOS}), EOS, (EOS,)),
+  (dict(config={"format": 1, "hf": {"eos_token_id": [EOS, TURN]}}), EOS, (EOS, TURN)),
+  (dict(config={"text_config": {"eos_token_id": TURN}}), TURN, (TURN,)),
+  (dict(generation_config={"eos_token_id": [TURN, EOS, -1]}, config={"eos_token_id": EOS}), TURN, (TURN, EOS)),
+  (dict(generation_config={"eos_token_id": EOS}, tokenizer_config={"eos_token": "<turn>"}), TURN, (TURN, EOS)),
+  (dict(config={"eos_token_id": CLOSE}), CLOSE, (CLOSE,)),
+]
+
+
+@pytest.mark.parametrize("files, end, ends", ENDS)
+def test_the_files_beside_a_tokenizer_say_which_ids_end_a_text(tmp_path, files, end, ends):
+  loaded = tokenizers.load_tokenizer(released(tmp_path / "m", **files))
+  assert (loaded.end_id, loaded.end_ids) == (end, ends)
+  assert not {*ends, BOS} & set(loaded.encode("a<bos><end><turn>" + "</s>" * (CLOSE in ends)))
+  loaded.save(tmp_path / "again")
+  again = tokenizers.load_tokenizer(str(tmp_path / "again"))
+  assert (again.end_id, again.end_ids, again.fingerprint) == (end, ends, loaded.fingerprint)
+
+
+def test_a_spelling_ends_nothing_by_itself(tmp_path):
+  loaded = tokenizers.load_tokenizer(released(tmp_path / "m"))
+  assert (loaded.end_id, loaded.end_ids, loaded.begin_ids) == (None, (), ())
+  assert loaded.encode("a</s>b") == [97, CLOSE, 98] and loaded.decode([97, CLOSE, 98]) == "a</s>b"
+  with pytest.raises(UserError, match="eos_token") as refusal:
+    loaded.as_document(np.arange(3))
+  assert "vocab" not in str(refusal.value)
+  with pytest.raises(UserError, match=r"generation_config.json: eos_token_id='x'"):
+    tokenizers.load_tokenizer(released(tmp_path / "n", generation_config={"eos_token_id": "x"}))
+
+
+def test_sampling_is_suggested_where_the_makers_sample():
+  said = {"do_sample": True, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1, "max_length": 9}
+  suggested = lambda data: companions.Companions({companions.GENERATION: json.dumps(data)}).sampling
+  assert suggested(said) == {"temperature": 1.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
+  assert suggested(said | {"do_sample": False}) == {"repetition_penalty": 1.1} and suggested({}) == {}
+
+
+def test_pieces_that_are_searched_for_spell_no_special_token():
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+  pieces = [("<unk>", 0.0), ("</s>", 0.0), *[(c, -3.0) for c in "▁as</>"]]
+  model = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+  model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+  beside = companions.Companions({companions.TOKENIZER: json.dumps({"eos_token": "</s>", "unk_token": "<unk>"})})
+  loaded = tokenizers.HFTokenizer(model.to_str(), "unigram", beside)
+  ids = loaded.encode("a</s>aé")
+  assert loaded.end_id == 1 and 1 not in ids and 0 in ids and loaded.decode([i for i in ids if i]) == "a</s>a"
+  assert loaded.encode("a</s>", special=True)[-1] == 1
+
+
+BEGINS = [  # the template begins a text, add_bos_token, the ids before a text
+  (True, None, [BOS]),
+  (True, True, [BOS]),
+  (True, False, []),
+  (False, True, [BOS]),
+  (False, None, []),
+]
+
+
+@pytest.mark.parametrize("template, flag, begin", BEGINS)
+def test_a_prompt_and_a_document_begin_as_the_makers_of_the_tokenizer_say(tmp_path, template, flag, begin):
+  said = {"bos_token": "<bos>", "eos_token": "<end>"} | ({} if flag is None else {"add_bos_token": flag})
+  loaded = tokenizers.load_tokenizer(released(tmp_path / "m", begins=template, tokenizer_config=said))
+  assert loaded.encode("ab") == [97, 98] and loaded.encode_prompt("ab") == [*begin, 97, 98]
+  assert loaded.encode_prompt("") == [BOS]
+  assert loaded.encode_prompt("<bos>a<turn>", special=True) == [BOS, 97, TURN]
+  assert loaded.encode_prompt("<turn>") == [*begin, *b"<turn>"]
+  assert loaded.as_document(loaded.encode_batch(["ab"])[0]).tolist() == [*begin, 97, 98, EOS]
+  tokenfile.write_tokens(tmp_path / "t.tokens", ["ab", "c"], loaded)
+  assert tokenfile.open_tokens(tmp_path / "t.tokens").tokens.tolist() == [*begin, 97, 98, EOS, *begin, 99, EOS]
+
+
+def test_no_fingerprint_of_a_tokenizer_without_a_begin_has_changed(bpe, tmp_path):
+  sorted_text = lambda definition: json.dumps(json.loads(definition), sort_keys=True).encode()
+  for tokenizer in (bpe, tokenizers.load_tokenizer("bytes")):
+    tokenizer.save(tmp_path / str(tokenizer.vocab_size))
+    again = tokenizers.load_tokenizer(str(tmp_path / str(tokenizer.vocab_size)))
+    for one in (tokenizer, again):
+      assert one.fingerprint == hashlib.sha256(sorted_text(tokenizer.definition)).hexdigest()
+  assert tokenizers.load_tokenizer("bytes").definition == '{"kind": "bytes"}\n'
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "begins"])
+def test_the_package_transformers_reads_what_is_saved(bpe, name, tmp_path):
+  transformers = pytest.importorskip("transformers")
+  begins = lambda: tokenizers.load_tokenizer(released(tmp_path / "m", begins=True, config={"eos_token_id": EOS}))
+  tokenizer = {"bytes": lambda: tokenizers.load_tokenizer("bytes"), "bpe": lambda: bpe, "begins": begins}[name]()
+  tokenizer.save(tmp_path / "saved")
+  (tmp_path / "saved" / "config.json").write_text('{"model_type": "llama"}')
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+  for text in ("def f(x):\n\t return 'é🙂'", TEXTS[3], "<|endoftext|>a <turn> </s>"):
+    assert theirs(text).input_ids == tokenizer.encode_prompt(text, special=True)
+    assert theirs.decode(tokenizer.encode(text)) == text
+  assert theirs.eos_token_id == tokenizer.end_id
 
 
 def test_the_fingerprint_names_the_definition_whatever_its_layout(bpe, tmp_path):

@@ -1,6 +1,8 @@
 """Decoding is the full forward, faster: the cached loop against repeated uncached forwards, and its guards."""
 
+import dataclasses
 import functools
+import io
 import itertools
 import json
 import re
@@ -18,12 +20,14 @@ import llmarch
 from llmarch import sharding
 from llmarch.__main__ import main
 from llmarch.config import Precision
+from llmarch.data import companions
 from llmarch.data.tokenizers import load_tokenizer
 from llmarch.errors import UserError
+from llmarch.infer import chat
 from llmarch.infer import lm as infer
 from llmarch.infer.decoder import decoding_params, make_decoder
 from llmarch.infer.lm import LM, TextStream
-from llmarch.layers.position import DynamicNTK, RoPE
+from llmarch.layers.position import NTK, DynamicNTK, LongRoPE, RoPE
 from llmarch.models.decoder import abstract
 from llmarch.ops import sampling as ops
 from llmarch.ops.sampling import Sampling
@@ -45,10 +49,32 @@ def lm_of(name: str) -> LM:
   return LM(config, params, tokenizer)
 
 
-def uncached_greedy(lm: LM, prompt: list[int], n: int, prefix: bool = False) -> list[int]:
-  """argmax of full forwards, one a token. Later tokens are there from the start, so that the length of the
-  context, on which some RoPE scalings depend, is the one that `generate` plans for."""
-  graph, length = nnx.graphdef(abstract(lm.config)), len(prompt) + n
+def with_length(config, length: int):
+  """The config with RoPE scalings that depend on the length replaced by what they are at this one."""
+
+  def fixed(scaling):
+    match scaling:
+      case DynamicNTK(factor=s, original=o):
+        return NTK(factor=max(1.0, s * length / o - (s - 1)))
+      case LongRoPE(short_factors=short, long_factors=long, original=o):
+        kept = long if length > o else short
+        return dataclasses.replace(scaling, short_factors=kept, long_factors=kept)
+    return scaling
+
+  def change(block):
+    position = getattr(block.mixer, "position", None)
+    if not isinstance(position, RoPE):
+      return block
+    position = dataclasses.replace(position, scaling=fixed(position.scaling))
+    return dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, position=position))
+
+  return dataclasses.replace(config, blocks={name: change(block) for name, block in config.blocks.items()})
+
+
+def uncached_greedy(lm: LM, prompt: list[int], n: int, prefix: bool = False, context: int | None = None) -> list[int]:
+  """argmax of full forwards, one a token, with positions scaled to the prompt's length or to `context`."""
+  config = with_length(lm.config, context or len(prompt))
+  graph, length = nnx.graphdef(abstract(config)), len(prompt) + n
   marked = jnp.arange(length)[None] < len(prompt) if prefix else None
   forward = jax.jit(lambda p, *args: nnx.merge(graph, p)(*args, prefix=marked)[0])
   ids = prompt + [0] * n
@@ -162,7 +188,7 @@ def test_decoding_over_a_mesh_equals_decoding_on_one_device():
     carry, tokens, _ = programs.decode(params, carry, 6)
     found.append(np.column_stack([first, tokens]))
   assert np.array_equal(*found)
-  cache = carry["state"]["layers"][0][0]["k"]
+  cache = jax.tree.leaves(carry["state"]["layers"][0])[0]
   assert cache.sharding.shard_shape(cache.shape) == (1, 1, *cache.shape[2:])
 
 
@@ -266,7 +292,7 @@ def test_draws_follow_the_softmax_at_the_temperature(temperature):
   p = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
   counts = np.bincount(drawn, minlength=5)
   assert (abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p))).all()
-  argmax = ops.sample(logits[None], None, keys[:1], sampling=Sampling(repetition_penalty=1.0))
+  argmax = ops.sample(logits[None], None, None, sampling=Sampling())
   assert argmax.tolist() == [3]
 
 
@@ -320,6 +346,125 @@ def test_a_text_ends_at_the_tokenizers_end():
   tokenizer = type("Ending", (type(lm.tokenizer),), {"end_id": new[3]})()
   want = tokenizer.decode(new[: new.index(new[3])])
   assert LM(lm.config, lm.params, tokenizer).generate("ab", max_new_tokens=6) == want
+
+
+@pytest.mark.parametrize("name", ["sharp", "longrope"])
+def test_the_first_tokens_do_not_depend_on_how_many_may_follow(name):
+  lm = lm_of(name)
+  for prompt in PROMPTS:
+    few, many = (lm.generate(prompt, max_new_tokens=n) for n in (3, 11))
+    assert few == many[:3] and few[0] == int(lm.logits([prompt])[0, -1].argmax())
+  assert lm.generate(PROMPTS, max_new_tokens=6, context=20) == [uncached_greedy(lm, p, 6, context=20) for p in PROMPTS]
+
+
+def test_other_numbers_of_sampling_and_other_stops_need_no_other_program(monkeypatch):
+  lm, made = lm_of("llama"), []
+  monkeypatch.setattr(infer, "make_decoder", lambda *a, **options: made.append(make_decoder(*a, **options)) or made[-1])
+  generate = functools.partial(lm.generate, PROMPTS[1], max_new_tokens=4)
+  generate(temperature=0.7, top_k=5, stop=[1])
+  generate(temperature=1.3, top_p=0.4, min_p=0.1, stop=[2, 3])
+  assert made[0].decode is made[1].decode and made[0].prefill is made[1].prefill
+  assert made[0].decode._cache_size() == made[0].prefill._cache_size() == 1
+
+
+def test_a_stop_is_found_wherever_it_lies_in_the_text():
+  lm = lm_of("text")
+  text = lm.generate("dé", max_new_tokens=40)
+  ids = lm.generate([*"dé".encode()], max_new_tokens=40)
+  for start, size in ((1, 1), (3, 2), (5, 3), (9, 7)):
+    stop, pieces = text[start : start + size], []
+    want = text[: text.index(stop)]
+    assert lm.generate("dé", max_new_tokens=40, stop=["never", stop]) == want
+    keep = lambda row, piece, pieces=pieces: pieces.extend(piece)
+    streamed = lm.generate("dé", max_new_tokens=40, stop=stop, stream=keep)
+    assert streamed == "".join(pieces) == want
+    pieces.clear()
+    as_ids = [lm.generate([*"dé".encode()], max_new_tokens=40, stop=stop, stream=stream) for stream in (None, keep)]
+    assert as_ids[0] == as_ids[1] == pieces == ids[: len(pieces)]
+    assert lm.tokenizer.decode(pieces).rstrip("\ufffd") == want.rstrip("\ufffd")
+
+
+def test_of_two_stops_the_one_that_is_complete_first_ends_the_text():
+  for together in (1, 4):
+    text = TextStream(load_tokenizer("bytes"), [], ("abcd", "c"))
+    for at in range(0, 8, together):
+      text.push(list(b"xxabcdxx")[at : at + together])
+    assert str(text) == "xxab"
+
+
+def test_special_tokens_of_a_prompt_and_of_a_stop_are_tokens_on_request():
+  lm = lm_of("text")
+  spelt, ids = "a<|endoftext|>b", [97, 256, 98]
+  assert lm.generate(spelt, max_new_tokens=5) == lm.tokenizer.decode(lm.generate(ids, max_new_tokens=5))
+  plain = lm.generate(spelt, max_new_tokens=5, special=False)
+  assert plain == lm.tokenizer.decode(lm.generate([*spelt.encode()], max_new_tokens=5))
+  assert lm.parse_stops(["<|endoftext|>", 3, "b"], True) == ((256, 3), ("b",))
+  assert lm.parse_stops(["<|endoftext|>", 3, "b"], False) == ((3,), ("<|endoftext|>", "b"))
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+    {% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}
+    {%- generation %}<|{{ m.role }}|>{{ m.content | trim | tojson }}{{ eos_token }}{% endgeneration %}
+{% endfor %}
+{% if add_generation_prompt %}<|assistant|>{% endif %}
+"""
+
+
+def test_a_chat_is_the_text_of_its_template():
+  lm = lm_of("text")
+  tokenizer = load_tokenizer("bytes")
+  tokenizer.companions = companions.Companions(
+    {"chat_template.jinja": TEMPLATE, "tokenizer_config.json": json.dumps({"eos_token": "<|endoftext|>"})}
+  )
+  chatty, messages = LM(lm.config, lm.params, tokenizer), [{"role": "user", "content": " é"}]
+  prompt = '<|user|>"é"<|endoftext|><|assistant|>'
+  assert chatty.begin_reply(messages).prompt_ids == tokenizer.encode(prompt, special=True)
+  want = lm.generate(prompt, max_new_tokens=7)
+  assert chatty.chat(messages, max_new_tokens=7) == want
+  with pytest.raises(UserError, match="no chat template"):
+    lm.chat(messages)
+  for bad in ([], "hello", [{"content": "x"}], [{"role": "tool", "content": "x"}]):
+    with pytest.raises(UserError, match="messages"):
+      chatty.chat(bad)
+  utils = pytest.importorskip("transformers.utils.chat_template_utils")
+  said = [*messages, {"role": "assistant", "content": "yes <b>"}, {"role": "user", "content": "and\n"}]
+  named = dict(bos_token="B", eos_token="E")
+  theirs, _ = utils.render_jinja_template([said], chat_template=TEMPLATE, add_generation_prompt=True, **named)
+  assert chat.render(TEMPLATE, said, **named) == theirs[0]
+
+
+def test_the_command_answers_a_message_and_goes_on_with_a_chat(tmp_path, capsys, monkeypatch):
+  lm = lm_of("text")
+  lm.save(tmp_path / "model")
+  (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+  chatty, user = llmarch.load(tmp_path / "model"), lambda text: {"role": "user", "content": text}
+  first = chatty.chat([user("hi")], max_new_tokens=3)
+  said = [user("hi"), {"role": "assistant", "content": first}, user("and")]
+  second = chatty.chat(said, max_new_tokens=3)
+  options = ["generate", str(tmp_path / "model"), "--chat", "--max_new_tokens=3"]
+  assert main([*options, "--prompt=hi"]) == 0
+  assert capsys.readouterr().out == f"{first}\n"
+  monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nand\n"))
+  assert main(options) == 0
+  assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox():
+  for evil in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% if %}"):
+    with pytest.raises(UserError, match="template"):
+      text = chat.render(evil, [{"role": "user", "content": "x"}])
+      assert text == "", text  # an unsafe attribute is undefined in a sandbox, which prints nothing
+      raise UserError("template")
+
+
+def test_a_checkpoints_end_ids_end_a_text_without_a_tokenizer(tmp_path):
+  lm = lm_of("llama")
+  free = lm.generate(PROMPTS[2], max_new_tokens=9)
+  ending = LM(lm.config, lm.params, end_ids=(free[4], 10**6))
+  want = free[: free.index(free[4])]
+  assert ending.generate(PROMPTS[2], max_new_tokens=9) == want
+  ending.save(tmp_path / "model")
+  assert llmarch.load(tmp_path / "model").generate(PROMPTS[2], max_new_tokens=9) == want
 
 
 def test_streamed_text_never_shows_half_a_character():
@@ -399,7 +544,6 @@ BAD = [
   ("temperatur.*did you mean 'temperature'", dict(temperatur=1.0)),
   ("stop", dict(stop=[257])),
   ("stop", dict(stop=-1)),
-  ("stop", dict(stop="ab")),
   ("stop", dict(stop=[""])),
   ("stop", dict(stop=[1.0])),
   ("stop", dict(stop=1.0)),
@@ -410,6 +554,8 @@ BAD = [
   ("batch", dict(batch=0)),
   ("chunk", dict(chunk=0)),
   ("prefix", dict(prefix=True)),
+  ("special", dict(special=1)),
+  ("context", dict(context=0)),
 ]
 
 

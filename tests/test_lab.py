@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from scipy import stats
+from tiers import plain_if
 
 import llmarch.layers.registry  # noqa: F401
 from llmarch.__main__ import main as llmarch_main
@@ -340,7 +341,7 @@ def table(folder) -> dict:
   return {r["key"]: {k: v for k, v in r.items() if k not in VOLATILE} for r in rows}
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_r21_a_sweep_killed_at_random_ends_with_the_same_table(request, tmp_path, cases):
   kills = 10 if request.config.getoption("--nightly") else 3
   fields = dict(widths=[32, 48, 64], seeds=3, seconds=0.2)
@@ -405,19 +406,22 @@ def test_failed_trials_are_recorded_and_the_others_go_on(tmp_path, capsys):
 
 @pytest.mark.parametrize(
   ("metrics", "kind", "sentence"),
-  [
-    ("{'loss': float('nan')}", "numbers", "the metric 'loss' is nan"),
-    ("{'loss': float('inf'), 'other': 1.0}", "numbers", "the metric 'loss' is inf"),
-    ("{'loss': None}", "refused", "the metric 'loss' of a trial must be a number, got None"),
-    ("{'loss': '1.0'}", "refused", "must be a number, got '1.0'"),
-    ("{'loss': {'a': 1.0}}", "refused", "must be a number"),
-    ("[1.0]", "refused", "a trial must give {metric: number}"),
-    ("{}", "refused", "a trial must give {metric: number}"),
-    ("{'loss': True}", "refused", "must be a number, got True"),
-    ("{'loss': 10**400}", "numbers", "the metric 'loss' is 1000"),
-    ("{1: 1.0}", "refused", "the name of a metric must be a text, got 1"),
-    ("{'loss': __import__('numpy').float32(0.5), 'n': 2}", None, ""),
-  ],
+  plain_if(
+    lambda case: case[0] in ("{'loss': float('nan')}", "{'loss': None}"),
+    [
+      ("{'loss': float('nan')}", "numbers", "the metric 'loss' is nan"),
+      ("{'loss': float('inf'), 'other': 1.0}", "numbers", "the metric 'loss' is inf"),
+      ("{'loss': None}", "refused", "the metric 'loss' of a trial must be a number, got None"),
+      ("{'loss': '1.0'}", "refused", "must be a number, got '1.0'"),
+      ("{'loss': {'a': 1.0}}", "refused", "must be a number"),
+      ("[1.0]", "refused", "a trial must give {metric: number}"),
+      ("{}", "refused", "a trial must give {metric: number}"),
+      ("{'loss': True}", "refused", "must be a number, got True"),
+      ("{'loss': 10**400}", "numbers", "the metric 'loss' is 1000"),
+      ("{1: 1.0}", "refused", "the name of a metric must be a text, got 1"),
+      ("{'loss': __import__('numpy').float32(0.5), 'n': 2}", None, ""),
+    ],
+  ),
 )
 def test_metrics_that_are_no_numbers_are_a_failure_with_a_reason(metrics, kind, sentence, tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], seeds=1)
@@ -491,7 +495,7 @@ def test_arms_are_called_what_the_file_calls_them(tmp_path):
   }
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_trials_of_two_budgets_that_are_one_config_are_one_trial(tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], rates=(1e-3, 2e-3))
   path = tmp_path / "widths" / "ablation.py"
@@ -504,6 +508,7 @@ def test_trials_of_two_budgets_that_are_one_config_are_one_trial(tmp_path):
   assert {results.summarize(folder, budget=b)["stale"] for b in ("tiny", "more")} == {0}
 
 
+@pytest.mark.full
 def test_seeds_beyond_the_budget_s_count_only_where_they_are_asked_for(tmp_path):
   folder = write_ablation(tmp_path / "widths", widths=[32], seeds=3)
   runner.run_all([folder], budget="tiny", seeds=5, workers=2, say=lambda text: None)
@@ -592,6 +597,7 @@ def test_a_trial_trains_and_its_numbers_are_those_of_the_same_run(tmp_path):
   assert "1 of 1" in said[-1] or "[1/1]" in said[-1]
 
 
+@pytest.mark.full
 def test_gradients_by_layer_are_those_of_a_training_step(monkeypatch):
   """A step of plain descent at rate 1 moves the parameters by the gradient."""
   from llmarch.data.pipeline import make_pipeline

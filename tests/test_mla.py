@@ -14,7 +14,7 @@ import spaces
 from flax import nnx
 from test_invariants import T, Toy, assert_close, assert_same_gradients, check_decoding
 from test_presets import dot_flops
-from tiers import plain_if
+from tiers import three
 
 from llmarch.analysis import cost
 from llmarch.build import build, to_dict
@@ -50,7 +50,7 @@ def logits_of(toy: Toy, chunks: int):
   return run
 
 
-@pytest.mark.parametrize("chunks", plain_if(lambda n: n == 1, [1, 3, T]))
+@pytest.mark.parametrize("chunks", three([1].count, [3].count, [1, 3, T]))
 def test_the_absorbed_form_equals_the_naive_one_in_values_and_gradients(chunks, monkeypatch, cases):
   toy = Toy(CONFIG, 3, 3)
   real = toy.batch.positions >= 0

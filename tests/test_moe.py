@@ -311,7 +311,7 @@ def test_balancing_without_a_loss_evens_the_load():
     graph, params = nnx.split(abstract(model))
     held_out = text[200:].reshape(-1, tokens)
     everywhere = np.tile(np.arange(tokens, dtype=np.int32), (len(held_out), 1))
-    run = jax.jit(lambda p: nnx.merge(graph, unflatten(params, p)).trunk(held_out, everywhere, telemetry=True)[2])
+    run = jax.jit(lambda p: nnx.merge(graph, unflatten(params, p)).trunk(held_out, everywhere, telemetry=True)[2].stats)
     return np.asarray(run(state["params"])["router_max_violation"])
 
   assert violation(0.001, 200).max() < 0.1
@@ -353,7 +353,8 @@ SPREAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", plain_if(lambda name: name == "capacity", SPREAD))
+@pytest.mark.full
+@pytest.mark.parametrize("name", plain_if(lambda name: name != "dropless", SPREAD, "nightly"))
 def test_experts_over_eight_devices_equal_one_device(name, cases):
   """Forward and gradients, with tokens and experts split over the same axes; capacity's in all-to-alls."""
   config = spaces.model(

@@ -6,6 +6,7 @@ import math
 import sys
 
 import pytest
+from tiers import three
 
 from llmarch.__main__ import main
 from llmarch.analysis import comm, cost, hardware, planner
@@ -323,16 +324,16 @@ def merged(collectives) -> dict:
   return found
 
 
-@pytest.mark.parametrize("ffn", comm.FEED_FORWARD)
-@pytest.mark.parametrize(
-  "attention, block",
-  [
-    ("batch_xyz", (1, "parallel", "rmsnorm", False)),
-    ("batch_z", (2, "pre", "layernorm", True)),
-    ("heads", (8, "sandwich", "rmsnorm", False)),
-  ],
-  ids=lambda v: v if isinstance(v, str) else f"kv{v[0]}-{v[1]}",
-)
+BLOCKS = [
+  ("batch_xyz", (1, "parallel", "rmsnorm", False)),
+  ("batch_z", (2, "pre", "layernorm", True)),
+  ("heads", (8, "sandwich", "rmsnorm", False)),
+]
+MOVES = [(ffn, *block) for ffn in comm.FEED_FORWARD for block in BLOCKS]
+
+
+# Plain `pytest` has each row and each block once.
+@pytest.mark.parametrize("ffn, attention, block", three(MOVES[::4].count, MOVES[::2].count, MOVES))
 def test_a_compiled_layer_moves_what_is_predicted(ffn, attention, block):
   """Every kind, count and byte of one layer: those of two layers less those of one.
 

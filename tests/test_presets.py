@@ -5,6 +5,7 @@ import functools
 import glob
 import json
 import math
+import re
 import types
 
 import jax
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import pytest
 import spaces
 from flax import nnx
+from tiers import plain_if
 
 from llmarch.__main__ import main
 from llmarch.adapt.padding import block_of
 from llmarch.analysis import cost, hardware
-from llmarch.build import differences, to_dict
-from llmarch.commands.common import load_config
+from llmarch.build import differences, number_with_unit, to_dict
+from llmarch.commands.common import load_config, table_lines
 from llmarch.config import ModelConfig
 from llmarch.layers.mask import Bidirectional, Causal, Prefix
 from llmarch.layers.moe import MoEConfig
@@ -283,7 +285,7 @@ DENSE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", plain_if(DENSE[::4].count, DENSE))
 def test_flops_are_those_of_the_matrix_products_in_the_forward_and_gradient(name):
   forward, gradient = forward_and_gradient_jaxprs(TOYS[name])
   assert cost.flops_per_token(TOYS[name], T, dense=True) * B * T == dot_flops(forward)
@@ -396,6 +398,74 @@ def test_presets_lists_every_preset_with_its_sizes(capsys):
   assert all(name in text for name in PUBLISHED) and "8.03 B" in text
 
 
+@pytest.mark.parametrize("width", [30, 45, 60, 80, 120, 200])
+def test_a_table_fits_its_width_splits_no_number_and_names_what_it_hides(width):
+  rows = [
+    {"name": "one", "params": "8.03 B (3.1 B)", "words": "rmsnorm at the input, and at the output of each", "n": 10**9,
+     "heads": "32/8", "said": None, "last": 0.123456},
+    {"name": "another", "params": "124 M", "words": "layernorm", "n": 7, "heads": None, "said": "yes", "last": 1.0},
+  ]  # fmt: skip
+  lines = table_lines(rows, width, "a title of some words that may be too long for a line")
+  assert max(map(len, lines)) <= width
+  text = " ".join(" ".join(lines).split())
+  hidden = text.partition("hidden for want of room: ")[2].partition(" (")[0]
+  hidden = hidden.split(", ") if hidden else []
+  head = next(line for line in lines if line.startswith("name")).split()
+  assert head + hidden == list(rows[0]) and (width < 80) <= bool(hidden) <= (width < 120)
+  cells = {"params": "8.03 B (3.1 B)", "n": "1,000,000,000", "heads": "32/8", "last": "0.1235"}
+  for name, cell in cells.items():
+    assert any(cell in line for line in lines) == (name in head)
+  if "words" in head:
+    assert all(word in text for word in rows[0]["words"].split())
+
+
+@pytest.mark.parametrize("argv", [["presets"], ["plan", "llama_3_8b", "--hardware=tpu_v5p", "--chips=8", "--batch=16"]])
+def test_commands_print_their_tables_as_wide_as_the_terminal(capsys, monkeypatch, argv):
+  monkeypatch.setenv("COLUMNS", "80")
+  narrow = run(capsys, *argv)
+  assert "hidden for want of room" in narrow
+  table = [line for line in narrow.splitlines() if not line.startswith(("note", "best", "  "))]
+  assert max(map(len, table)) <= 80
+  monkeypatch.setenv("COLUMNS", "400")
+  assert "hidden for want of room" not in run(capsys, *argv)
+
+
+def test_every_key_of_a_config_is_listed_with_its_type_default_and_sentence(capsys):
+  keys = {key["key"]: key for key in json.loads(run(capsys, "describe", "--keys", "--json"))}
+
+  def leaves(data, path=""):
+    for name, value in data.items():
+      yield from leaves(value, f"{path}{name}.") if isinstance(value, dict) else [f"{path}{name}"]
+
+  for name in ("llama_3_8b", "deepseek_v3"):
+    for leaf in leaves(to_dict(load_config(name))):
+      plain = re.sub(r"blocks\.\w+", "blocks.NAME", leaf).removesuffix(".kind")
+      assert any(key.partition(" (of ")[0] == plain for key in keys), leaf
+  assert all(key["sentence"] and key["type"] for key in keys.values())
+  assert keys["train.batch_size"] == {
+    "key": "train.batch_size", "type": "int", "default": "16",
+    "sentence": "sequences per step, over all devices and micro-batches",
+  }  # fmt: skip
+  assert keys["model.d_model"]["default"] == "required" and keys["train.ema"]["type"] == "float or none"
+  below = run(capsys, "describe", "--keys", "config.model.blocks.layer.mixer.position")
+  assert "model.blocks.NAME.mixer.position.theta (of rope): float, default 10000.0" in below
+  assert "train" not in below.replace("trained", "")
+
+
+def test_a_word_a_unit_and_a_default_of_zero(capsys):
+  by_flag = run(capsys, "describe", "--config=llama_7b", "--config.train.steps=16000", "--json")
+  assert run(capsys, "describe", "llama_7b", "--config.train.steps=16k", "--json") == by_flag
+  found = [number_with_unit(text) for text in ("16k", "16ki", "1.5M", "2 G", "k", "16", "1.0001k", "16kk")]
+  assert found == [16000, 16384, 1_500_000, 2 * 10**9, None, None, 1000.1, None]
+  with pytest.raises(SystemExit):
+    main(["generate", "--help"])
+  shown = capsys.readouterr().out
+  assert "--top_k: " in shown and "0 from all (default 0)" in shown and "(default 0.0)" in shown
+  with pytest.raises(SystemExit):
+    main(["train", "--help"])
+  assert "llmarch describe --keys" in capsys.readouterr().out
+
+
 def test_describe_prints_stack_parameters_flops_and_memory(capsys):
   text = run(capsys, "describe", "--config=gemma_2_2b")
   for words in ("13*(local global)", "window=4096", "2,614,341,888", "100.0%", "sandwich", "training", "decoding"):
@@ -427,7 +497,10 @@ LAYER = "--config.model.blocks.layer"
     (["--config=llama_3_9b"], "did you mean 'llama_3_8b'"),
     (["--config=nowhere.py"], "there is no file nowhere.py"),
     (["--config=llama_7b", "--jsn"], "jsn"),
-    (["--config=llama_7b", "here"], "'here' is not a flag"),
+    (["--config=llama_7b", "here"], "'here' and --config=llama_7b say the same thing"),
+    (["llama_7b", "here"], "'here' is not a flag"),
+    (["llama_7b", "--train.steps=10"], "there is no flag --train.steps; a key of the config is set as --config.train"),
+    (["--keys", "trian"], "--keys: no key begins with 'trian'; did you mean 'train'"),
     (["--config=llama_7b", "--config.model.d_modl=3"], "config.model.d_modl: no such key; did you mean 'd_model'"),
     (["--config=llama_7b", "--config.model.d_model=wide"], "config.model.d_model must be of type int, got 'wide'"),
     (["--config=llama_7b", "--config.model.d_model=4096.0"], "config.model.d_model must be of type int"),

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trainee
-from tiers import plain_if
+from tiers import plain_if, three
 from trainee import Data, experiment, run
 
 from llmarch import files
@@ -158,7 +158,7 @@ def whole(server, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------- R1, R2
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_r1_the_same_run_again_gives_the_same_bits(tmp_path, server, whole, cases, times):
   for axes in ("", "data=2", "data=2,fsdp=2"):
     sizes = parse_mesh(axes)
@@ -220,7 +220,10 @@ def test_r2_a_run_resumed_after_any_step_ends_in_the_same_bits(every_step, tmp_p
   cases("R2 resumed after a step")
 
 
-@pytest.mark.parametrize("lost", ["opt_state", "step", "ema", "params", "batch", "skips"])
+ITEMS = ["params", "batch", "skips", "opt_state", "step", "ema"]  # the last three: test_training.py, too
+
+
+@pytest.mark.parametrize("lost", plain_if(ITEMS[:3].count, ITEMS, "nightly"))
 @pytest.mark.full
 def test_r2_a_run_resumed_without_any_one_item_does_not(every_step, tmp_path, lost, monkeypatch, cases):
   """The negative control: the comparison above notices whatever is lost."""
@@ -743,7 +746,7 @@ BAD_NUMBERS = [(place, how) for place in ("batch", "params", MU, NU, "ema") for 
 
 
 @pytest.mark.parametrize(
-  "place, on_nonfinite", plain_if(lambda case: case == ("params", "stop"), BAD_NUMBERS)
+  "place, on_nonfinite", three([("params", "stop")].count, BAD_NUMBERS[3::2].count, BAD_NUMBERS)
 )
 def test_r16_a_bad_number_is_noticed_in_its_step_and_never_saved(
   tmp_path, place, on_nonfinite, monkeypatch, cases, times
@@ -884,7 +887,10 @@ class Killed(BaseException):
   pass
 
 
-@pytest.mark.parametrize("at", ["never", "decided", "half moved", "moved", "later"])
+KILLS = ["decided", "moved", "never", "half moved", "later"]
+
+
+@pytest.mark.parametrize("at", plain_if(KILLS[:2].count, KILLS, "nightly"))
 @pytest.mark.full
 def test_r17_a_rollback_survives_a_kill_at_any_moment(spike_far_back, tmp_path, at, monkeypatch, cases):
   """Killed right after the decision, between the moves, after them, and some steps after."""
@@ -1038,7 +1044,7 @@ def test_r19_a_clock_that_jumps_changes_nothing_but_the_account(tmp_path, monkey
 # ----------------------------------------------------------------------------------------------------- R22
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_r22_a_long_run_grows_neither_in_memory_nor_in_files_threads_or_programs(tmp_path, monkeypatch, cases, times):
   steps = times(2000, 50_000)
   every = steps // 50
@@ -1132,7 +1138,7 @@ def test_the_supervisor_starts_again_by_exit_code_and_stops_without_progress(
   assert json.loads((tmp_path / "run" / "goodput.json").read_text())["starts"] == starts
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_r3_a_supervised_command_that_is_killed_twice_ends_as_one_that_was_not(tmp_path, cases):
   config = dataclasses.replace(
     experiment(steps=400, every=20, log_every=20), data=DataConfig(source=Copy(length=2, num_symbols=9))

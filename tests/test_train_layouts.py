@@ -161,7 +161,7 @@ def assert_near(actual, expected, what: str):
 
 
 @pytest.mark.parametrize("text, name, option", in_tiers(CASES, PLAIN_MESHES, NIGHTLY_MESHES))
-def test_a_train_step_equals_one_device(text, name, option, cases):
+def test_a_train_step_equals_one_device(text, name, option, cases, checked):
   start, state, metrics, functions, _ = outcome(name, option, text)
   alone_start, alone, alone_metrics, *_ = outcome(name, option)
   jax.tree.map(np.testing.assert_array_equal, start, alone_start)
@@ -178,6 +178,9 @@ def test_a_train_step_equals_one_device(text, name, option, cases):
   same = lambda x, want: x.sharding.is_equivalent_to(want.sharding, x.ndim)
   assert all(jax.tree.leaves(jax.tree.map(same, state, functions.abstract_state)))
   cases("training mesh == one device: start (bitwise), loss, gradients, update")
+  axes = [f"mesh.{part.partition('=')[0]}=given" for part in text.split(",")]
+  remat = OPTIONS[option].get("remat", "none")
+  checked("7", MODELS[name], *axes, f"remat='{remat}'", "packing='documents'")
 
 
 def test_each_axis_alone_and_each_pair_of_axes_is_in_a_mesh_of_the_tiers():

@@ -19,11 +19,11 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llmarch import sharding
 from llmarch.config import BlockConfig, ModelConfig
-from llmarch.experiment_checks import check_training, plan_pipeline
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import RMSNorm
 from llmarch.layers.position import RoPE
+from llmarch.mesh_checks import check_training, plan_pipeline
 from llmarch.models.decoder import Decoder, unstack
 from llmarch.run_config import RunConfig
 from llmarch.sharding import Layout

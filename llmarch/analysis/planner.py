@@ -550,6 +550,7 @@ def published(row: Published, calibration: Calibration = ROOFLINE) -> Option:
 
 
 def published_request(row: Published) -> Request:
+  """Returns the request that was measured in a published row: a prefill, or the decoding that follows one."""
   prompt, generate = (row.length, 0) if row.phase == "prefill" else (2048 - row.length, row.length)
   return Request(PRESETS[row.model](), "tpu_v4", row.chips, row.batch, prompt, generate, row.weights)
 

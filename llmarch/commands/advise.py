@@ -46,6 +46,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch advise`; returns its exit code."""
   args = parse_flags(argv, _define, USAGE)
   for name, example in (("task", "generate"), ("context", "8192")):
     if args[name].value is None:

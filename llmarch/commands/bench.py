@@ -40,6 +40,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch bench`; returns its exit code."""
   argv, overrides = split_overrides(argv)
   args = parse_flags(argv, _define, USAGE)
   config = load_config(args.config, overrides)

@@ -1,21 +1,35 @@
 """Shared parts of the commands: flags, configs from files and overrides, JSON or tables."""
 
+import dataclasses
 import json
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 
 from absl import flags
 
-from llmarch.build import build, execute, override, to_dict
+from llmarch.build import build, execute, number_with_unit, override, to_dict
 from llmarch.errors import UserError, nearest
 
 
-def parse_flags(argv: list[str], define: Callable[[flags.FlagValues], None], usage: str) -> flags.FlagValues:
-  """Parses a command's own flags. `--help` prints usage and exits 0; a bad flag raises UserError."""
+def parse_flags(
+  argv: list[str], define: Callable[[flags.FlagValues], None], usage: str, words: tuple[str, ...] = ()
+) -> flags.FlagValues:
+  """Parses a command's own flags. `--help` prints usage and exits 0; a bad flag raises UserError.
+
+  words: flags that may be given as words alone, in this order: `describe llama_3_8b` is `describe --config=llama_3_8b`.
+  """
   values, rest = parse_words(argv, define, usage)
-  if rest:
-    raise UserError(f"{rest[0]!r} is not a flag; write --name=value (--help lists the flags)")
+  for name, word in zip(words, rest):
+    if values[name].present:
+      raise UserError(f"{word!r} and --{name}={values[name].value} say the same thing; give one of them")
+    values[name].parse(word)
+    values[name].using_default_value = False
+  if rest[len(words) :]:
+    raise UserError(f"{rest[len(words)]!r} is not a flag; write --name=value (--help lists the flags)")
   return values
 
 
@@ -26,8 +40,13 @@ def parse_words(
   values = flags.FlagValues()
   flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
   define(values)
+  for name in values:
+    if type(values[name].parser) is type(_INTEGERS):
+      values[name].parser = _Integers(values[name].parser.lower_bound, values[name].parser.upper_bound)
   try:
     rest = values(["llmarch", *argv])[1:]
+  except flags.UnrecognizedFlagError as e:
+    raise UserError(_unknown_flag(e.flagname, values)) from None
   except flags.Error as e:
     raise UserError(" ".join(str(e).split())) from None
   if values.help:
@@ -36,10 +55,36 @@ def parse_words(
   return values, rest
 
 
+_INTEGERS = flags.IntegerParser()
+
+
+class _Integers(flags.IntegerParser):
+  """Reads a whole number, which may end with a unit: 16k is 16,000 and 16ki is 16,384."""
+
+  def convert(self, argument):
+    found = number_with_unit(argument) if isinstance(argument, str) else None
+    return super().convert(argument if found is None else found)
+
+
+def _unknown_flag(name: str, values: flags.FlagValues) -> str:
+  """The sentence about a flag that is not there: a key of the config, or the nearest flag."""
+  from llmarch.run_config import RunConfig
+
+  name = name.partition("=")[0]
+  keys = {f.name for f in dataclasses.fields(RunConfig)}
+  if "config" in values and name.partition(".")[0] in keys:
+    return f"there is no flag --{name}; a key of the config is set as --config.{name}=VALUE"
+  return f"there is no flag --{name}{nearest(name, [n for n in values if len(n) > 1])}"
+
+
 def _flag_help(values: flags.FlagValues) -> str:
   shown = [values[name] for name in sorted(values) if name == values[name].name]
-  default = lambda f: "" if f.default in (None, "", False, []) else f" (default {f.default})"
-  return "\n".join(f"  --{f.name}: {f.help}{default(f)}" for f in shown)
+  says_nothing = lambda x: x is None or x is False or x in ("", [])
+  default = lambda f: "" if says_nothing(f.default) else f" (default {f.default})"
+  lines = [f"  --{f.name}: {f.help}{default(f)}" for f in shown]
+  if "config" in values:
+    lines.append("  --config.KEY=VALUE: sets a key of the config (`llmarch describe --keys` lists them all)")
+  return "\n".join(lines)
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -131,21 +176,66 @@ def _run_config(path: str, argument: str) -> dict:
 
 
 def print_table(rows: list[dict], as_json: bool, *, title: str = "") -> None:
-  """Rows of equal keys, as JSON on request, else as a table (None is a dash, integers get separators)."""
+  """Prints rows of equal keys, as JSON on request, else as a table (None is a dash, integers get separators).
+
+  A table is as wide as the terminal. Columns of words are wrapped at spaces, numbers never; the last columns that then
+  have no room are left out, and named below it.
+  """
   if as_json:
     json.dump(rows, sys.stdout, indent=1)
     print()
     return
-  from rich.console import Console
-  from rich.table import Table
+  print("\n".join(table_lines(rows, terminal_width(), title)))
 
-  table = Table(title=title or None, box=None, header_style="bold", pad_edge=False)
-  for i, key in enumerate(rows[0]):
-    right = any(isinstance(row[key], (int, float)) for row in rows)
-    table.add_column(key, justify="right" if right else "left", overflow="fold", no_wrap=right or i == 0)
-  for row in rows:
-    table.add_row(*(_cell(value) for value in row.values()))
-  Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)  # brackets are text
+
+def terminal_width() -> int:
+  """Columns of the terminal ($COLUMNS where it is set); 160 where the output is no terminal."""
+  if os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty():
+    return shutil.get_terminal_size().columns
+  return 160
+
+
+GAP = "  "  # between columns
+NARROW = 12  # characters that a column of words has at least, if it is not narrower by itself
+
+
+def table_lines(rows: list[dict], width: int, title: str = "") -> list[str]:
+  """The lines of a table, none longer than the width unless the first column alone is."""
+  names = list(rows[0])
+  cells = {name: [_cell(row[name]) for row in rows] for name in names}
+  rigid = {n for i, n in enumerate(names) if not i or any(_is_number(row[n], c) for row, c in zip(rows, cells[n]))}
+  full = {name: max(map(len, [name, *cells[name]])) for name in names}
+  least = {n: full[n] if n in rigid else min(full[n], max(NARROW, _longest_word([n, *cells[n]]))) for n in names}
+  kept = names
+  while len(kept) > 1 and sum(least[n] for n in kept) + len(GAP) * (len(kept) - 1) > width:
+    kept = kept[:-1]
+  room = width - sum(least[n] for n in kept) - len(GAP) * (len(kept) - 1)
+  sizes = {}
+  for name in kept:  # the room that is left goes to the columns of words, from the left
+    sizes[name] = least[name] + min(max(room, 0), full[name] - least[name])
+    room -= sizes[name] - least[name]
+  right = {n for n in kept if any(isinstance(row[n], (int, float)) for row in rows)}
+  lines = textwrap.wrap(title, max(width, 20)) if title else []
+  for row in [kept, *([cells[n][i] for n in kept] for i in range(len(rows)))]:
+    wrapped = [textwrap.wrap(c, sizes[n], break_long_words=False, break_on_hyphens=False) or [""] if n not in rigid
+               else [c] for n, c in zip(kept, row)]  # fmt: skip
+    for i in range(max(map(len, wrapped))):
+      parts = [w[i] if i < len(w) else "" for w in wrapped]
+      fit = lambda n, text: text.rjust(sizes[n]) if n in right else text.ljust(sizes[n])
+      lines.append(GAP.join(fit(n, part) for n, part in zip(kept, parts)).rstrip())
+  if hidden := [name for name in names if name not in kept]:
+    words = f"hidden for want of room: {', '.join(hidden)} (a wider terminal, or --json, shows all)"
+    lines += textwrap.wrap(words, max(width, 20), break_long_words=False)
+  return lines
+
+
+def _is_number(value, text: str) -> bool:
+  """True for a number, and for words that are one with its unit, such as "8.03 B (3.1 B)" or "32/8"."""
+  return isinstance(value, (int, float)) or bool(re.match(r"\d", text))
+
+
+def _longest_word(texts: list[str]) -> int:
+  return max((len(word) for text in texts for word in text.split()), default=0)
 
 
 def short(n: float, base: int = 1000, units: tuple[str, ...] = ("", "K", "M", "B", "T")) -> str:

@@ -40,11 +40,12 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch compile`; returns its exit code."""
   from llmarch.analysis import compile as ahead
 
   ahead.prepare()  # before jax starts
   argv, overrides = split_overrides(argv)
-  args = parse_flags(argv, _define, USAGE)
+  args = parse_flags(argv, _define, USAGE, words=("config",))
   if args.suite:
     return _run_suite(Path(args.suite), args.fast)
   config, cell = _cell(args, overrides)

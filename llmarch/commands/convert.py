@@ -22,7 +22,7 @@ from llmarch.errors import UserError, check
 
 def main(argv: list[str]) -> int:
   """Raises UserError for bad flags, a damaged or unknown source, and where --to exists; then nothing is written."""
-  options = parse_flags(argv, _define, __doc__)
+  options = parse_flags(argv, _define, __doc__, words=("from", "to"))
   source, target = (options[name].value for name in ("from", "to"))
   check(bool(source), "--from is missing; name the folder to read")
   check(bool(target), "--to is missing; name the folder to write")

@@ -3,16 +3,28 @@ collectives of one layer under it. Nothing is built."""
 
 import dataclasses
 import json
+import textwrap
 from collections import Counter
 
 from absl import flags
 
 from llmarch.build import to_dict
-from llmarch.commands.common import load_config, parse_flags, print_table, short, short_bytes, split_overrides
+from llmarch.commands.common import (
+  load_config,
+  parse_flags,
+  print_table,
+  short,
+  short_bytes,
+  split_overrides,
+  terminal_width,
+)
 from llmarch.errors import check
 
 USAGE = """llmarch describe --config=FILE|PRESET|RUN [--config.a.b=value ...] [--json]
-       llmarch describe --layout=NAME [--mesh=x=2,y=2,z=2] [--config=FILE|PRESET|RUN ...] [--json]"""
+       llmarch describe --layout=NAME [--mesh=x=2,y=2,z=2] [--config=FILE|PRESET|RUN ...] [--json]
+       llmarch describe --keys [PREFIX] [--json]       every key of a config: its type, its default, what it is
+
+  The first word may stand for --config: llmarch describe llama_3_8b."""
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -24,12 +36,18 @@ def _define(values: flags.FlagValues) -> None:
     " of --config, or of a small one", flag_values=values
   )  # fmt: skip
   flags.DEFINE_string("mesh", None, "with --layout: the mesh; by default 8 devices", flag_values=values)
+  flags.DEFINE_bool("keys", False, "list every key of a config, or those below a prefix", flag_values=values)
   flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch describe`; returns its exit code."""
   argv, overrides = split_overrides(argv)
-  args = parse_flags(argv, _define, USAGE)
+  argv = [part for word in argv for part in (["--keys", word[7:]] if word.startswith("--keys=") else [word])]
+  args = parse_flags(argv, _define, USAGE, words=("config",))
+  if args.keys:
+    _print_keys(args.config or "", args.json)
+    return 0
   if args.layout is not None:
     from llmarch.analysis.layer import describe_layout
 
@@ -48,6 +66,21 @@ def main(argv: list[str]) -> int:
     _print_model(config.model)
     _print_costs(costs)
   return 0
+
+
+def _print_keys(prefix: str, as_json: bool) -> None:
+  from llmarch.commands.keys import keys
+
+  found = keys(prefix)
+  if as_json:
+    print(json.dumps([key._asdict() for key in found], indent=1))
+    return
+  width = terminal_width()
+  for key in found:
+    default = "required" if key.default == "required" else f"default {key.default}" if key.default else ""
+    print(f"{key.key}: " + ", ".join(filter(None, (key.type, default))))
+    for line in textwrap.wrap(key.sentence, max(width - 4, 20), break_long_words=False):
+      print(f"    {line}")
 
 
 def describe(config) -> dict:

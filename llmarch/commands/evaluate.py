@@ -34,7 +34,8 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
-  args = parse_flags(argv, _define, __doc__)
+  """Runs `llmarch evaluate`; returns its exit code."""
+  args = parse_flags(argv, _define, __doc__, words=("from",))
   folder = args["from"].value
   if not folder:
     raise UserError("--from is missing; give the folder of a saved model, a run or a checkpoint of transformers")
@@ -49,7 +50,9 @@ def main(argv: list[str]) -> int:
   run_tasks = _harness() if args.tasks else None
   import llmarch
   from llmarch.infer.scoring import perplexity
+  from llmarch.run import keep_programs
 
+  keep_programs("")
   lm = llmarch.load(folder, weights=args.weights)
   if text is not None:
     rows = [perplexity(lm, text, length=args.length, stride=args.stride, batch=args.batch)]

@@ -68,6 +68,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch launch`; returns its exit code."""
   at = argv.index("--") if "--" in argv else len(argv)
   args, command = parse_flags(argv[:at], _define, USAGE), argv[at + 1 :]
   check(bool(args.workdir), "--workdir is missing; give a folder for the run")

@@ -6,6 +6,7 @@ import sys
 
 from absl import flags
 
+from llmarch.build import number_with_unit
 from llmarch.commands.common import load_config, parse_flags, print_table
 from llmarch.errors import UserError, nearest
 
@@ -42,7 +43,8 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
-  args = parse_flags(argv, _define, USAGE)
+  """Runs `llmarch plan`; returns its exit code."""
+  args = parse_flags(argv, _define, USAGE, words=("model",))
   from llmarch.analysis import planner
 
   found, plans, notes = _search(args, planner)
@@ -111,7 +113,7 @@ def _model(name: str | None):
 
 def _numbers(text: str, flag: str) -> list[int]:
   try:
-    return [int(part) for part in text.split(",") if part.strip()]
+    return [int(number_with_unit(part) or part) for part in text.split(",") if part.strip()]
   except ValueError:
     raise UserError(f"--{flag}: cannot read {text!r}; give a number, or a list such as 8,16,32") from None
 
@@ -206,6 +208,10 @@ def _row(o, planner) -> dict:
   return {
     "layout": layout,
     "mesh": mesh,
+    "latency": ms(o.latency_s),
+    "MFU": f"{o.mfu:.1%}",
+    "chip-ms/token": o.chip_ms_per_token,
+    "GiB/chip": f"{o.bytes_per_chip / 2**30:.2f}" + ("" if o.fits else f" ({o.bytes_over / 2**30:.2f} too many)"),
     "passes": o.passes,
     "compute ms": ms(o.compute_s),
     "weights": ms(o.weights_s),
@@ -213,11 +219,7 @@ def _row(o, planner) -> dict:
     "links": ms(o.comm_s),
     "gathers": ms(o.gather_s),
     "at least": ms(o.latency_lower_s),
-    "latency": ms(o.latency_s),
     "no overlap": ms(o.latency_upper_s),
-    "MFU": f"{o.mfu:.1%}",
-    "chip-ms/token": o.chip_ms_per_token,
-    "GiB/chip": f"{o.bytes_per_chip / 2**30:.2f}" + ("" if o.fits else f" ({o.bytes_over / 2**30:.2f} too many)"),
     "context": o.max_context,
   }
 

@@ -12,6 +12,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch presets`; returns its exit code."""
   args = parse_flags(argv, _define, USAGE)
   from llmarch.presets import PRESETS
 

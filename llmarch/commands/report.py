@@ -30,6 +30,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch report`; returns its exit code."""
   args, folders = parse_words(argv, _define, USAGE)
   check(bool(folders), "report on what? Give experiments/NAME, experiments, or folders of runs")
   runs = [folder for folder in folders if _is_run(folder)]

@@ -26,8 +26,9 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> int:
+  """Runs `llmarch train`; returns the exit code of train/faults.py."""
   rest, overrides = split_overrides(argv)
-  args = parse_flags(rest, _define, USAGE)
+  args = parse_flags(rest, _define, USAGE, words=("config", "workdir"))
   if not args.workdir:
     raise UserError("--workdir is missing; give a folder for the run")
   if args.supervise:

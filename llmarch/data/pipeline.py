@@ -157,9 +157,10 @@ def make_pipeline(
       f"model.vocab_size={vocab_size} is smaller than the {tokenizer.vocab_size} ids of"
       f" data.tokenizer={data.tokenizer}; raise it"
     )
+  end = tokenizer.document_end
   store = load_tokens(data, tokenizer, progress)
   chosen = split_documents(store.documents["hash"], data.validation_fraction, split)
-  stream = Stream(store.tokens, store.documents["end"].astype(np.int64), chosen, tokenizer.end_id)
+  stream = Stream(store.tokens, store.documents["end"].astype(np.int64), chosen, end)
   plan = PLANS[data.packing](stream.lengths, seq_len)
   if plan.num_rows < batch_size:
     raise UserError(

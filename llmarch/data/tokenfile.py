@@ -100,7 +100,7 @@ def write_tokens(
     f.write(bytes(HEADER_SIZE))
     for some in batches(texts):
       for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
-        ids = np.append(ids, tokenizer.end_id)
+        ids = tokenizer.as_document(ids)
         if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
           raise UserError(f"the tokenizer gave an id outside its {tokenizer.vocab_size}; repair it")
         ids = ids.astype(DTYPES[width])

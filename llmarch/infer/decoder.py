@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +25,7 @@ from llmarch.errors import check
 from llmarch.infer.quantize import quantize_params
 from llmarch.models.decoder import Decoder, abstract, unstack
 from llmarch.ops import cache
-from llmarch.ops.sampling import Sampling, sample
+from llmarch.ops.sampling import Numbers, Sampling, sample
 from llmarch.sharding import NEXT_LOGITS, SAMPLED, Layout, any_over_mesh, move
 
 
@@ -34,12 +35,13 @@ class Programs(NamedTuple):
   The carry is donated, which means that it is updated in place and the one passed in can no longer be used.
   """
 
-  start: Callable  # keys [B], lengths int32 [B] (upper limits of the rows' texts, for RoPE scalings) -> carry
+  start: Callable  # keys [B], lengths int32 [B] (of the rows' texts, as RoPE scalings by length take them) -> carry
   prefill: Callable  # params, carry, tokens [B, chunk], positions [B, chunk] -> carry with the next token
   switch: Callable  # carry -> carry, from prefill's layout to decode's; the parameters are sharded alike in both
   decode: Callable  # params, carry, n -> carry, tokens int32 [B, max_len], steps (at most n, early if all end)
   carry: dict  # Specs: "token" int32 [B], -1 if the row has ended; "position" int32 [B] of that token; "bad" bool [B],
-  # true if the row's logits were not finite; "seen" bool [B, V] or None; "state", the model's; and "keys" [B]
+  # true if the row's logits were not finite; "seen" bool [B, V] or None; "state", the model's; "keys" [B]; "stop_ids"
+  # int32 [any number], -1 for none; and "sampling", the numbers of ops.sampling (None: the most likely token)
 
 
 Form = Callable[[Decoder], Decoder]  # a function such as unstack or models.decoder.fuse, which rearranges parameters
@@ -50,7 +52,6 @@ def decoding_params(config: ModelConfig, params: nnx.State, form: Form = unstack
   return nnx.state(form(nnx.merge(nnx.graphdef(abstract(config)), params)))
 
 
-@functools.lru_cache(maxsize=64)  # the same programs for the same arguments, whoever asks
 def make_decoder(
   config: ModelConfig,
   *,
@@ -69,16 +70,47 @@ def make_decoder(
 ) -> Programs:
   """Builds the programs; nothing is compiled before it is called. Raises UserError for sizes that cannot be.
 
-  Tokens and positions must be in range (JAX clamps them silently): `LM.generate` checks them on the host.
+  The numbers of `sampling` and the stop ids go into the carry, so that other values need no other program. Tokens and
+  positions must be in range (JAX clamps them silently): `LM.generate` checks them on the host.
   """
   check(batch >= 1, f"batch must be at least 1, got {batch}")
   check(1 <= chunk <= max_len, f"chunk={chunk} must lie between 1 and max_len={max_len}")
   check(sampling.top_k <= config.vocab_size, f"top_k={sampling.top_k} exceeds the vocabulary of {config.vocab_size}")
   for i in stop_ids:
     check(0 <= i < config.vocab_size, f"stop: {i} is not a token id; ids are below vocab_size={config.vocab_size}")
+  room = -(-len(stop_ids) // STOPS) * STOPS
+  kind = _Kind(sampling.temperature > 0, sampling.penalises, room)
+  programs = _programs(
+    config, batch, max_len, chunk, kind, prefix, mesh, prefill_layout, decode_layout, form, weights, manual
+  )
+  numbers = sampling.numbers()._asdict() if kind.has_numbers else None
+  stops = np.array([*stop_ids, *[-1] * (room - len(stop_ids))], np.int32)
+  return programs._replace(start=lambda keys, lengths: programs.start(keys, lengths, numbers, stops))
+
+
+STOPS = 8  # numbers of stop ids are rounded up to a multiple of it, so that few programs are compiled
+
+
+class _Kind(NamedTuple):
+  """What a program must know of sampling and stops when it is compiled."""
+
+  draws: bool  # a temperature above 0
+  penalises: bool
+  stops: int
+
+  @property
+  def has_numbers(self) -> bool:
+    return self.draws or self.penalises
+
+
+@functools.lru_cache(maxsize=64)  # the same programs for the same arguments, whoever asks
+def _programs(
+  config, batch, max_len, chunk, kind: _Kind, prefix, mesh, prefill_layout, decode_layout, form, weights, manual
+) -> Programs:
+  """The programs of `make_decoder`, whose `start` takes the numbers of sampling and the stop ids too."""
   model = nnx.eval_shape(lambda: form(Decoder(config, jax.random.key(0))))
-  specs = _carry_specs(model, batch, max_len, chunk, sampling)
-  loop = _Loop(config, nnx.graphdef(model), specs, batch, max_len, sampling, stop_ids, prefix)
+  specs = _carry_specs(model, batch, max_len, chunk, kind)
+  loop = _Loop(config, nnx.graphdef(model), specs, batch, max_len, kind, prefix)
   if mesh is None:
     jitted = functools.partial(jax.jit, donate_argnums=1)
     return Programs(jax.jit(loop.start), jitted(loop.advance), _unchanged, jitted(loop.decode), specs)
@@ -117,14 +149,14 @@ class _Loop:
   specs: dict
   batch: int
   max_len: int
-  sampling: Sampling
-  stop_ids: tuple[int, ...]
+  kind: _Kind
   prefix: bool
 
-  def start(self, keys: jax.Array, lengths: jax.Array) -> dict:
+  def start(self, keys: jax.Array, lengths: jax.Array, numbers: dict | None, stop_ids: jax.Array) -> dict:
     """An empty carry."""
-    carry = cache.allocate({name: spec for name, spec in self.specs.items() if name != "keys"})
-    return {**carry, "keys": keys, "state": {**carry["state"], "length": lengths}}
+    given = {"keys": keys, "sampling": numbers, "stop_ids": stop_ids}
+    carry = cache.allocate({name: spec for name, spec in self.specs.items() if name not in given})
+    return {**carry, **given, "state": {**carry["state"], "length": lengths}}
 
   def advance(self, params, carry: dict, tokens: jax.Array, positions: jax.Array) -> dict:
     """Feeds a chunk whose last column holds the newest token of every row; chooses the token after it."""
@@ -143,8 +175,9 @@ class _Loop:
     alive, position = positions[:, -1] >= 0, positions[:, -1] + 1
     bad = move(carry["bad"], ("batch",), (rows,)) | (alive & ~jnp.isfinite(logits).all(axis=-1))
     # Keys depend on row and position alone: neighbours, padding and slices of the loop do not change a row's draws.
-    token = sample(logits, seen, jax.vmap(jax.random.fold_in)(carry["keys"], position), sampling=self.sampling)
-    ended = ~alive | bad | (token[:, None] == jnp.asarray(self.stop_ids, jnp.int32)).any(axis=-1)
+    keys = jax.vmap(jax.random.fold_in)(carry["keys"], position) if self.kind.draws else None
+    token = sample(logits, seen, keys, sampling=Numbers(**carry["sampling"]) if self.kind.has_numbers else None)
+    ended = ~alive | bad | (token[:, None] == carry["stop_ids"]).any(axis=-1)
     token = jnp.where(ended, -1, token)
     token, position, bad = (move(a, (rows,), ("batch",)) for a in (token, position, bad))
     return {"token": token, "position": position, "bad": bad, "seen": seen}
@@ -237,14 +270,18 @@ def _check_sizes(config: ModelConfig, layout: Layout, mesh: Mesh) -> None:
     sharding.spec((name,), (size,), layout, mesh)
 
 
-def _carry_specs(model, batch: int, max_len: int, chunk: int, sampling: Sampling) -> dict:
+def _carry_specs(model, batch: int, max_len: int, chunk: int, kind: _Kind) -> dict:
   row = cache.Spec((batch,), ("batch",), "int32", -1)
-  penalised = sampling.repetition_penalty != 1
+  dtypes = {name: "int32" if name == "top_k" else "float32" for name in Numbers._fields}
+  seen = cache.Spec((batch, model.config.vocab_size), ("sample_batch", None), "bool", False)
   return {
     "token": row,
     "position": row,
     "bad": row._replace(dtype="bool", fill=False),
-    "seen": cache.Spec((batch, model.config.vocab_size), ("sample_batch", None), "bool", False) if penalised else None,
-    "keys": cache.Spec((batch,), ("sample_batch",), "key<fry>"),  # given, not allocated
+    "seen": seen if kind.penalises else None,
+    # These are given, not allocated.
+    "keys": cache.Spec((batch,), ("sample_batch",), "key<fry>"),
+    "sampling": {name: cache.Spec((), (), of) for name, of in dtypes.items()} if kind.has_numbers else None,
+    "stop_ids": cache.Spec((kind.stops,), (None,), "int32"),
     "state": model.state_spec(batch, max_len, chunk),
   }

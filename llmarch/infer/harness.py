@@ -31,7 +31,7 @@ class Harness(TemplateLM):
 
   @property
   def eot_token_id(self) -> int:
-    return self.lm.tokenizer.end_id
+    return self._begin[-1] if (end := self.lm.tokenizer.end_id) is None else end
 
   @property
   def prefix_token_id(self) -> int:
@@ -105,7 +105,9 @@ class Harness(TemplateLM):
     encode_tail = lambda text: (self._begin if not text else self.tok_encode(text))[-(self.max_length - new) :]
     prompts = [encode_tail(context) for context in contexts]
     tokenizer, sampling = self.lm.tokenizer, {k: more[k] for k in ("top_k", "top_p", "min_p") if k in more}
-    single = [ids[0] for stop in until if len(ids := tokenizer.encode(stop)) == 1 and tokenizer.decode(ids) == stop]
+    spelt = lambda stop: len(ids := tokenizer.encode(stop)) == 1 and tokenizer.decode(ids) == stop
+    single = [tokenizer.encode(stop)[0] for stop in until if spelt(stop)]
+    single += [i for stop in until if (i := tokenizer.special_id(stop)) is not None]
     rows = self.lm.generate(
       prompts, max_new_tokens=new, stop=single, temperature=temperature if do_sample else 0.0, **sampling
     )

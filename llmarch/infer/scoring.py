@@ -85,7 +85,10 @@ def _scorer(config: ModelConfig):
 
 def beginning(tokenizer) -> list[int]:
   """The ids that stand before a text: those that the tokenizer puts there, else the end of the document before."""
-  return list(tokenizer.begin_ids) or [tokenizer.end_id]
+  before = (tokenizer.end_id, tokenizer.begin_token_id)
+  found = list(tokenizer.begin_ids) or [i for i in before if i is not None][:1]
+  check(bool(found), "the tokenizer has no token that begins or ends a text; put its tokenizer_config.json beside it")
+  return found
 
 
 def perplexity(lm: LM, text: str, *, length: int | None = None, stride: int | None = None, batch: int = 8) -> dict:

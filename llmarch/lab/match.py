@@ -36,6 +36,7 @@ class Match:
 
 
 def tokens(config: RunConfig) -> int:
+  """Returns the number of tokens that a run trains on."""
   return config.train.steps * config.train.batch_size * config.train.seq_len
 
 

@@ -72,6 +72,7 @@ def default_workers() -> int:
 
 
 def gpu_count() -> int:
+  """Counts the NVIDIA devices of this machine, without jax; 0 where the system has no /dev."""
   return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 

@@ -107,7 +107,7 @@ def _text(trained: Trained) -> dict:
   e, lm = trained.config.eval, trained.lm
   if lm.tokenizer is None or not e.sample_tokens:
     return {}
-  n = min(e.sample_tokens, lm.config.max_seq_len - len(lm.tokenizer.encode(e.sample_prompt)))
+  n = min(e.sample_tokens, lm.config.max_seq_len - len(lm.tokenizer.encode_prompt(e.sample_prompt, special=True)))
   text = lm.generate(e.sample_prompt, max_new_tokens=n, temperature=e.temperature, seed=0)
   return {"sample": e.sample_prompt + text}
 
@@ -165,6 +165,7 @@ def _lines(path: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
+  """Returns the versions of Python and of the libraries that a trial's numbers depend on."""
   from importlib.metadata import version
 
   return {"python": sys.version.split()[0]} | {name: version(name) for name in ("jax", "flax", "optax")}

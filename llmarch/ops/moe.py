@@ -116,13 +116,17 @@ def expert_choice(s: jax.Array, real: jax.Array, segments: jax.Array, capacity_f
 
 
 def _ranks(key: jax.Array, *then: jax.Array) -> jax.Array:
-  """The rank (int32) of each element among those of equal key along the last axis, ordered by `then`, then by index."""
-  order = jnp.lexsort((*then, key), axis=-1)
-  ordered = jnp.take_along_axis(key, order, axis=-1)
-  i = jnp.broadcast_to(jnp.arange(key.shape[-1]), key.shape)
+  """The rank (int32) of each element among those of equal key along the last axis, ordered by `then`, then by index.
+
+  Two sorts do it. With a gather and a scatter in their place, XLA's partitioner aborts in a pipeline whose mesh splits
+  the length.
+  """
+  i = jax.lax.broadcasted_iota(jnp.int32, key.shape, key.ndim - 1)
+  operands = *map(jax.lax.stop_gradient, (key, *then)), i
+  ordered, *_, order = jax.lax.sort(operands, num_keys=len(operands))
   first = jnp.concatenate([jnp.ones_like(i[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], -1)
   rank = i - jax.lax.cummax(jnp.where(first, i, 0), axis=key.ndim - 1)
-  return jnp.put_along_axis(jnp.zeros_like(i), order, rank, axis=-1, inplace=False)
+  return jax.lax.sort((order, rank), num_keys=1)[1]
 
 
 # ----------------------------------------------------------------------------------------- losses and statistics

@@ -113,7 +113,7 @@ def scale_shape(shape: Sequence[int], summed: Sequence[int], format: str) -> lis
       break
   if left > 1:
     size = " x ".join(str(shape[i]) for i in summed)
-    raise UserError(f"{size} summed elements are no whole number of groups of {group}; use int8, or a smaller group")
+    raise UserError(f"{size} summed elements are no whole number of groups of {group}; use int8 or fp8")
   return [size // block for size, block in zip(shape, blocks)]
 
 

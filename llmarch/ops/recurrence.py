@@ -23,15 +23,15 @@ def documents(
     documents    0  0 -1  1  1  2        last segment after the call: 8
   """
   real = positions >= 0
-  T = positions.shape[1]
-  newest = jax.lax.cummax(jnp.where(real, jnp.arange(T), -1), axis=1)  # the last real token up to here; -1: none
-  before = jnp.pad(newest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   start = segment_ids[:, :1] if last_segment is None else last_segment[:, None]
-  segment_at = lambda index: jnp.where(
-    index < 0, start, jnp.take_along_axis(segment_ids, jnp.maximum(index, 0), axis=1)
-  )
-  begins = real & ((positions == 0) | (segment_ids != segment_at(before)))
-  return jnp.where(real, jnp.cumsum(begins, axis=1), -1), segment_at(newest[:, -1:])[:, 0]
+  # The segment of the last real token up to each. (A gather at its index makes XLA's partitioner abort in a pipeline
+  # whose mesh splits the batch and the length.)
+  later = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], a[1]))
+  any_real, segment = jax.lax.associative_scan(later, (real, segment_ids), axis=1)
+  newest = jnp.where(any_real, segment, start)
+  before = jnp.concatenate([start, newest[:, :-1]], axis=1)
+  begins = real & ((positions == 0) | (segment_ids != before))
+  return jnp.where(real, jnp.cumsum(begins, axis=1), -1), newest[:, -1]
 
 
 def linear_attention(

@@ -1,10 +1,14 @@
 """Sampling of a token from logits: filters in the order of `transformers`, which remove tokens by setting -inf.
 
-B batch, V vocabulary. Logits are f32 [B, V]; no row depends on another.
+B batch, V vocabulary. Logits are f32 [B, V]; no row depends on another. The numbers of a filter may be traced arrays,
+so that one compiled program serves them all.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmarch.build import config_dataclass
 from llmarch.errors import check, check_at_least
@@ -33,57 +37,75 @@ class Sampling:
       f"repetition_penalty must lie between 1e-4 and 1e4 (1 is none), got {self.repetition_penalty}",
     )
 
+  @property
+  def penalises(self) -> bool:
+    return self.repetition_penalty != 1
 
-def penalise_repetition(logits: jax.Array, seen: jax.Array, *, penalty: float) -> jax.Array:
+  def numbers(self) -> "Numbers":
+    """The fields as arguments of a program."""
+    f32 = lambda x: np.float32(x)
+    top = f32(self.temperature), np.int32(self.top_k), f32(self.top_p), f32(self.min_p)
+    return Numbers(*top, f32(self.repetition_penalty))
+
+
+class Numbers(NamedTuple):
+  """The fields of `Sampling` as scalars, f32 and (top_k) int32."""
+
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+  min_p: jax.Array
+  repetition_penalty: jax.Array
+
+
+def penalise_repetition(logits: jax.Array, seen: jax.Array, *, penalty) -> jax.Array:
   """Divides positive logits of tokens in `seen` bool [B, V] by the penalty and multiplies others by it (1909.05858)."""
   penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
   return jnp.where(seen, penalised, logits)
 
 
-def top_k(logits: jax.Array, *, k: int) -> jax.Array:
-  """Keeps the k largest logits, and those that equal the smallest of them  (1805.04833)."""
-  smallest = jax.lax.top_k(logits, k)[0][:, -1:]
-  return jnp.where(logits < smallest, -jnp.inf, logits)
+def top_k_and_p(logits: jax.Array, *, k, p) -> jax.Array:
+  """Keeps the k largest logits (1805.04833; 0: all), then the most likely, up to the probability p  (1904.09751).
 
-
-def top_p(logits: jax.Array, *, p: float) -> jax.Array:
-  """Keeps the most likely tokens, up to the one that completes the probability p  (1904.09751).
-
-  Tokens as likely as the last one kept are kept too, so that the result does not depend on a sorting order.
+  Logits that equal the smallest one kept are kept too, so that the result does not depend on a sorting order.
   """
+  V = logits.shape[-1]
   descending = jnp.sort(logits, axis=-1, descending=True)
+  last = jnp.where(k > 0, k, V) - 1
+  descending = jnp.where(descending < jnp.take(descending, last, axis=-1)[:, None], -jnp.inf, descending)
   probability = jax.nn.softmax(descending, axis=-1)
   before = jnp.cumsum(probability, axis=-1) - probability
-  smallest = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
+  kept = jnp.isfinite(descending) & ((before < p) | (jnp.float32(p) >= 1))  # the sum of all may round to 1 too early
+  smallest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
-def min_p(logits: jax.Array, *, p: float) -> jax.Array:
+def min_p(logits: jax.Array, *, p) -> jax.Array:
   """Keeps the tokens whose probability is at least p times the largest probability  (2407.01082)."""
   probability = jax.nn.softmax(logits, axis=-1)
   keep = probability >= p * jnp.max(probability, axis=-1, keepdims=True)
   return jnp.where(keep, logits, -jnp.inf)
 
 
-def filtered(logits: jax.Array, seen: jax.Array | None, *, sampling: Sampling) -> jax.Array:
+def filtered(logits: jax.Array, seen: jax.Array | None, *, sampling: Sampling | Numbers) -> jax.Array:
   """The logits from which a temperature above 0 samples. `seen` may be None if there is no repetition penalty."""
   s = sampling
-  if s.repetition_penalty != 1:
+  if seen is not None:
     logits = penalise_repetition(logits, seen, penalty=s.repetition_penalty)
-  if s.temperature > 0:
-    logits = logits / s.temperature
-    logits = top_k(logits, k=s.top_k) if s.top_k else logits
-    logits = top_p(logits, p=s.top_p) if s.top_p < 1 else logits
-    logits = min_p(logits, p=s.min_p) if s.min_p else logits
-  return logits
+  logits = logits / s.temperature
+  sorts = (jnp.int32(s.top_k) > 0) | (jnp.float32(s.top_p) < 1)  # a sort of the vocabulary may cost more than a layer
+  logits = jax.lax.cond(sorts, lambda x: top_k_and_p(x, k=s.top_k, p=s.top_p), lambda x: x, logits)
+  return min_p(logits, p=s.min_p)
 
 
-def sample(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, *, sampling: Sampling) -> jax.Array:
+def sample(logits: jax.Array, seen: jax.Array | None, keys: jax.Array | None, *, sampling: Sampling | Numbers):
   """Draws a token for each row: f32 [B, V], bool [B, V] or None, keys [B] -> int32 [B].
 
-  The caller refuses logits that are not finite.
+  Without keys it takes the most likely one, whatever the temperature. The caller refuses logits that are not finite.
   """
-  logits = filtered(logits, seen, sampling=sampling)
-  if sampling.temperature == 0:
+  if keys is None:
+    if seen is not None:
+      logits = penalise_repetition(logits, seen, penalty=sampling.repetition_penalty)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = filtered(logits, seen, sampling=sampling)
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -94,6 +94,7 @@ def number(value: float | None) -> str:
 
 
 def interval(c: Mapping) -> str:
+  """Returns the confidence interval of a comparison as text, "-" where there is none."""
   return "-" if c["low"] is None else f"[{c['low']:.3g}, {c['high']:.3g}]"
 
 
@@ -222,6 +223,7 @@ def where(s: Mapping) -> str:
 
 
 def commands(s: Mapping) -> str:
+  """Returns the two commands that run an experiment and write its report, a line each."""
   what = f"{shlex.quote(s['folder'])} --budget={s['budget']}" + (f" --seeds={s['seeds']}" if s["seeds"] else "")
   return f"llmarch ablate {what}\nllmarch report {what}"
 

@@ -43,6 +43,7 @@ def write_readme(summary: Mapping, folder: str | os.PathLike) -> Path:
 
 
 def readme(s: Mapping, figures: Sequence[str]) -> str:
+  """Returns the README.md of an experiment: its question, answers, tables, and the figures that are there."""
   failed = [f"- {md(line)}" for line in failures(s)]
   left_out = metrics(s)[METRICS:]
   parts = [

@@ -21,10 +21,10 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from llmarch import sharding
-from llmarch.experiment_checks import plan_pipeline
 from llmarch.layers import stack as stacks
 from llmarch.layers.context import make_context
 from llmarch.layers.site import Out, Site
+from llmarch.mesh_checks import plan_pipeline
 from llmarch.models.decoder import Decoder
 from llmarch.run_config import RunConfig
 from llmarch.sharding import RESIDUAL, Layout
