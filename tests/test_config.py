@@ -342,7 +342,7 @@ BAD = [
   (f"{A}.mixer.head_dim", 9, "config.model.blocks.a.mixer.position.dims must be even"),
   (f"{A}.mixer.position.theta", 1.0, f"config.{A}.mixer.position.theta must be greater than 1"),
   (f"{A}.mixer.position.scaling.factor", 0.5, f"config.{A}.mixer.position.scaling.factor must be at least 1"),
-  (f"{A}.mixer.position.scaling.beta_slow", 99.0, f"config.{A}.mixer.position.scaling.beta_fast must be above beta"),
+  (f"{A}.mixer.position.scaling.beta_slow", 99.0, f"config.{A}.mixer.position.scaling.beta_fast must be at least"),
   (f"{A}.mixer.position", "sinusoidal", f"config.{A}.mixer.position='sinusoidal' belongs to the embedding: set model"),
   ("model.embed.position", "alibi", "config.model.embed.position must be sinusoidal or learned, got 'alibi'"),
   ("model.embed.position", {"kind": "learned", "length": 8}, "config.model.embed.position.length=8 must reach max_seq"),

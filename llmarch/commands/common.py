@@ -140,12 +140,13 @@ def _read_config(source: str, overrides: list[tuple[str, str]] = ()) -> dict:
   path, _, argument = source.partition(".py:")
   if source.endswith(".py") or argument:
     return _run_config(path if not argument else f"{path}.py", argument, overrides)
-  if os.path.isdir(source):
+  if os.path.exists(source):
     from llmarch.convert import hf
 
     if hf.is_checkpoint(source):
-      return _of_model(source, to_dict(hf.Checkpoint(source).config))
-    source = os.path.join(source, "config.json")
+      folder = hf.base_folder(source) if os.path.isdir(source) else os.path.dirname(source)
+      return _of_model(folder, to_dict(_of_checkpoint(source)))
+    source = os.path.join(source, "config.json") if os.path.isdir(source) else source
   if source.endswith(".json"):
     try:
       with open(source) as f:
@@ -161,6 +162,15 @@ def _read_config(source: str, overrides: list[tuple[str, str]] = ()) -> dict:
   if source not in PRESETS:
     raise UserError(f"--config: {source!r} is neither a .py file, a run folder nor a preset{nearest(source, PRESETS)}")
   return {"model": PRESETS[source]()}
+
+
+def _of_checkpoint(source: str):
+  """The ModelConfig of a folder or a config.json of transformers, in the dtype of its weights where they are there."""
+  from llmarch.convert import hf
+
+  if os.path.isdir(source) and not hf.Described.of(hf.base_folder(source)).is_coded and hf.has_weights(source):
+    return hf.Checkpoint(source).config
+  return hf.read_config(source)
 
 
 def _of_model(folder: str, model) -> dict:

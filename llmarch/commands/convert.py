@@ -9,7 +9,6 @@ Values are kept bit for bit in the dtype they are stored in; one parameter at a 
 """
 
 import json
-import shutil
 import zlib
 from pathlib import Path
 
@@ -66,8 +65,10 @@ def take(source: Path, target: str) -> dict:
     data = {"format": lm.FORMAT, "model": to_dict(checkpoint.config), "hf": carried}
     (new / lm.CONFIG).write_text(json.dumps(data, indent=1))
     hf.write_safetensors(new / lm.WEIGHTS, checkpoint.entries, checkpoint.param, checksums=True)
-    _carry_tokenizer(source, new)
-  return _report(target, checkpoint.family.model_type, checkpoint.config, checkpoint.entries)
+    hf.carry(source, new)
+    hf.carry(checkpoint.folder, new)
+  report = _report(target, checkpoint.family.model_type, checkpoint.config, checkpoint.entries)
+  return report | checkpoint.notes
 
 
 def export(source: Path, target: str, model_type: str | None, shard_bytes: int) -> dict:
@@ -76,17 +77,17 @@ def export(source: Path, target: str, model_type: str | None, shard_bytes: int) 
 
   with hf.new_folder(target) as new:
     opened = _open_run(source) if (source / "checkpoints").is_dir() else _open(source)
-    config, carried, entries, read, tokenizer = opened
+    config, carried, entries, read, tokenizer, beside = opened
     carried = dict(carried)
     origin = carried.pop("model_type", None)
     model_type = model_type or _known(origin, config)
     family = hf.write_checkpoint(
       new, config, read, model_type=model_type, carried=carried, shard_bytes=shard_bytes
     )
-    if isinstance(tokenizer, Path):
-      _carry_tokenizer(tokenizer, new)
-    else:
+    if tokenizer:
       tokenizer.save(new)
+    if beside:
+      hf.carry(beside, new)
   return _report(target, family.model_type, config, entries)
 
 
@@ -98,6 +99,11 @@ def settle(source: Path, target: str) -> dict:
   lm = llmarch.load(source)
   with hf.new_folder(target) as new:
     lm.save(new)
+    beside = _base_of_run(source)
+    if beside:
+      hf.carry(beside, new)
+      data = json.loads((new / "config.json").read_text()) | {"hf": _carried(beside)}
+      (new / "config.json").write_text(json.dumps(data, indent=1))
   entries = {name: (value.dtype, value.shape) for name, value in lm.arrays().items()}
   return _report(target, "llmarch", lm.config, entries)
 
@@ -138,7 +144,8 @@ def _known(model_type: str | None, config: ModelConfig) -> str | None:
 
 
 def _open(source: Path):
-  """Opens a model folder: config, carried entries, {path: (dtype, shape)}, a reader, the tokenizer's place."""
+  """Opens a model folder: config, carried entries, {path: (dtype, shape)}, a reader, the tokenizer to write (none: the
+  folder has it), the folder whose files are carried along."""
   import llmarch.layers.registry  # noqa: F401
   from llmarch.convert import hf
   from llmarch.infer import lm
@@ -159,7 +166,7 @@ def _open(source: Path):
   carried = data.get("hf", {})
   check(isinstance(carried, dict), f"--from: {source / lm.CONFIG}: hf must be a dict")
   entries = {path: (hf.DTYPES[t.dtype], t.shape) for path, t in tensors.items()}
-  return config, carried, entries, lambda path, index: tensors[path].read(*index), source
+  return config, carried, entries, lambda path, index: tensors[path].read(*index), None, source
 
 
 def _check_fit(path: Path, config: ModelConfig, tensors: dict, metadata: dict) -> None:
@@ -193,14 +200,32 @@ def _open_run(source: Path):
   flat = lm.arrays()
   read = lambda path, index: flat[path][index]
   entries = {name: (value.dtype, value.shape) for name, value in flat.items()}
-  return config, {}, entries, read, lm.tokenizer
+  beside = _base_of_run(source)
+  return config, _carried(beside) if beside else {}, entries, read, lm.tokenizer, beside
 
 
-def _carry_tokenizer(source: Path, target: Path) -> None:
-  from llmarch.convert.hf import TOKENIZER
+def _base_of_run(run: Path) -> Path | None:
+  """The folder from which a run began, if it is still there and has the run's tokenizer."""
+  from llmarch.convert import hf
 
-  if (source / TOKENIZER).exists():
-    shutil.copyfile(source / TOKENIZER, target / TOKENIZER)
+  try:
+    base = json.loads((run / "config.json").read_text())["train"]["init_from"]
+    folder = hf.base_folder(base) if base and Path(base).is_dir() else None
+    same = folder and (folder / hf.TOKENIZER).read_bytes() == (run / hf.TOKENIZER).read_bytes()
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it began from nothing, or is gone
+    return None
+  return folder if same else None
+
+
+def _carried(folder: Path) -> dict:
+  """The entries of a folder's config.json that are written back, with its model_type."""
+  from llmarch.convert import hf
+
+  if hf.is_checkpoint(folder):
+    said = hf.Described.of(folder)
+    return said.carried | {"model_type": said.family.model_type}
+  carried = json.loads((folder / "config.json").read_text()).get("hf", {})
+  return carried if isinstance(carried, dict) else {}
 
 
 def _report(target, model_type: str, config: ModelConfig, entries: dict) -> dict:

@@ -6,7 +6,9 @@ if the round trip is exact: read(write(config)) must be the config.
 """
 
 import dataclasses
+import functools
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,20 +21,26 @@ REQUIRED = object()
 
 
 class Reader:
-  """The options of a config.json. It notes which of them are asked for, so that no other is silently ignored."""
+  """The options of a config.json. It notes which of them are asked for, so that no other is silently ignored.
 
-  def __init__(self, options: dict):
-    self.options, self.used = options, set()
+  defaults: the values of options that a file leaves out; they take precedence over the default that a hole names.
+  refused: the sentences of all holes that could not be filled.
+  """
+
+  def __init__(self, options: dict, defaults: Mapping[str, Any] | None = None):
+    self.options, self.defaults = options, defaults or {}
+    self.used: set[str] = set()
+    self.refused: set[str] = set()
 
   def get(self, key: str, default: Any = REQUIRED) -> Any:
     self.used.add(key)
-    value = self.options.get(key, default)
+    value = self.options.get(key, self.defaults.get(key, default))
     check(value is not REQUIRED, f"the option {key} is missing")
     return value
 
-  def size(self, key: str) -> int:
-    """An option that is a whole number which a dimension can have."""
-    value = self.get(key)
+  def size(self, key: str, default: Any = REQUIRED) -> int:
+    """Returns an option that is a whole number which a dimension can have."""
+    value = self.get(key, default)
     check(type(value) is int and 0 < value < 2**31, f"{key}={value!r} must be a whole number from 1 to 2^31 - 1")
     return value
 
@@ -56,10 +64,19 @@ class Writer:
 
 
 def fill(template: Any, h: Reader, i: int | None = None) -> Any:
-  """Fills the holes of a template; i is the layer, in templates of blocks."""
-  if isinstance(template, Mapping):
-    return {key: fill(part, h, i) for key, part in template.items()}
-  return template.read(h, i) if hasattr(template, "read") else template
+  """Fills the holes of a template; i is the layer, in templates of blocks.
+
+  A hole in a dict that cannot be filled is noted in h.refused, so that all of them are found at once.
+  """
+  if not isinstance(template, Mapping):
+    return template.read(h, i) if hasattr(template, "read") else template
+  filled = dict.fromkeys(template)
+  for key, part in template.items():
+    try:
+      filled[key] = fill(part, h, i)
+    except UserError as e:
+      h.refused.add(str(e))
+  return filled
 
 
 def match(template: Any, value: Any, w: Writer, i: int | None = None) -> None:
@@ -99,7 +116,7 @@ class Size(Key):
   """A hole for one option that is the size of a dimension."""
 
   def read(self, h: Reader, i):
-    return h.size(self.key) if h.options.get(self.key, self.default) is not None else h.get(self.key, self.default)
+    return None if h.get(self.key, self.default) is None else h.size(self.key, self.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,22 +225,42 @@ def every(n: int) -> Callable[[Reader, int], bool]:
 
 @dataclasses.dataclass(frozen=True)
 class MaxLength:
-  """The longest context. With "dynamic" scaling the file has only the original one, which is `factor` times shorter."""
+  """The longest context, which a scaling of the rotary positions may make longer than max_position_embeddings.
+
+  With "dynamic" and "linear" scaling the file has the original length, which is `factor` times shorter. With "yarn" it
+  may have either; the context is `factor` times original_max_position_embeddings or longer. extended: the file of this
+  family has the scaled length also with "linear" scaling.
+  """
+
+  extended: bool = False
 
   def read(self, h: Reader, i):
     length = h.size("max_position_embeddings")
     for _, options in rope_options(h):
-      if options.get("rope_type", options.get("type")) == "dynamic":
-        return int(length * options.get("factor", 1))
+      kind, factor = options.get("rope_type", options.get("type")), options.get("factor") or 1
+      original = options.get("original_max_position_embeddings") or length
+      if not all(isinstance(n, (int, float)) and 0 < n < 2**31 for n in (factor, original)):
+        continue  # the hole of the positions refuses them
+      if kind == "dynamic" or (kind == "linear" and not self.extended):
+        return max(length, int(length * factor))
+      if kind == "yarn":
+        return max(length, int(original * factor))
     return length
 
   def write(self, value, w: Writer, i):
+    for _, options in rope_options(Reader(w.options)):
+      if options.get("rope_type") == "linear" and not self.extended:
+        value = math.ceil(value / options["factor"])
     w.options.setdefault("max_position_embeddings", value)  # a dynamic scaling has set the original length before
 
 
 def rope_options(h: Reader) -> list[tuple[str | None, dict]]:
-  """The options of rope_parameters, or of rope_scaling in older files: [(layer type or None, options)]."""
-  found = h.get("rope_scaling", None) or h.get("rope_parameters", None) or {}
+  """The options of rope_parameters, or of rope_scaling in older files: [(layer type or None, options)].
+
+  As in transformers, rope_scaling replaces all of rope_parameters where a file has both.
+  """
+  newer, older = h.get("rope_parameters", None), h.get("rope_scaling", None)
+  found = older or newer or {}
   check(isinstance(found, dict), f"rope_parameters={found!r} must be a dict")
   if found.keys() & {FULL, SLIDING}:
     for options in found.values():
@@ -313,9 +350,8 @@ class SomeRope:
 
 
 def _head_dim(h: Reader) -> int:
-  if h.options.get("head_dim") is not None:
-    return h.size("head_dim")
-  return h.size("hidden_size") // h.size("num_attention_heads")
+  given = h.options.get("head_dim", h.defaults.get("head_dim"))  # a family without such a hole does not use it up
+  return given if type(given) is int else h.size("hidden_size") // h.size("num_attention_heads")
 
 
 def _scaling(h: Reader, options: dict) -> dict | None:
@@ -359,9 +395,13 @@ def _scaling(h: Reader, options: dict) -> dict | None:
     raise UserError(f"rope_parameters.{e.args[0]} is missing, which rope_type={kind!r} needs") from None
   except (TypeError, ValueError, ZeroDivisionError):
     raise UserError("rope_parameters must hold numbers above 0") from None
-  for key, value in options.items():
-    raise UserError(f"rope_parameters.{key}={value!r} is not an option of rope_type={kind!r} that is known")
+  idle = IDLE_ROPE | ({"factor", "mrope_section", "mrope_interleaved"} if kind == "default" else set())
+  unknown = sorted(f"rope_parameters.{key}={value!r}" for key, value in options.items() if key not in idle)
+  check(not unknown, f"{', '.join(unknown)}: not known as options of rope_type={kind!r}")
   return scaling
+
+
+IDLE_ROPE = {"finetuned"}  # notes among the options of a rope, which change nothing
 
 
 def _scaling_options(scaling: dict | None, w: Writer) -> dict:
@@ -503,19 +543,58 @@ def _solve(groups, shape: tuple[int, ...], known: dict[str, int]) -> dict[str, i
 
 # ------------------------------------------------------------------------------------------------ families
 
-# These options have no effect on the function that a decoder computes.
+# These options have no effect on the function that a decoder computes, whatever their values.
 METADATA = {
-  "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "chunk_size_feed_forward",
-  "classifier_dropout", "dtype", "torch_dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id",
-  "initializer_range", "init_std", "init_device", "is_decoder", "keys_to_ignore_at_inference", "model_type",
-  "output_attentions", "output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict",
-  "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
-  "summary_use_proj", "task_specific_params", "tokenizer_class", "transformers_version", "unk_token_id", "use_cache",
-  "_name_or_path", "_attn_implementation", "reorder_and_upcast_attn", "cache_implementation",
-  "output_router_logits", "router_aux_loss_coef",
+  # what transformers notes about a model, and options of its base class
+  "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
+  "decoder_start_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "dtype", "torch_dtype",
+  "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "num_labels", "initializer_range", "init_std",
+  "init_device", "is_decoder", "keys_to_ignore_at_inference", "model_type", "output_attentions",
+  "output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict", "slow_but_exact",
+  "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+  "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torchscript",
+  "transformers_version", "use_bfloat16", "use_cache", "_name_or_path", "_commit_hash", "_attn_implementation",
+  "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation", "_experts_implementation",
+  "_flash_attn_2_enabled", "use_flash_attn", "reorder_and_upcast_attn", "cache_implementation",
+  # what matters in training alone
+  "activation_dropout", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout",
+  "embd_pdrop", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop", "output_router_logits",
+  "router_aux_loss_coef", "router_z_loss_coef", "neftune_noise_alpha",
+  # how text is generated, in older files
+  "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+  "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty",
+  "forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "length_penalty", "max_length", "max_new_tokens",
+  "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+  "num_return_sequences", "output_scores", "penalty_alpha", "remove_invalid_values", "renormalize_logits",
+  "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+  # notes of other programs: trainers, exporters, quantisers
+  "internal_version", "is_composition", "is_llama_config", "max_sequence_length", "model_max_length",
+  "move_model_to_device",
+  "n_special", "predict_special_tokens", "selective_checkpoint_enabled", "sequence_parallel_enabled",
+  "tokenizer_model_max_length", "transformers.js_config", "unsloth_fixed", "unsloth_version", "use_unsloth",
+  "_load_in_4bit", "_load_in_8bit", "_pre_quantization_dtype", "pre_quantization_dtype",
 }  # fmt: skip
 
-NOT_OURS = {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "quantization_config": (None,)}
+# These options have no effect where they have one of these values, in a family whose table does not read them. Nor has
+# an option that is null or empty.
+IDLE = {
+  "alibi": (False,), "attention_bias": (False,), "embedding_multiplier": (1,),
+  "full_attn_mod": (1,), "interpolate_factor": (1,), "is_causal": (True,),
+  "layer_norm_elementwise_affine": (True,), "lm_head_bias": (False,), "logit_scale": (1,), "logits_scaling": (1,),
+  "mlp_bias": (False,), "n_shared_experts": (0,), "num_nextn_predict_layers": (0,), "partial_rotary_factor": (1,),
+  "qk_layernorm": (False,), "qk_norm": (False,), "qkv_bias": (False,), "residual_multiplier": (1,),
+  "rope_interleaved": (False,), "rotary_pct": (1,), "shared_expert_intermediate_size": (0,), "use_mrope": (False,),
+  "use_parallel_residual": (False,), "use_qk_norm": (False,), "use_sliding_window": (False,),
+}  # fmt: skip
+
+# Sizes under names that another family has. One that a table does not read is nowhere used, and the shapes of the
+# weights are compared with those that are.
+SHAPES = {"intermediate_size", "num_key_value_heads"}
+
+# Options that have no effect where they repeat another one.
+REPEATED = {"layer_norm_eps": "rms_norm_eps", "norm_eps": "rms_norm_eps"}
+
+NOT_OURS = {"is_encoder_decoder": (False,), "add_cross_attention": (False,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -524,8 +603,10 @@ class Family:
 
   model, block: templates of ModelConfig (without stack and blocks) and of each BlockConfig. only: options that our
   space lacks, with the values under which they have no effect. aliases: other names of options, in older files. moot:
-  options that change nothing, as METADATA. buffers: endings of keys in older files that follow from the config. prefix:
-  the prefix of all keys but lm_head's, which some files leave out.
+  options that change nothing, as METADATA. buffers: endings of keys in older files that follow from the config.
+  nested: names of options that are dicts of options, such as "attn_config". more_layers: the option that counts layers
+  behind the last one, which predict tokens further ahead; they are left out. defaults: what transformers takes for
+  options that a file leaves out. also: other model_types of the same function.
   """
 
   model_type: str
@@ -538,27 +619,74 @@ class Family:
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   moot: frozenset[str] = frozenset()
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
-  prefix: str = ""
-  nested: tuple[str, ...] = ()  # names of options that are dicts of options, such as "attn_config"
+  nested: tuple[str, ...] = ()
+  more_layers: str | None = None
+  also: tuple[str, ...] = ()
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def prefix(self) -> str:
+    """The name of the decoder in the keys of its weights, such as "model.", which files of a bare decoder leave out."""
+    embed = next(row.key for row in self.rows if row.paths == "embed")
+    name, _, rest = embed.partition(".")
+    return f"{name}." if "." in rest else ""
+
+  @property
+  def layer_prefixes(self) -> set[str]:
+    """What stands before the number of the layer in the keys of its weights, such as "model.layers."."""
+    return {row.key.partition("{}")[0] for row in self.rows if "{}" in row.key}
 
   def read(self, options: dict) -> dict:
-    """The plain data of a ModelConfig (without precision) from that of a config.json. Raises UserError."""
-    h = Reader(self._flat(options))
-    check("auto_map" not in options, "auto_map asks for code from the folder, which is never run; remove it")
-    num_layers = h.size(self.num_layers)
-    check(num_layers <= MAX_LAYERS, f"{self.num_layers}={num_layers} is above {MAX_LAYERS}")
-    blocks = [fill(self.block, h, i) for i in range(num_layers)]
-    model = fill(self.model, h)
+    """The plain data of a ModelConfig (without precision) from that of a config.json.
+
+    Raises UserError, which names all options that are missing, have an unknown value, or are not in the table.
+    """
+    h = Reader(self._flat(options), self.defaults)
+    blocks, model = self._fill(h)
     for key, values in (NOT_OURS | self.only).items():
       value = h.get(key, values[0])
-      check(value in values, f"{key}={value!r} is not supported; this family is known with {values[0]!r}")
-    for key in h.options.keys() - h.used:
-      value = h.options[key]
-      check(
-        key.split(".")[-1] in METADATA or key in self.moot,
-        f"the option {key}={value!r} is not in the table of {self.model_type}; it might change what the model computes",
+      if value not in values:
+        h.refused.add(f"{key}={reprlib.repr(value)} is not supported; this family is known with {values[0]!r}")
+    # A hole that was refused may have left others unread, which are known all the same.
+    known = h.used | (self._keys if h.refused else set())
+    unknown = sorted(key for key in h.options.keys() - known if not self._is_idle(key, h))
+    if unknown:
+      said, many = ", ".join(f"{key}={reprlib.repr(h.options[key])}" for key in unknown), len(unknown) > 1
+      h.refused.add(
+        f"the option{'s' * many} {said} {'are' if many else 'is'} not in the table of {self.model_type}; "
+        f"{'they' if many else 'it'} might change what the model computes"
       )
+    check(not h.refused, "; ".join(sorted(h.refused)))
     return model | name_blocks(blocks)
+
+  def _fill(self, h: Reader) -> tuple[list[dict], dict]:
+    """The blocks and the model; what cannot be filled is noted in h.refused."""
+    try:
+      num_layers = h.size(self.num_layers)
+      check(num_layers <= MAX_LAYERS, f"{self.num_layers}={num_layers} is above {MAX_LAYERS}")
+    except UserError as e:
+      h.refused.add(str(e))
+      num_layers = 1
+    return [fill(self.block, h, i) for i in range(num_layers)], fill(self.model, h)
+
+  @functools.cached_property
+  def _keys(self) -> set[str]:
+    """The options that are read of a file that leaves all of them out."""
+    h = Reader({}, self.defaults | {self.num_layers: 2})
+    self._fill(h)
+    return h.used
+
+  def _is_idle(self, key: str, h: Reader) -> bool:
+    """True if an option that no hole has read changes nothing at its value."""
+    name, value = key.split(".")[-1], h.options[key]
+    if value is None or value in ({}, []) or {key, name} & METADATA or key in self.moot | SHAPES:
+      return True
+    if name in REPEATED:
+      return value == h.options.get(REPEATED[name])
+    if name == "head_dim":
+      sizes = value, h.options.get("num_attention_heads"), h.options.get("hidden_size")
+      return all(type(n) is int for n in sizes) and sizes[0] * sizes[1] == sizes[2]
+    return value in IDLE.get(name, ())
 
   def write(self, model: dict, blocks: list[dict]) -> dict:
     """The options of a config.json from the plain data of a model and its layers. Raises UserError."""
@@ -570,7 +698,11 @@ class Family:
     return self._nest(w.options) | {"model_type": self.model_type, "architectures": [self.architecture]}
 
   def _flat(self, options: dict) -> dict:
-    options = {self.aliases.get(k, k): v for k, v in options.items()}
+    for other, key in self.aliases.items():
+      if other in options:
+        both = key in options and options[key] != options[other]
+        check(not both, f"{other}={options.get(other)!r} is another name of {key}={options.get(key)!r}; give one value")
+        options = {k: v for k, v in options.items() if k != other} | {key: options[other]}
     for outer in self.nested:
       inner = options.get(outer)
       if isinstance(inner, dict):

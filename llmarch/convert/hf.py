@@ -9,10 +9,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,8 @@ from llmarch import files, sharding
 from llmarch.build import build, differences, to_dict
 from llmarch.config import ModelConfig
 from llmarch.convert.fields import METADATA, Family, Rearrange, Row
-from llmarch.convert.tables import FAMILIES
+from llmarch.convert.tables import FAMILIES, find_family
+from llmarch.convert.tables.wrappers import PREFIXES, WRAPPERS
 from llmarch.errors import UserError, check, nearest
 from llmarch.layers import registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
 from llmarch.layers.attention import AttentionConfig
@@ -31,6 +34,14 @@ from llmarch.layers.param import flatten, unflatten
 from llmarch.models.decoder import abstract
 
 CONFIG, SINGLE, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+ADAPTER, WEIGHTS_OF_ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+# The files beside the weights that say how text becomes ids and how it is generated; they are copied, never read here.
+BESIDE = (
+  TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+  "chat_template.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+ORIGINAL = "consolidated.safetensors"  # the makers' own names, which some families' tables know as well
+TOO_LARGE = "the sizes are beyond what arrays can have; restore the file"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
@@ -186,7 +197,7 @@ def tensor_slots(family: Family, config: ModelConfig, present: Iterable[str] | N
       fits = all(path in shapes and row.fits(shapes[path][len(leading) + num_indices :]) for path in paths)
       if not fits or (paths[0], leading) in rows:
         continue
-      alternatives = [r for r in family.rows if r.parts[0] == row.parts[0] and r.key != row.key]
+      alternatives = [r for r in family.rows if set(r.parts) & set(row.parts) and r.key != row.key]
       candidates = [r.key.format(*number, 0) for r in (row, *alternatives)]
       if present is not None and candidates[0] not in present and any(key in present for key in candidates[1:]):
         continue
@@ -212,7 +223,7 @@ def _row_prefixes(row: Row, config: ModelConfig):
       for b, name in enumerate(pattern):
         block, mixer = config.blocks[name], config.blocks[name].mixer
         experts = block.ffn.experts if block.ffn else None
-        known = {"n": mixer.heads or 0, "e": experts[0] if experts else 0}
+        known = {"n": mixer.heads or 0, "e": experts[0] if experts else 0, "p": 2}
         if isinstance(mixer, AttentionConfig):
           known |= {"k": mixer.kv_heads, "h": mixer.dim(config.d_model)}
         if row.residual in (None, block.residual.kind):
@@ -223,12 +234,120 @@ def _row_prefixes(row: Row, config: ModelConfig):
 # --------------------------------------------------------------------------------------------------- reading
 
 
-def is_checkpoint(directory: str | os.PathLike) -> bool:
-  """True if the folder's config.json is one of transformers."""
+# Options by which a config.json of transformers is known; a model folder and a run have "model" instead.
+SIGNS = {"model_type", "architectures", "auto_map", "hidden_size", "text_config", "transformers_version"}
+
+
+def is_checkpoint(path: str | os.PathLike) -> bool:
+  """True for a config.json of transformers, and for a folder with one or with an adapter."""
+  path = Path(path)
+  file = path / CONFIG if path.is_dir() else path
   try:
-    return "model_type" in json.loads((Path(directory) / CONFIG).read_text())
-  except (OSError, ValueError, RecursionError, TypeError):
+    data = json.loads(file.read_text()) if file.is_file() else {}
+  except (OSError, ValueError, RecursionError):
     return False
+  ours = not isinstance(data, dict) or "model" in data
+  return not ours and (bool(SIGNS & data.keys()) or (not data and (path / ADAPTER).exists()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+  """What a config.json says.
+
+  options: those of the decoder of text. outer: all of the file. file: its path.
+  """
+
+  file: Path
+  family: Family
+  options: dict
+  outer: dict
+
+  @classmethod
+  def of(cls, path: str | os.PathLike) -> "Described":
+    """Reads the file or the folder's config.json. Raises UserError unless the table has its family."""
+    path = Path(path)
+    file = path if path.suffix == ".json" and not path.is_dir() else path / CONFIG
+    outer = read_json(file)
+    options, model_type = outer, outer.get("model_type")
+    if isinstance(model_type, str) and model_type in WRAPPERS:
+      wrapper, text = WRAPPERS[model_type], outer.get("text_config")
+      check(isinstance(text, dict), f"{file}: text_config is missing, which describes the decoder of a {model_type}")
+      tied = outer.get("tie_word_embeddings", text.get("tie_word_embeddings", wrapper.tied))
+      options = {"model_type": wrapper.text} | text | {"tie_word_embeddings": tied}
+    family = find_family(options)
+    if family is None:
+      raise UserError(f"{file}: {_unknown(options)}")
+    return cls(file, family, options, outer)
+
+  def model(self) -> dict:
+    """The plain data of a ModelConfig, without precision. Raises UserError for all that the table does not know."""
+    try:
+      return self.family.read({k: v for k, v in self.options.items() if k != "quantization_config"})
+    except UserError as e:
+      raise UserError(f"{self.file}: {e}") from None
+
+  def build(self, model: dict, dtype: str) -> ModelConfig:
+    """The ModelConfig of that plain data, with parameters of a dtype. Raises UserError."""
+    try:
+      return build(ModelConfig, model | {"precision": dict.fromkeys(("param", "compute", "state"), dtype)}, "model")
+    except UserError as e:
+      raise UserError(f"{self.file}: {e}") from None
+    except (OverflowError, TypeError, MemoryError):
+      raise UserError(f"{self.file}: {TOO_LARGE}") from None
+
+  @property
+  def carried(self) -> dict:
+    """The options that are written back unchanged, whatever the model has become."""
+    both = self.options | {k: v for k, v in self.outer.items() if v is not None}
+    return {k: v for k, v in both.items() if k in METADATA and "dtype" not in k and k != "auto_map"}
+
+  @property
+  def layers_beyond(self) -> range:
+    """The numbers of the layers behind the last one, which predict tokens further ahead."""
+    count, more = self.get(self.family.num_layers), self.get(self.family.more_layers)
+    return range(count, count + more) if type(count) is int and type(more) is int else range(0)
+
+  @property
+  def is_coded(self) -> bool:
+    """True if the file says that the weights are codes of numbers, and not only that they once were."""
+    coded = self.get("quantization_config") or None
+    loads = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
+    note = isinstance(coded, dict) and coded.get("quant_method") == "bitsandbytes" and not any(map(coded.get, loads))
+    return coded is not None and not note
+
+  @property
+  def coding(self) -> str:
+    """The sentence about a quantization_config."""
+    coded = self.get("quantization_config")
+    method = coded.get("quant_method") if isinstance(coded, dict) else coded
+    return (
+      f"quantization_config ({method}) says that the weights are codes, which are not read; save them dequantised"
+    )
+
+  def get(self, key: str, default=None):
+    """An option of the file, of the decoder before the wrapper."""
+    return self.options.get(key, self.outer.get(key, default))
+
+
+def _unknown(options: dict) -> str:
+  """The sentence about a config.json of no family that is known."""
+  model_type, classes = options.get("model_type"), options.get("architectures")
+  if model_type is None:
+    named = f"nor a known class among its architectures ({classes!r})" if classes else "and no architectures"
+    return f"it has no model_type, {named}; add the model_type of a family that docs/fine_tune.md lists"
+  code = ", and code of the folder (auto_map) is never run" if "auto_map" in options else ""
+  return f"the model_type {model_type!r} is unknown{code}; docs/fine_tune.md lists the families that are read"
+
+
+def read_config(path: str | os.PathLike) -> ModelConfig:
+  """The ModelConfig of a config.json alone, a file or in a folder; no weight is opened.
+
+  The dtype of its parameters is the one that the file names, float32 by default. Raises UserError.
+  """
+  said = Described.of(path)
+  dtype = said.get("dtype", said.get("torch_dtype"))
+  known = [dtype.name for dtype in DTYPES.values()]
+  return said.build(said.model(), dtype if dtype in known else "float32")
 
 
 def entries(config: ModelConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -239,36 +358,28 @@ def entries(config: ModelConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 class Checkpoint:
   """A folder of transformers, checked against its family's table. Only `param` and `check_finite` read values.
 
-  config: ours, in the dtype of the tensors. carried: other entries of config.json (ids of special tokens ...), for
-  writing them back. entries: {our parameter: (dtype, shape)}. Raises UserError, which names file and tensor.
+  config: ours, in the dtype of most tensors; others are cast. carried: other entries of config.json (ids of special
+  tokens ...), for writing them back. entries: {our parameter: (dtype, shape)}. left_out: tensors of layers and parts
+  that the decoder does not use. Adapters of PEFT in the folder are added to the weights. Raises UserError, which names
+  file and tensor.
   """
 
   def __init__(self, directory: str | os.PathLike):
-    self.folder = Path(directory)
-    options = _read_json(self.folder / CONFIG)
-    self.tensors = _open(self.folder)
-    self.family = _family(self.folder / CONFIG, options.get("model_type"))
-    coded = options.get("quantization_config")
-    method = coded.get("quant_method") if isinstance(coded, dict) else coded
-    check(
-      coded is None,
-      f"{self.folder / CONFIG}: quantization_config ({method}) says that the weights are codes, which are not read;"
-      " save them dequantised",
-    )
-    self.carried = {k: v for k, v in options.items() if k in METADATA and "dtype" not in k}
-    names = self.family.prefix and not any(name.startswith(self.family.prefix) for name in self.tensors)
-    if names:
-      self.tensors = {n if n.startswith("lm_head") else self.family.prefix + n: t for n, t in self.tensors.items()}
-    self.tensors = {n: t for n, t in self.tensors.items() if not n.endswith(self.family.buffers)}
+    self.folder = base_folder(directory)
+    said = Described.of(self.folder)
+    self.family, model = said.family, said.model()
+    check(not said.is_coded, f"{said.file}: {said.coding}")
+    self.carried = said.carried
+    self.tensors, self.left_out = _own(_open(self.folder), said)
+    self.adapters = _adapters(Path(directory), self.family)
     dtype = self._dtype()
-    precision = {"param": dtype, "compute": dtype, "state": dtype}
+    self.config = said.build(model, dtype)
     try:
-      self.config = build(ModelConfig, self.family.read(options) | {"precision": precision}, "model")
       slots = tensor_slots(self.family, self.config, self.tensors)
     except UserError as e:
-      raise UserError(f"{self.folder / CONFIG}: {e}") from None
-    except (OverflowError, TypeError, MemoryError):  # the config has absurd sizes
-      raise UserError(f"{self.folder / CONFIG}: the sizes are beyond what arrays can have; restore the file") from None
+      raise UserError(f"{said.file}: {e}") from None
+    except (OverflowError, TypeError, MemoryError):
+      raise UserError(f"{said.file}: {TOO_LARGE}") from None
     self._check_names(slots)
     self.entries = entries(self.config)
     self._sources: dict[str, list] = {path: [] for path in self.entries}
@@ -277,20 +388,44 @@ class Checkpoint:
       wanted = slot.rearrange.shape
       check(tensor.shape == wanted, f"{tensor} has the shape {list(tensor.shape)}, not {list(wanted)}")
       for number, (path, index) in enumerate(slot.parts):
-        kept = NAMES[self.entries[path][0]]
-        check(tensor.dtype == kept, f"{tensor} is {tensor.dtype}, not {kept} like the rest; give one dtype")
-        self._sources[path].append((index, tensor, slot.rearrange, number))
+        self._sources[path].append((index, key, slot.rearrange, number))
+
+  @property
+  def notes(self) -> dict[str, str]:
+    """What a report says about the folder: parts that are left out, tensors that are cast, adapters that are added."""
+    kept = self.config.precision.param
+    (width,) = (dtype.itemsize for dtype in DTYPES.values() if dtype.name == kept)
+    cast = Counter(tensor.dtype for tensor in self.tensors.values() if DTYPES[tensor.dtype].itemsize > width)
+    return {
+      **({"left out": ", ".join(sorted({_part(name) for name in self.left_out}))} if self.left_out else {}),
+      **({"adapters": f"added to {len(self.adapters)} matrices"} if self.adapters else {}),
+      **({"cast": ", ".join(f"{n} tensors of {dtype} to {kept}" for dtype, n in sorted(cast.items()))} if cast else {}),
+    }
 
   def param(self, path: str) -> np.ndarray:
     """Reads our parameter of that path, with all its layers."""
     sources = self._sources[path]
-    if not sources[0][0]:
-      _, tensor, rearrange, number = sources[0]
-      return rearrange.split(tensor.read(), number)
     dtype, shape = self.entries[path]
+    if not sources[0][0]:
+      _, key, rearrange, number = sources[0]
+      return self._cast(key, rearrange.split(self._value(key), number), dtype)
     values = np.empty(shape, dtype)
-    for index, tensor, rearrange, number in sources:
-      values[index] = rearrange.split(tensor.read(), number)
+    for index, key, rearrange, number in sources:
+      values[index] = self._cast(key, rearrange.split(self._value(key), number), dtype)
+    return values
+
+  def _value(self, key: str) -> np.ndarray:
+    """Reads a tensor, with its adapter added."""
+    values = self.tensors[key].read()
+    return self.adapters[key].added_to(values, self.tensors[key]) if key in self.adapters else values
+
+  def _cast(self, key: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if values.dtype == dtype:
+      return values
+    with np.errstate(over="ignore"):
+      values = values.astype(dtype)
+    finite = bool(np.isfinite(values).all())
+    check(finite, f"{self.tensors[key]} holds values beyond {dtype.name}, the dtype of the rest; give one dtype")
     return values
 
   def check_finite(self) -> None:
@@ -299,12 +434,15 @@ class Checkpoint:
       tensor.read()
 
   def _dtype(self) -> str:
-    """The dtype of most tensors; any others are compared later with the parameters that the config keeps in f32."""
+    """The dtype of most tensors, in which all parameters are but those that the config keeps in f32."""
     for tensor in self.tensors.values():
       known = ", ".join(DTYPES)
       check(tensor.dtype in DTYPES, f"{tensor} has the dtype {tensor.dtype}; parameters are one of {known}")
     check(bool(self.tensors), f"{self.folder} holds no tensors")
-    ((most, _),) = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)
+    sizes: Counter = Counter()
+    for tensor in self.tensors.values():
+      sizes[tensor.dtype] += math.prod(tensor.shape)
+    ((most, _),) = sizes.most_common(1)
     return DTYPES[most].name
 
   def _check_names(self, slots: dict[str, Slot]) -> None:
@@ -318,6 +456,76 @@ class Checkpoint:
       embed = next(self.tensors[slot.key] for slot in slots.values() if slot.parts == (("embed", ()),))
       same = tensor.shape == embed.shape and np.array_equal(tensor.read(), embed.read())
       check(same, f"{tensor} differs from {embed.name}, but {CONFIG} ties them")
+    for key in self.adapters.keys() - slots.keys():
+      raise UserError(f"{self.adapters[key]} is of {key}, which the model does not have; remove the adapter")
+
+
+def has_weights(directory: str | os.PathLike) -> bool:
+  """True if the folder, or the base of an adapter there, holds safetensors."""
+  return any(base_folder(directory).glob("*.safetensors"))
+
+
+def base_folder(directory: str | os.PathLike) -> Path:
+  """The folder with the weights: the directory, or the base that an adapter there names. Raises UserError."""
+  folder = Path(directory)
+  alone = not any(path.name != WEIGHTS_OF_ADAPTER for path in folder.glob("*.safetensors"))
+  if not (alone and (folder / ADAPTER).is_file()):
+    return folder
+  name = read_json(folder / ADAPTER).get("base_model_name_or_path")
+  base = Path(name) if isinstance(name, str) and name else None
+  check(
+    base is not None and base.is_dir(),
+    f"{folder} holds an adapter ({ADAPTER}) of the base {name!r}, which is no folder here; put the adapter beside the"
+    " weights of its base, or name the folder of the base in base_model_name_or_path",
+  )
+  return base
+
+
+def _adapters(folder: Path, family: Family) -> dict[str, Any]:
+  """The adapters in a folder by the key of the tensor that they change."""
+  if not (folder / ADAPTER).exists():
+    return {}
+  from llmarch.convert import peft
+
+  return {_key(name, family): adapter for name, adapter in peft.read_adapters(folder).items()}
+
+
+def _own(tensors: dict[str, Tensor], said: Described) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+  """Splits the tensors of a folder: {key in the family's names: tensor of its decoder}, {name: any other tensor}."""
+  left = {}
+  if said.outer is not said.options:  # only what the wrapper calls its decoder is the decoder's
+    inside = {name: tensor for name, tensor in tensors.items() if _in_wrapper(name, said.family) != name}
+    if inside:
+      heads = {name: tensor for name, tensor in tensors.items() if name in _standing_apart(said.family)}
+      left = {name: tensor for name, tensor in tensors.items() if name not in inside | heads}
+      tensors = {_in_wrapper(name, said.family): tensor for name, tensor in (inside | heads).items()}
+  bare = not any(name.startswith(said.family.prefix) for name in tensors)
+  own = {_key(name, said.family) if bare else name: tensor for name, tensor in tensors.items()}
+  own = {name: tensor for name, tensor in own.items() if not name.endswith(said.family.buffers)}
+  more = tuple(f"{start}{n}." for n in said.layers_beyond for start in said.family.layer_prefixes)
+  left |= {name: tensor for name, tensor in own.items() if more and name.startswith(more)}
+  return {name: tensor for name, tensor in own.items() if name not in left}, left
+
+
+def _standing_apart(family: Family) -> set[str]:
+  """The keys of a family that do not begin with its prefix: those of heads."""
+  return {row.key for row in family.rows if not row.key.startswith(family.prefix)}
+
+
+def _in_wrapper(name: str, family: Family) -> str:
+  return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+
+
+def _key(name: str, family: Family) -> str:
+  """The key of a tensor in the family's table, for a name that may stand in a wrapper or lack the prefix."""
+  name = _in_wrapper(name, family)
+  return name if name.startswith(family.prefix) or name in _standing_apart(family) else family.prefix + name
+
+
+def _part(name: str) -> str:
+  """The part of a model to which a tensor belongs: "vision_tower", or "layers.61"."""
+  words = name.removeprefix("model.").split(".")
+  return ".".join(words[:2] if words[0] == "layers" else words[:1])
 
 
 def load_checkpoint(directory: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, layout: str = "ws_2d"):
@@ -335,21 +543,10 @@ def load_checkpoint(directory: str | os.PathLike, mesh: jax.sharding.Mesh | None
   return checkpoint.config, unflatten(params, flat, same_dtypes=True)
 
 
-def _family(path: Path, model_type) -> Family:
-  check(
-    isinstance(model_type, str) and model_type in FAMILIES,
-    f"{path}: the model_type {model_type!r} is unknown{nearest(str(model_type), FAMILIES)}",
-  )
-  return FAMILIES[model_type]
-
-
-def _read_json(path: Path) -> dict:
-  def refuse(constant):
-    raise ValueError(f"{constant} is no number")
-
+def read_json(path: Path) -> dict:
   check(path.is_file() or not path.exists(), f"{path} is no file; restore it")  # reading a pipe would never end
   try:
-    data = json.loads(path.read_text(), object_pairs_hook=_no_twins, parse_constant=refuse)
+    data = json.loads(path.read_text(), object_pairs_hook=_no_twins)
   except OSError as e:
     raise UserError(f"cannot read {path} ({e.strerror}); give a folder of transformers") from None
   except (ValueError, RecursionError) as e:
@@ -360,13 +557,15 @@ def _read_json(path: Path) -> dict:
 
 def _open(folder: Path) -> dict[str, Tensor]:
   """Finds all tensors of a folder, in one file or in the shards of its index."""
-  files = sorted(p.name for p in folder.glob("*.safetensors"))
+  files = sorted(p.name for p in folder.glob("*.safetensors") if p.name != WEIGHTS_OF_ADAPTER)
   if not (folder / INDEX).exists():
     shards = [name for name in files if name != SINGLE]
     if SINGLE in files:
       extra = [name for name in shards if name.startswith("model-")]
       check(not extra, f"{folder}: {', '.join(extra)} beside {SINGLE}, without {INDEX}; remove one or the other")
       return read_header(_inside(folder, SINGLE))[0]
+    if files == [ORIGINAL]:
+      return read_header(_inside(folder, ORIGINAL))[0]
     check(not shards, f"{folder}: {', '.join(shards)} need {INDEX}, which is missing; restore it")
     pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     check(
@@ -375,7 +574,7 @@ def _open(folder: Path) -> dict[str, Tensor]:
     )
     raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}; give a folder of transformers")
   index = folder / INDEX
-  where = _read_json(index).get("weight_map")
+  where = read_json(index).get("weight_map")
   check(isinstance(where, dict) and bool(where), f"{index} has no weight_map; restore it")
   check(all(isinstance(file, str) for file in where.values()), f"{index}: weight_map must name a file for each tensor")
   shards = sorted(set(where.values()))
@@ -436,6 +635,8 @@ def express(config: ModelConfig, model_type: str | None = None) -> tuple[Family,
 
 def _lost(config: ModelConfig, back: ModelConfig) -> list[str]:
   """Lists the differences between the functions that two configs compute."""
+  if back.max_seq_len > config.max_seq_len:  # a limit, which no number depends on; a scaling may allow more
+    back = dataclasses.replace(back, max_seq_len=config.max_seq_len)
   both = [_function({"model": m, "layers": dict(enumerate(layers))}) for m, layers in map(canonical, (config, back))]
   found = differences(*both)
   return [d.removeprefix("config.").replace(" here, ", ", not ").removesuffix(" there") for d in found]
@@ -518,6 +719,13 @@ def write_checkpoint(
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
   return family
+
+
+def carry(source: Path, target: Path) -> None:
+  """Copies the files beside the weights that the target lacks. Raises UserError for a link out of the folder."""
+  for name in BESIDE:
+    if (source / name).is_file() and not (target / name).exists():
+      shutil.copyfile(_inside(source, name), target / name)
 
 
 @contextlib.contextmanager

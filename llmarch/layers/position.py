@@ -128,7 +128,7 @@ class YaRN(ScalingConfig, kind="yarn"):
 
   def __post_init__(self):
     check_at_least(self, 1, "factor", "original")
-    check(self.beta_fast > self.beta_slow > 0, "beta_fast must be above beta_slow, and both above 0")
+    check(self.beta_fast >= self.beta_slow > 0, "beta_fast must be at least beta_slow, and both above 0")
 
   def frequencies(self, dims: int, theta: float, length: jax.Array | None):
     betas = self.beta_fast, self.beta_slow

@@ -3,8 +3,11 @@
 A new family is one entry of FAMILIES in the file of its kind. Nothing else in the project knows a family's name.
 """
 
+import dataclasses
+
 from llmarch.convert.fields import Family
 from llmarch.convert.tables import gemma, gpt, layernorm, llama, mla, moe, olmo, ports
+from llmarch.convert.tables.defaults import DEFAULTS
 
 _KINDS = (llama, gemma, gpt, olmo, moe, mla, layernorm, ports)
 
@@ -15,5 +18,21 @@ _ORDER = """
   mpt opt bloom phi cohere cohere2 nemotron smollm3 glm4 palm grok-1
 """.split()
 
-_ALL = {family.model_type: family for kind in _KINDS for family in kind.FAMILIES}
+_ALL = {
+  family.model_type: dataclasses.replace(family, defaults=DEFAULTS.get(family.model_type, {}))
+  for kind in _KINDS
+  for family in kind.FAMILIES
+}
 FAMILIES: dict[str, Family] = {name: _ALL[name] for name in dict.fromkeys([*_ORDER, *_ALL])}
+
+
+def find_family(options: dict) -> Family | None:
+  """The family of a config.json by its model_type, or by the class that it names if it has no model_type."""
+  model_type, classes = options.get("model_type"), options.get("architectures")
+  for family in FAMILIES.values():
+    names = {family.architecture, family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model"}
+    if model_type in (family.model_type, *family.also):
+      return family
+    if model_type is None and isinstance(classes, list) and names & set(map(str, classes)):
+      return family
+  return None

@@ -1,8 +1,9 @@
 """The decoders of Gemma: zero-centred RMSNorm before and after each branch, a gated feed-forward with GELU."""
 
+import dataclasses
 import math
 
-from llmarch.convert.fields import Derived, Family, Key, Rope, Size, Window, every
+from llmarch.convert.fields import Derived, Family, Key, MaxLength, Rope, Size, Window, every
 from llmarch.convert.tables.parts import (
   ATTENTION_BIAS,
   ENDS,
@@ -40,17 +41,24 @@ def gemma(model_type: str, architecture: str, mixer: dict, **more) -> Family:
       tied=True,
       embed={"scale": Derived(lambda h: math.sqrt(h.size("hidden_size")))},
       head={"softcap": Key("final_logit_softcapping", None)} if "softcap" in mixer else {},
+      **more.pop("model", {}),
     ),
     {
       "mixer": attention(head_dim=Size("head_dim", 256), **mixer, **ATTENTION_BIAS),
-      "ffn": mlp(activation=activation(more.pop("activation", "hidden_activation"), "gelu_pytorch_tanh")),
+      "ffn": mlp(activation=more.pop("activation", activation("hidden_activation", "gelu_pytorch_tanh"))),
       "norm": norm,
       "residual": more.pop("residual", "sandwich"),
     },
-    only={"use_bidirectional_attention": (None, False)} | more.pop("only", {}),
+    only={"use_bidirectional_attention": (False, None)} | more.pop("only", {}),
     aliases={"_sliding_window_pattern": "sliding_window_pattern"},
     **more,
   )
+
+
+def _legacy_activation() -> Key:
+  """The activation of the first Gemma, whose published files say "gelu" and mean its tanh form."""
+  key = activation("hidden_act", "gelu_pytorch_tanh")
+  return dataclasses.replace(key, decode=lambda theirs: "gelu_tanh" if theirs == "gelu" else key.decode(theirs))
 
 
 def _query_scale(key: str) -> Key:
@@ -62,7 +70,7 @@ FAMILIES = (
     "gemma",
     "GemmaForCausalLM",
     {"position": Rope()},
-    activation="hidden_act",
+    activation=_legacy_activation(),
     residual="pre",
     rows=LLAMA,
     only={"hidden_activation": (None, "gelu_pytorch_tanh")},
@@ -91,5 +99,6 @@ FAMILIES = (
       "qk_norm": {"norm": {"kind": "rmsnorm", "eps": Key("rms_norm_eps", 1e-6), "zero_centered": True}},
     },
     rows=GEMMA,
+    model={"max_seq_len": MaxLength(extended=True)},
   ),
 )

@@ -39,6 +39,10 @@ def _gpt2_scale(h) -> float:
   return (h.size("n_embd") / h.size("n_head")) ** -0.5
 
 
+GPT_NAMES = {
+  "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+  "num_hidden_layers": "n_layer",
+}  # fmt: skip
 GPT_MODEL = {"d_model": Size("n_embd"), "max_seq_len": Size("n_positions")}
 
 
@@ -147,9 +151,10 @@ FAMILIES = (
       Row(f"{H}.mlp.c_proj.bias", "ffn/down_bias"),
     ),
     num_layers="n_layer",
-    only={"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "n_ctx": (None, 1024)},
+    only={"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+    moot=frozenset({"n_ctx"}),
+    aliases=GPT_NAMES,
     buffers=GPT_BUFFERS,
-    prefix="transformer.",
   ),
   Family(
     "gpt_neox",
@@ -204,9 +209,9 @@ FAMILIES = (
     },
     (*GPT_ENDS, *GPT_NORMS, *projections(f"{H}.attn", "out_proj"), *gated(f"{H}.mlp", "fc_in", "fc_out")),
     num_layers="n_layer",
-    moot=frozenset({"rotary", "scale_attn_weights"}),
+    moot=frozenset({"n_ctx", "rotary", "scale_attn_weights"}),
+    aliases=GPT_NAMES,
     buffers=(*GPT_BUFFERS, ".attn.embed_positions"),
-    prefix="transformer.",
   ),
   Family(
     "gpt_neo",
@@ -235,8 +240,8 @@ FAMILIES = (
     (*GPT_ENDS, *GPT_NORMS, *projections(f"{H}.attn.attention", "out_proj"), *gated(f"{H}.mlp", "c_fc", "c_proj")),
     num_layers="num_layers",
     moot=frozenset({"attention_layers"}),
+    aliases={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
     buffers=GPT_BUFFERS,
-    prefix="transformer.",
   ),
   Family(
     "falcon",
@@ -272,7 +277,6 @@ FAMILIES = (
     only={"alibi": (False,), "apply_residual_connection_post_layernorm": (False,)},
     aliases={"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embed": "hidden_size"}
     | {"n_head_kv": "num_kv_heads"},
-    prefix="transformer.",
   ),
   Family(
     "mpt",
@@ -306,6 +310,7 @@ FAMILIES = (
       *gated("transformer.blocks.{}.ffn"),
     ),
     num_layers="n_layers",
+    aliases={"num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers"},
     only={
       "attn_config.alibi": (True,),
       "attn_config.qk_ln": (False,),
@@ -357,7 +362,6 @@ FAMILIES = (
     ),
     only={"layerdrop": (0.0,)},
     moot=frozenset({"activation_dropout"}),
-    prefix="model.",
   ),
   Family(
     "bloom",
@@ -395,6 +399,5 @@ FAMILIES = (
     aliases={"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "n_embed": "hidden_size"},
     moot=frozenset({"attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi"})
     | {"skip_bias_add", "skip_bias_add_qkv"},
-    prefix="transformer.",
   ),
 )

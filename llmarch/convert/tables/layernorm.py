@@ -55,7 +55,7 @@ FAMILIES = (
     model(layer_norm("norm_epsilon"), tied=True, embed={"dropout": Key("embedding_dropout", 0.0)}),
     {
       "mixer": attention(
-        window=Window(), position=Rope(), qkv_bias=Key("use_bias", True), out_bias=Key("use_bias", True)
+        **HEAD_DIM, window=Window(), position=Rope(), qkv_bias=Key("use_bias", True), out_bias=Key("use_bias", True)
       ),
       "ffn": mlp(activation=activation("hidden_act", "gelu_pytorch_tanh"), gated=False, bias=Key("use_bias", True)),
       "norm": layer_norm("norm_epsilon"),
@@ -93,6 +93,7 @@ FAMILIES = (
     model(layer_norm(), head={"bias": True}, embed={"dropout": Key("embd_pdrop", 0.0)}),
     {
       "mixer": attention(
+        **HEAD_DIM,
         position=Rope(partial=0.5),
         qkv_bias=True,
         out_bias=True,

@@ -6,6 +6,7 @@ from llmarch.convert.tables.parts import (
   ENDS,
   HEAD_DIM,
   LLAMA,
+  ORIGINAL,
   PRE,
   QK,
   QK_NORM,
@@ -30,7 +31,7 @@ def granite(model_type: str, architecture: str, ffn: dict, **more) -> Family:
   return llama_like(
     model_type,
     architecture,
-    {"position": Rope(), "query_scale": Key("attention_multiplier", 1.0), **ATTENTION_BIAS},
+    {**HEAD_DIM, "position": Rope(), "query_scale": Key("attention_multiplier", 1.0), **ATTENTION_BIAS},
     model=model(
       rms(),
       embed={"scale": Key("embedding_multiplier", 1.0)},
@@ -45,10 +46,12 @@ def _after_max_window_layers(h, i) -> bool:
   return i >= h.get("max_window_layers", 28)
 
 
-def _qwen(model_type: str, architecture: str, rows: tuple[Row, ...], **mixer) -> Family:
+def _qwen(model_type: str, architecture: str, rows: tuple[Row, ...], also: tuple = (), **mixer) -> Family:
   window = Window(types=_after_max_window_layers, switch="use_sliding_window")
-  mixer = {"window": window, "position": Rope()} | mixer
-  return llama_like(model_type, architecture, mixer, rows=rows, only={"use_mrope": (False,)})
+  mixer = {**HEAD_DIM, "window": window, "position": Rope()} | mixer
+  moot = frozenset() if "out_bias" in mixer else frozenset({"attention_bias"})
+  only = {"use_mrope": (False,), "use_qk_norm": ("qk_norm" in mixer,)}
+  return llama_like(model_type, architecture, mixer, rows=rows, only=only, moot=moot, also=also)
 
 
 def _has_rope(h, i) -> bool:
@@ -67,8 +70,14 @@ FAMILIES = (
     "LlamaForCausalLM",
     {**HEAD_DIM, "position": Rope(), **ATTENTION_BIAS},
     block={"ffn": mlp(bias=Key("mlp_bias", False))},
+    rows=(*LLAMA, *ORIGINAL),
   ),
-  llama_like("mistral", "MistralForCausalLM", {**HEAD_DIM, "window": Window(4096), "position": Rope()}),
+  llama_like(
+    "mistral",
+    "MistralForCausalLM",
+    {**HEAD_DIM, "window": Window(4096), "position": Rope()},
+    rows=(*LLAMA, *ORIGINAL),
+  ),
   _qwen("qwen2", "Qwen2ForCausalLM", LLAMA, qkv_bias=True),
   _qwen(
     "qwen3",
@@ -76,6 +85,7 @@ FAMILIES = (
     (*LLAMA, *QK_NORM),
     head_dim=Size("head_dim", 128),
     qk_norm={"norm": QK},
+    also=("qwen3_vl_text",),
     **ATTENTION_BIAS,
   ),
   Family(
@@ -83,7 +93,7 @@ FAMILIES = (
     "Phi3ForCausalLM",
     model(rms(default=1e-5), embed={"dropout": Key("embd_pdrop", 0.0)}),
     {
-      "mixer": attention(window=Window(), position=Rope(original_beside=True)),
+      "mixer": attention(**HEAD_DIM, window=Window(), position=Rope(original_beside=True)),
       "ffn": mlp(),
       "norm": rms(default=1e-5),
       "dropout": Key("resid_pdrop", 0.0),
@@ -96,6 +106,7 @@ FAMILIES = (
     "smollm3",
     "SmolLM3ForCausalLM",
     {
+      **HEAD_DIM,
       "window": Window(types=_smollm_slides, switch="use_sliding_window"),
       "position": SomeRope(Rope(theta=2e6), _has_rope, lambda w, i, has: w.append("no_rope_layers", i, int(has))),
       **ATTENTION_BIAS,
@@ -110,7 +121,7 @@ FAMILIES = (
     model(rms(default=1.5625e-7)),
     {
       "mixer": attention(
-        head_dim=Size("head_dim", 128),
+        **HEAD_DIM,
         position=Rope(partial=0.5, interleaved=True),
         qkv_bias=Key("attention_bias", True),
       ),

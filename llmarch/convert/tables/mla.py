@@ -65,7 +65,7 @@ def latent_attention(interleaved) -> Pair:
   return Pair(read, write)
 
 
-def deepseek(model_type: str, architecture: str, interleaved, router: dict, only: dict) -> Family:
+def deepseek(model_type: str, architecture: str, interleaved, router: dict, only: dict, **more) -> Family:
   """Latent attention, and experts above the first layers."""
   attn = f"{L}.self_attn"
   shared = {"d_ff": Pair(_shared_width, _say_shared_width), "activation": activation("hidden_act", "silu")}
@@ -92,7 +92,9 @@ def deepseek(model_type: str, architecture: str, interleaved, router: dict, only
       *gated(f"{L}.mlp.shared_experts", path="ffn/shared"),
     ),
     only={"attention_bias": (False,), "moe_layer_freq": (1,)} | only,
-    moot=frozenset({"aux_loss_alpha", "ep_size", "head_dim", "num_mtp_layers", "num_nextn_predict_layers"})
+    more_layers="num_nextn_predict_layers",
+    **more,
+    moot=frozenset({"aux_loss_alpha", "ep_size", "head_dim", "num_nextn_predict_layers"})
     | {"qk_head_dim", "seq_aux", "n_group", "topk_group"},  # groups where topk_method does not ask for them
   )
 
@@ -124,6 +126,7 @@ FAMILIES = (
       ),
     },
     {"mlp_bias": (False,), "norm_topk_prob": (False,), "scoring_func": ("softmax",)},
+    aliases={"num_experts": "n_routed_experts"},
   ),
   deepseek(
     "deepseek_v3",
@@ -137,5 +140,7 @@ FAMILIES = (
       "balance_rate": 0.0,  # a checkpoint does not tell; 0 keeps its bias as it is
     },
     {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    also=("kimi_k2",),
   ),
 )

@@ -15,6 +15,7 @@ from llmarch.convert.tables.parts import (
   activation,
   ends,
   fused,
+  fused_experts,
   gated,
   llama_like,
   mlp,
@@ -28,6 +29,10 @@ from llmarch.convert.tables.parts import (
 from llmarch.errors import check
 
 DBRX = "transformer.blocks.{}"
+DBRX_NAMES = {
+  "num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers",
+  "max_position_embeddings": "max_seq_len",
+}  # fmt: skip
 
 
 def _qwen2_moe_slides(h, i) -> bool:
@@ -69,16 +74,6 @@ def _oss_slides(h, i) -> bool:
   return i % 2 == 0
 
 
-def _given_rope(rope: Rope) -> Pair:
-  """A rope whose options the file must have."""
-
-  def read(h, i):
-    check(bool(rope_options(h)[0][1]), "the option rope_parameters is missing")
-    return rope.read(h, i)
-
-  return Pair(read, rope.write)
-
-
 def _dbrx_theta(h) -> float:
   """rope_parameters decide where a file has them; older ones have attn_config.rope_theta alone."""
   theta = h.get("attn_config.rope_theta", 10000.0)
@@ -102,6 +97,8 @@ FAMILIES = (
       Row(f"{L}.block_sparse_moe.router.layer.weight", "ffn/router", "e d -> d e"),
       Row(f"{L}.block_sparse_moe.input_linear.weight", ("ffn/gate", "ffn/up"), "e c d -> e d c"),
       Row(f"{L}.block_sparse_moe.output_linear.weight", "ffn/down", "e d f -> e f d"),
+      Row(f"{L}.block_sparse_moe.router.weight", "ffn/router", "e d -> d e"),
+      *fused_experts(f"{L}.block_sparse_moe.experts"),
     ),
   ),
   llama_like(
@@ -118,12 +115,16 @@ FAMILIES = (
       *PRE,
       *projections(f"{L}.self_attn"),
       *sparse(f"{L}.block_sparse_moe", "w3", "w2", "w1"),
+      Row(f"{L}.mlp.gate.weight", "ffn/router", "e d -> d e"),
+      *fused_experts(f"{L}.mlp.experts"),
     ),
+    aliases={"num_experts": "num_local_experts"},
   ),
   llama_like(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
     {
+      **HEAD_DIM,
       "window": Window(types=_qwen2_moe_slides, switch="use_sliding_window"),
       "position": Rope(),
       "qkv_bias": Key("qkv_bias", True),
@@ -165,11 +166,13 @@ FAMILIES = (
     rows=(*LLAMA, *QK_NORM, *sparse(f"{L}.mlp")),
     aliases={"num_local_experts": "num_experts"},
     moot=frozenset({"max_window_layers"}),
+    only={"use_qk_norm": (True,)},
+    also=("qwen3_vl_moe_text",),
   ),
   llama_like(
     "olmoe",
     "OlmoeForCausalLM",
-    {"position": Rope(), "qkv_clip": Key("clip_qkv", None), **WHOLE_QK, **ATTENTION_BIAS},
+    {**HEAD_DIM, "position": Rope(), "qkv_clip": Key("clip_qkv", None), **WHOLE_QK, **ATTENTION_BIAS},
     model=model(rms(default=1e-5)),
     block={
       "norm": rms(default=1e-5),
@@ -184,7 +187,7 @@ FAMILIES = (
     {
       "head_dim": Size("head_dim", 64),
       "window": Window(128, types=_oss_slides),
-      "position": _given_rope(Rope(theta=150000.0)),
+      "position": Rope(theta=150000.0),
       "sinks": True,
       "qkv_bias": Key("attention_bias", True),
       "out_bias": Key("attention_bias", True),
@@ -210,6 +213,7 @@ FAMILIES = (
     ),
     only={"hidden_act": ("silu",), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
     moot=frozenset({"experts_per_token", "initial_context_length"}),
+    aliases={"num_experts": "num_local_experts"},
   ),
   Family(
     "dbrx",
@@ -258,6 +262,7 @@ FAMILIES = (
       Row(f"{DBRX}.ffn.experts.mlp.w2", "ffn/down", "(e f) d -> e f d"),
     ),
     num_layers="n_layers",
+    aliases=DBRX_NAMES,
     only={"ffn_config.ffn_act_fn": (None, {"name": "silu"})},
     moot=frozenset({"ffn_config.moe_loss_weight", "ffn_config.hidden_size", "num_key_value_heads"})
     | {"attn_config.is_encoder_decoder", "ffn_config.is_encoder_decoder"},

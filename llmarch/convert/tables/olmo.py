@@ -4,6 +4,7 @@ from llmarch.convert.fields import Family, Key, Rope, Window, every
 from llmarch.convert.tables.parts import (
   ATTENTION_BIAS,
   ENDS,
+  HEAD_DIM,
   QK_NORM,
   WHOLE_QK,
   L,
@@ -30,7 +31,7 @@ NO_PARAMETERS = {"kind": "layernorm", "eps": 1e-5, "scale": False, "bias": False
 def olmo2(model_type: str, architecture: str, **mixer) -> Family:
   """Norms after each branch, and of all queries or keys at once."""
   norm = rms(default=1e-5)
-  block = {"mixer": attention(**mixer, **WHOLE_QK, **ATTENTION_BIAS), "norm": norm, "residual": "output"}
+  block = {"mixer": attention(**HEAD_DIM, **mixer, **WHOLE_QK, **ATTENTION_BIAS), "norm": norm, "residual": "output"}
   return llama_like(model_type, architecture, {}, block=block, model=model(norm), rows=OLMO)
 
 
@@ -38,7 +39,7 @@ FAMILIES = (
   llama_like(
     "olmo",
     "OlmoForCausalLM",
-    {"position": Rope(), "qkv_clip": Key("clip_qkv", None), **ATTENTION_BIAS},
+    {**HEAD_DIM, "position": Rope(), "qkv_clip": Key("clip_qkv", None), **ATTENTION_BIAS},
     model=model(NO_PARAMETERS),
     block={"norm": NO_PARAMETERS},
   ),

@@ -112,8 +112,20 @@ def gated(
 
 
 def sparse(ffn: str, *names: str, router: str = "gate") -> tuple[Row, ...]:
-  """A router, and a tensor for each expert; names: of up, down and gate."""
-  return Row(f"{ffn}.{router}.weight", "ffn/router", "e d -> d e"), *gated(f"{ffn}.experts.{{}}", *names)
+  """A router, and a tensor for each expert; names: of up, down and gate. Newer files have one tensor for all."""
+  return (
+    Row(f"{ffn}.{router}.weight", "ffn/router", "e d -> d e"),
+    *gated(f"{ffn}.experts.{{}}", *names),
+    *fused_experts(f"{ffn}.experts"),
+  )
+
+
+def fused_experts(key: str) -> tuple[Row, ...]:
+  """All experts of a layer, in one tensor for gates and ups, and one for downs."""
+  return (
+    Row(f"{key}.gate_up_proj", ("ffn/gate", "ffn/up"), "e c d -> e d c"),
+    Row(f"{key}.down_proj", "ffn/down", "e d f -> e f d"),
+  )
 
 
 def fused_gate(ffn: str) -> tuple[Row, ...]:
@@ -142,6 +154,18 @@ QK_NORM = (*norm(f"{L}.self_attn.q_norm", "mixer/q_norm"), *norm(f"{L}.self_attn
 LLAMA = (*ENDS, *PRE, *projections(f"{L}.self_attn"), *gated(f"{L}.mlp"))
 H = "transformer.h.{}"
 ATTENTION_BIAS = {"qkv_bias": Key("attention_bias", False), "out_bias": Key("attention_bias", False)}
+# The names in consolidated.safetensors, whose queries and keys have the two halves of a rotated pair side by side.
+ORIGINAL = (
+  Row("model.tok_embeddings.weight", "embed"),
+  Row("output.weight", "head"),
+  Row(f"{L}.attention_norm.weight", "mixer_norm/scale"),
+  Row(f"{L}.ffn_norm.weight", "ffn_norm/scale"),
+  Row(f"{L}.attention.wq.weight", "mixer/q", "(n j p) d -> d n (p j)"),
+  Row(f"{L}.attention.wk.weight", "mixer/k", "(k j p) d -> d k (p j)"),
+  Row(f"{L}.attention.wv.weight", "mixer/v", "(k h) d -> d k h"),
+  Row(f"{L}.attention.wo.weight", "mixer/o", "d (n h) -> n h d"),
+  *gated(f"{L}.feed_forward", "w3", "w2", "w1"),
+)
 HEAD_DIM = {"head_dim": Size("head_dim", None)}
 WHOLE_QK = {"qk_norm": {"norm": {"kind": "rmsnorm", "eps": Key("rms_norm_eps", 1e-5)}, "whole": True}}
 QK = {"kind": "rmsnorm", "eps": Key("rms_norm_eps", 1e-6)}
