@@ -338,13 +338,13 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shape", plain_if([(2, 4)].count, [(2, 4), (8, 1), (4, 2), (1, 8)], "nightly"))
-def test_a_train_step_on_a_mesh_equals_one_device(shape):
+@pytest.mark.parametrize("data, fsdp", plain_if([(2, 4)].count, [(2, 4), (8, 1), (4, 2), (1, 8)], "nightly"))
+def test_a_train_step_on_a_mesh_equals_one_device(data, fsdp):
   model = _without_dropout(MODEL)
   wide = lambda b: dataclasses.replace(b, mixer=dataclasses.replace(b.mixer, num_heads=8, num_kv_heads=2))
   model = dataclasses.replace(model, blocks={name: wide(b) for name, b in model.blocks.items()})
   config = experiment(model=model, ema=0.9)
-  mesh = make_mesh(dict(zip(("data", "fsdp"), shape, strict=True)))
+  mesh = make_mesh({"data": data, "fsdp": fsdp})
   one, many = make_train_step(config), make_train_step(config, mesh)
   start = many.init()
   assert_bitwise(jax.device_get(start["params"]), jax.device_get(one.init()["params"]))
