@@ -196,10 +196,12 @@ def assign(data: dict, assignments: Iterable[tuple[str, Any]], path: str = "conf
 
   Only existing keys can be set, so that a misspelled one is refused; `build` checks the value later. A variant may be
   switched by its name alone (`mixer.position=alibi`). A key below None makes a dict there, whose other keys have their
-  defaults (`train.lora.rank=4`).
+  defaults (`train.lora.rank=4`); so has a dict that an earlier assignment gave (`mixer={"kind": ...}`, then
+  `mixer.head_dim=8`), and `build` checks its keys.
   """
   data = _copy(data)
   for key, value in assignments:
+    value = _given(value)
     *parents, last = key.split(".")
     node, where = data, path
     for i, parent in enumerate(parents):
@@ -227,6 +229,14 @@ def _set(node: Any, last: str, value: Any, where: str) -> None:
   node[last] = value
 
 
+class _Given(dict):
+  """A dict that an assignment gave. It need not have every key that can be set."""
+
+
+def _given(value: Any) -> Any:
+  return _Given({k: _given(v) for k, v in value.items()}) if isinstance(value, Mapping) else value
+
+
 def _copy(data):
   return {k: _copy(v) for k, v in data.items()} if isinstance(data, Mapping) else data
 
@@ -234,9 +244,9 @@ def _copy(data):
 def _child(node, key, where):
   if not isinstance(node, dict):
     raise UserError(f"{where}.{key}: {where} is {node!r} and has no keys; set {where} to a kind first")
-  if key not in node:
+  if key not in node and not isinstance(node, _Given):
     raise UserError(f"{where}.{key}: no such key{nearest(key, node)}")
-  return node[key]
+  return node.get(key)
 
 
 def parse_value(text: str) -> Any:

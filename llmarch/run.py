@@ -225,7 +225,8 @@ def _sampler(config, tokenizer):
   import jax
   from flax import nnx
 
-  from llmarch.infer.lm import LM, check_generates
+  from llmarch.infer.decoder import check_generates
+  from llmarch.infer.lm import LM
   from llmarch.layers.param import unflatten
   from llmarch.models.decoder import abstract
 

@@ -447,3 +447,11 @@ def test_none_on_a_command_line_is_a_word_where_the_field_has_it_as_one():
   data = to_dict(build(RunConfig, {"model": PRESETS["gpt_2_small"]()}))
   config = build(RunConfig, override(data, [("train.remat", "full"), ("train.remat", "none")]))
   assert config.train.remat == "none"
+
+
+def test_a_kind_that_an_override_gives_has_all_its_keys():
+  data = {"mixer": {"kind": "attention", "num_heads": 4}, "stack": "2*a"}
+  given = [("mixer", '{"kind": "linear", "num_heads": 2}'), ("mixer.chunk", "7"), ("mixer.num_heads", "3")]
+  assert override(data, given) == {"mixer": {"kind": "linear", "num_heads": 3, "chunk": 7}, "stack": "2*a"}
+  with pytest.raises(UserError, match=r"mixer.chunk: no such key"):
+    override(data, given[1:2])

@@ -20,7 +20,7 @@ from llmarch.branches import FFNConfig
 from llmarch.build import build
 from llmarch.config import FanIn, Xavier
 from llmarch.errors import UserError
-from llmarch.infer.lm import check_generates
+from llmarch.infer.decoder import check_generates
 from llmarch.layers.ffn import MLP, MLPConfig
 from llmarch.layers.moe import ExpertChoice, Groups, MoE, MoEConfig, TopK
 from llmarch.layers.param import Maker, flatten, unflatten

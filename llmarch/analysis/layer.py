@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llmarch import sharding
 from llmarch.config import BlockConfig, ModelConfig
+from llmarch.infer.decoder import check_sizes
 from llmarch.layers.attention import AttentionConfig
 from llmarch.layers.ffn import MLPConfig
 from llmarch.layers.norm import RMSNorm
@@ -78,6 +79,8 @@ def describe_layout(name: str, mesh: str | None = None, config: RunConfig | None
       if stages := plan_pipeline(sizes, config.model, config.train):
         batch //= stages[1]  # a layer works on one microbatch
   model = small_model(n, length) if config is None else config.model
+  if not training:
+    check_sizes(model, layout, devices)
   split_by = lambda axes: [a for a in axes if sizes[a] > 1]
   collectives = {
     block: layer_collectives(model, block, layout, devices, batch, length) for block in model.blocks

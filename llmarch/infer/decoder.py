@@ -52,6 +52,16 @@ def decoding_params(config: ModelConfig, params: nnx.State, form: Form = unstack
   return nnx.state(form(nnx.merge(nnx.graphdef(abstract(config)), params)))
 
 
+def check_generates(config: ModelConfig, prefix: bool = False) -> None:
+  """Raises UserError for a model that cannot decode, or (with prefix) not from a prefix."""
+  check(config.encoder is None, "this model reads a source, and generation has none; call the model with memory")
+  for name, block in config.blocks.items():
+    for part, branch in block.branches.items():
+      check(branch.causal, f"blocks.{name}.{part}.{branch.sees_ahead}: it sees the future and cannot generate")
+  reads = any(block.mixer.reads_prefix for block in config.blocks.values())
+  check(not prefix or reads, "prefix=True needs a mixer with mask='prefix'; leave it out")
+
+
 def make_decoder(
   config: ModelConfig,
   *,
@@ -68,11 +78,14 @@ def make_decoder(
   weights: str | None = None,  # format of the parameters' matrices (see infer/quantize.py)
   manual: bool = True,  # one shard_map a program (see sharding/); False leaves the collectives to XLA
 ) -> Programs:
-  """Builds the programs; nothing is compiled before it is called. Raises UserError for sizes that cannot be.
+  """Builds the programs; nothing is compiled before it is called.
+
+  Raises UserError for a model that cannot decode, and for sizes that cannot be.
 
   The numbers of `sampling` and the stop ids go into the carry, so that other values need no other program. Tokens and
   positions must be in range (JAX clamps them silently): `LM.generate` checks them on the host.
   """
+  check_generates(config, prefix)
   check(batch >= 1, f"batch must be at least 1, got {batch}")
   check(1 <= chunk <= max_len, f"chunk={chunk} must lie between 1 and max_len={max_len}")
   check(sampling.top_k <= config.vocab_size, f"top_k={sampling.top_k} exceeds the vocabulary of {config.vocab_size}")
@@ -119,7 +132,7 @@ def _programs(
     params = jax.eval_shape(lambda p: quantize_params(p, weights), params)
   prefills, decodes = (sharding.find_layout(name, mesh) for name in (prefill_layout, decode_layout))
   for layout in (prefills, decodes):
-    _check_sizes(config, layout, mesh)
+    check_sizes(config, layout, mesh)
   places = _Places(mesh, specs, params, batch, prefills, decodes, manual)
   check(
     places.params == sharding.shardings(params, decodes, mesh),
@@ -260,7 +273,7 @@ class _Places:
     return {**moved, "keys": carry["keys"]}
 
 
-def _check_sizes(config: ModelConfig, layout: Layout, mesh: Mesh) -> None:
+def check_sizes(config: ModelConfig, layout: Layout, mesh: Mesh) -> None:
   """Raises UserError, before anything is compiled, for activations that the mesh does not divide."""
   sizes = {("act_embed", config.d_model)}
   for block in config.blocks.values():

@@ -247,7 +247,6 @@ class LM:
     check(seed < 2**32, f"seed must be below 2^32, got {seed}")
     context = context if context is None else _whole("context", context, 1)
     check(context is None or context < 2**31, f"context must be below 2^31, got {context}")
-    check_generates(self.config, prefix)
     check(stream is None or callable(stream), f"stream must be a function of (row, piece), got {stream!r}")
     batch = self._rows_at_a_time(len(rows) if batch is None else min(_whole("batch", batch, 1), len(rows)))
     longest = max(len(row.prompt_ids) for row in rows)
@@ -470,16 +469,6 @@ def _as_kept(param: nnx.Param, kept: nnx.Param) -> nnx.Param:
   """The parameter on the device: in the dtype that the config gives it, or quantised if it is so already."""
   value = param.get_value()
   return param.replace(value if isinstance(value, QTensor) else jnp.asarray(value, kept.get_value().dtype))
-
-
-def check_generates(config: ModelConfig, prefix: bool = False) -> None:
-  """Raises UserError for a model that cannot decode, or (with prefix) not from a prefix."""
-  check(config.encoder is None, "this model reads a source, and generation has none to give; use the Python API")
-  for name, block in config.blocks.items():
-    for part, branch in block.branches.items():
-      check(branch.causal, f"blocks.{name}.{part}.{branch.sees_ahead}: it sees the future and cannot generate")
-  reads = any(block.mixer.reads_prefix for block in config.blocks.values())
-  check(not prefix or reads, "prefix=True needs a mixer with mask='prefix'; leave it out")
 
 
 def _state(kv: str) -> str:
