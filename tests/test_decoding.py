@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spaces
 from flax import nnx
 from spaces import HAND, attention, block, model, random_params
 from tiers import plain_if
@@ -183,7 +182,7 @@ def test_the_decode_loop_updates_its_caches_in_place_and_takes_parameters_as_arg
 @pytest.mark.parametrize("name, sentence", [("encoder", "it sees the future"), ("encoder_decoder", "reads a source")])
 def test_a_decoder_of_a_model_that_cannot_decode_is_refused(name, sentence):
   with pytest.raises(UserError, match=sentence):
-    make_decoder(spaces.HAND[name], batch=1, max_len=8, chunk=4, sampling=Sampling())
+    make_decoder(HAND[name], batch=1, max_len=8, chunk=4, sampling=Sampling())
 
 
 @pytest.mark.full
