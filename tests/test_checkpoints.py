@@ -287,6 +287,17 @@ def test_the_decoder_of_a_wrapper_is_read_alone(tmp_path):
     assert hf.Checkpoint(tmp_path / "hf").notes == {"left out": "multi_modal_projector, vision_tower"}
 
 
+def test_a_tokenizer_may_have_ids_beyond_the_table(tmp_path):
+  """The bytes have 257 ids, the table 31 rows: a text within them is continued, and one beyond them is refused."""
+  written(tmp_path / "hf", TINY)
+  (tmp_path / "hf" / "tokenizer.json").write_text('{"kind": "bytes"}\n')
+  lm = llmarch.load(tmp_path / "hf")
+  assert lm.logits([[1, 30]]).shape == (1, 2, 31)
+  with pytest.raises(UserError, match="ids run from 0 to 30"):
+    lm.generate("text", max_new_tokens=1)
+  assert len(lm.generate([1, 30], max_new_tokens=2)) <= 2
+
+
 # ------------------------------------------------------------------------------------------------------ adapters
 
 

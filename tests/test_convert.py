@@ -705,7 +705,7 @@ DAMAGE = {  # name: (what is done, what the sentence names)
   "layers beyond count": (config(num_hidden_layers=10**9), "num_hidden_layers"),
   "a negative width": (config(hidden_size=-24), "hidden_size"),
   "a width in words": (config(hidden_size="24"), "hidden_size"),
-  "a missing width": (lambda f: edit_json(f / "config.json", lambda d: d.pop("hidden_size")), "num_heads"),
+  "a missing width": (lambda f: edit_json(f / "config.json", lambda d: d.pop("hidden_size")), EMBED),
   "an unknown activation": (config(hidden_act="swoosh"), "hidden_act"),
   "an unknown rope": (config(rope_parameters={"rope_type": "spiral"}), "spiral"),
   "an unknown option of rope": (config(rope_parameters={"rope_type": "default", "twist": 1}), "twist"),

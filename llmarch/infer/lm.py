@@ -61,11 +61,6 @@ class LM:
     end_ids: tuple[int, ...] = (),
   ):
     check(
-      tokenizer is None or tokenizer.vocab_size <= config.vocab_size,
-      f"the tokenizer has {tokenizer and tokenizer.vocab_size} ids but model.vocab_size is {config.vocab_size};"
-      " give the tokenizer that the model was trained with",
-    )
-    check(
       mesh is None or isinstance(mesh, jax.sharding.Mesh),
       f"mesh must be a jax.sharding.Mesh, such as sharding.make_mesh(sharding.parse_mesh('x=2,y=2,z=2')), not {mesh!r}",
     )
