@@ -19,7 +19,7 @@ import running_mean
 import spaces
 import test_invariants as invariants
 import test_train_layouts as meshes
-from tiers import plain_if, three
+from tiers import three
 
 import llmarch
 from llmarch.__main__ import main
@@ -96,7 +96,7 @@ def new_mixers() -> dict[str, ModelConfig]:
 AXES = [axis for axis in TRAINING if axis != "expert"]
 
 
-FIRST = [("context", "linear"), ("tensor", "running_mean"), ("context", "shared keys and values")]
+FIRST = [("context", "running_mean")]
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ IN_ORDER = {  # branches that compare or sum the tokens of a row
 }
 
 
-@pytest.mark.parametrize("name", plain_if(["linear attention"].count, IN_ORDER, "full"))
-@pytest.mark.parametrize("mesh", plain_if(SPLITS[:1].count, SPLITS, "full"))
+@pytest.mark.full
+@pytest.mark.parametrize("mesh, name", zip(SPLITS, IN_ORDER, strict=True))
 def test_a_pipeline_may_split_the_batch_and_the_length_of_what_reads_tokens_in_order(mesh, name, cases, monkeypatch):
   """XLA's partitioner aborts there on a gather or scatter along the length."""
   monkeypatch.setitem(meshes.MODELS, name, meshes.model(IN_ORDER[name]))

@@ -1038,7 +1038,7 @@ def test_the_command_writes_a_token_file_that_stands_for_its_source(make, corpus
 def test_the_command_refuses_bad_flags(tmp_path):
   out = f"--out={tmp_path}/x"
   for argv, sentence in [
-    ([out, "--vocab_sise=9"], "Did you mean: vocab_size"),
+    ([out, "--vocab_sise=9"], "did you mean 'vocab_size'"),
     ([out, "--vocab_size=many"], "vocab_size=many"),
     ([out, "--vocab_size=256"], "vocab_size=256 has no room"),
     ([out, "--vocab_size=99999999999999999999"], "is more than ids can count"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from spaces import HAND, attention, block, model, random_params
-from tiers import plain_if
+from tiers import plain_if, three
 
 import llmarch
 from llmarch import sharding
@@ -90,7 +90,7 @@ def uncached_greedy(lm: LM, prompt: list[int], n: int, prefix: bool = False, con
 GREEDY = ["gpt2", "gemma2", "palm", "alibi_windows", "t5", "prefix", "sinks", "xpos", "sharp", "longrope", "hybrid"]
 
 
-@pytest.mark.parametrize("name", plain_if(lambda name: name in ("gemma2", "sinks", "hybrid"), GREEDY))
+@pytest.mark.parametrize("name", three(["hybrid"].count, ["gemma2", "sinks"].count, GREEDY))
 def test_cached_greedy_over_ragged_prompts_equals_uncached_greedy_of_each(name):
   lm = lm_of(name)
   assert lm.generate(PROMPTS, max_new_tokens=6) == [uncached_greedy(lm, prompt, 6) for prompt in PROMPTS]
@@ -354,6 +354,7 @@ def test_a_text_ends_at_the_tokenizers_end():
   assert LM(lm.config, lm.params, tokenizer).generate("ab", max_new_tokens=6) == want
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["sharp", "longrope"])
 def test_the_first_tokens_do_not_depend_on_how_many_may_follow(name):
   lm = lm_of(name)

@@ -296,7 +296,15 @@ class AtRow(Data):
       yield batch
 
 
-def test_ctrl_c_saves_the_step_it_comes_in_and_the_run_goes_on_from_it(finished, tmp_path, capfd):
+@pytest.fixture
+def interruptible():
+  """Ctrl-C as in a terminal: a process that was started in the background ignores it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_the_step_it_comes_in_and_the_run_goes_on_from_it(finished, tmp_path, capfd, interruptible):
   hit = AtRow(5, lambda: os.kill(os.getpid(), signal.SIGINT))
   with pytest.raises(Interrupted, match="interrupted: step 6 is saved") as why:
     run(config_of(), tmp_path / "run", hit)

@@ -368,7 +368,7 @@ def check_one_forward(config: ModelConfig, seed: int, chunk: int, step: int, cas
 
 
 SHARES = 64  # tests between which the covering choice is divided: about one config each
-PLAIN, FULL = 12, 36  # of them are in these tiers: the configs that bring most pairs come first
+PLAIN, FULL = 6, 36  # of them are in these tiers: the configs that bring most pairs come first
 
 
 @pytest.mark.parametrize("share", three(range(PLAIN).count, range(FULL).count, range(SHARES)))
@@ -393,7 +393,7 @@ def test_every_pair_of_options_meets_in_a_chosen_config_or_is_refused(cases):
   assert missing == apart, sorted(set(missing) - set(apart))[:10]
   assert all(choice.refused.values()) and not held & choice.refused.keys()
   assert len(held) > 9000 and len(choice.refused) < 30, (len(held), choice.refused)
-  for number, share in ((PLAIN, 0.8), (FULL, 0.95)):
+  for number, share in ((PLAIN, 0.6), (FULL, 0.95)):
     assert len(set().union(*map(covering.pairs, choice.configs[:number]))) > share * len(held)
   cases("pairs of option values that meet", len(held))
   cases("pairs of option values that are refused", len(choice.refused))
@@ -492,6 +492,7 @@ def test_the_list_by_hand_holds_every_option():
   assert ours <= kinds
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", plain_if(["gemma2"].count, ["llama", "gemma2", "prefix", "deepnorm"], "nightly"))
 def test_low_precision_follows_the_oracle_and_its_own_decoding(name, cases):
   """bfloat16 parameters, stream and state: logits in f32, within bfloat16's three digits."""
@@ -534,7 +535,7 @@ def assert_same_gradients(actual, expected, what: str, tolerance: float = 1e-5):
   assert largest > 0 and error <= tolerance * largest, f"{what}: gradients off by {error / largest:.1e} of the largest"
 
 
-@pytest.mark.parametrize("name", three(covering.widest(3).__contains__, covering.widest(14).__contains__, spaces.HAND))
+@pytest.mark.parametrize("name", three(covering.widest(2).__contains__, covering.widest(12).__contains__, spaces.HAND))
 def test_gradients_equal_the_slope_of_the_oracle(name, cases, checked):
   """In a direction in which each parameter's gradient foretells its own share: none can hide behind another."""
   toy, draws = Toy(spaces.HAND[name], 8, 3), np.random.default_rng(8)
@@ -575,6 +576,7 @@ def test_gradients_equal_the_slope_of_the_oracle(name, cases, checked):
   checked("1", toy.config, "remat='none'", "packing='documents'")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", plain_if(lambda name: name == "t5", ["gemma2", "t5", "hybrid"]))
 def test_loss_in_chunks_of_1_3_and_all_agree_in_value_and_gradient(name, cases):
   toy = Toy(spaces.HAND[name], 4, 3)
@@ -585,7 +587,11 @@ def test_loss_in_chunks_of_1_3_and_all_agree_in_value_and_gradient(name, cases):
     cases("5 loss in chunks == whole, values and gradients")
 
 
-@pytest.mark.parametrize("name", three(["shared_kv"].count, ["gpt2"].count, ["gpt2", "t5", "hybrid", "shared_kv"]))
+REMAT = ["gpt2", "shared_kv", "t5", "hybrid"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", plain_if(REMAT[:2].count, REMAT, "nightly"))
 def test_rematerialised_and_unstacked_gradients_agree(name, cases, checked):
   toy, key = Toy(spaces.HAND[name], 5, 3), jax.random.key(0)
 
@@ -854,7 +860,7 @@ def knobs() -> dict[str, dict]:
 CHANGES = [(field, sort) for field, sorts in sorted(knobs().items()) for sort in sorted(sorts)]
 
 
-@pytest.mark.parametrize("field, sort", three(CHANGES[::6].count, CHANGES[::2].count, CHANGES))
+@pytest.mark.parametrize("field, sort", three(CHANGES[::12].count, CHANGES[::2].count, CHANGES))
 def test_every_field_of_every_config_is_live(field, sort, cases):
   """Each sort of change to a field changes the program where it can be made first; and of three numbers, each is
   another program (a field that only switches something on is not live)."""

@@ -435,6 +435,7 @@ def test_metrics_that_are_no_numbers_are_a_failure_with_a_reason(metrics, kind, 
   assert results.summarize(folder)["trials"] == 2
 
 
+@pytest.mark.full
 def test_a_sibling_s_trial_is_not_computed_again(tmp_path):
   first, second = (write_ablation(tmp_path / name, widths=[32], seeds=1) for name in ("one", "two"))
   runner.run_all([first, second], budget="tiny", workers=2, say=lambda text: None)

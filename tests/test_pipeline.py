@@ -211,7 +211,7 @@ def test_exchanges_deal_every_run_once_and_each_is_a_permutation(S, V):
   assert len(dealt) == S * V
 
 
-@pytest.mark.parametrize("S, V", [(4, 2), (2, 4), (4, 4), (8, 3)])
+@pytest.mark.parametrize("S, V", plain_if([(4, 2)].count, [(4, 2), (2, 4), (4, 4), (8, 3)]))
 def test_runs_are_dealt_to_the_stages_that_work_on_them(S, V):
   layers = jnp.arange(S * V * 3)
   dealt = lambda a: deal(a, S, V)

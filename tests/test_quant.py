@@ -86,10 +86,11 @@ def naive(w: np.ndarray, groups: list, format: str) -> np.ndarray:
   return out
 
 
+SUMMED = [((0, 1), (6, 64, 2)), ((0,), (128, 3, 2)), ((1, 2), (2, 4, 16)), ((2,), (3, 2, 64))]
+
+
 @pytest.mark.parametrize("format", ["int8", "int4_32", "nf4"])
-@pytest.mark.parametrize(
-  "summed, shape", [((0,), (128, 3, 2)), ((0, 1), (6, 64, 2)), ((1, 2), (2, 4, 16)), ((2,), (3, 2, 64))]
-)
+@pytest.mark.parametrize("summed, shape", plain_if(SUMMED[:1].count, SUMMED))
 def test_quantisation_is_the_nearest_level_of_each_group(format, summed, shape):
   w = np.asarray(normal(*shape))
   free = [range(n) if i not in summed else [None] for i, n in enumerate(shape)]
@@ -117,10 +118,11 @@ def test_what_is_not_finite_stays_so(format, bad):
   assert jnp.isfinite(w[:, 0]).all() and not jnp.isfinite(w[:32, 1]).any()
 
 
+PRODUCTS = [("rd,dnh->rnh", (256, 6, 100)), ("rd,vd->rv", (999, 256)), ("rf,fd->rd", (256, 70))]
+
+
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(
-  "equation, shape", [("rd,dnh->rnh", (256, 6, 100)), ("rd,vd->rv", (999, 256)), ("rf,fd->rd", (256, 70))]
-)
+@pytest.mark.parametrize("equation, shape", plain_if(PRODUCTS[:1].count, PRODUCTS))
 @pytest.mark.parametrize("rows", [3, quant.FEW_ROWS + 1])
 def test_a_product_with_codes_is_the_product_with_the_decoded_matrix(format, equation, shape, rows, monkeypatch):
   monkeypatch.setattr(quant, "BLOCK", 4096)  # several blocks
@@ -208,6 +210,7 @@ def naive_kivi(window, q, k, v):
   return out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("window", plain_if([40].count, [None, 40]))
 def test_keys_by_channel_are_read_alike_in_any_chunks_and_beside_any_padding(window):
   q, k, v = (normal(B, WIDTH, n, H, seed=i) for i, n in enumerate((K * G, K, K)))

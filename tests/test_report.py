@@ -386,6 +386,7 @@ addEventListener('load', () => {
 </script>"""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   "width", [1280, 500]
 )  # the narrowest window of a headless Chromium; inside it, a phone's frame

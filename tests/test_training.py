@@ -162,6 +162,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(reference, tmp_path, st
   assert_bitwise(saved_state(config, tmp_path / "run", 12), saved_state(config, workdir, 12))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lost", plain_if(["opt_state"].count, ["opt_state", "step", "ema"]))
 def test_resume_without_any_one_item_does_not_equal_the_uninterrupted_run(reference, lost):
   """The negative control of the test above: each part of the state is needed."""
@@ -241,6 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
   assert all(np.isfinite(value) for row in rows(tmp_path / "run") for value in row.values())
 
 
+@pytest.mark.full
 def test_parameters_that_are_not_finite_are_not_saved_though_the_loss_before_them_is(tmp_path):
   overflows = OptimizerConfig(
     algorithm=SGD(), learning_rate=3e38, weight_decay=1e3, clip_norm=None, schedule=Constant()
@@ -388,6 +390,7 @@ def _without_dropout(model):
 ALGORITHMS = [AdamW(), Lion(), Adafactor(min_dim_size_to_factor=8), Muon(), SGD(momentum=0.9)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("algorithm", three(ALGORITHMS[3:4].count, ALGORITHMS[2:3].count, ALGORITHMS))
 def test_every_optimizer_lowers_the_loss_of_one_batch(algorithm):
   rate = {"lion": 1e-3, "sgd": 0.1, "muon": 5e-3}.get(algorithm.kind, 3e-3)
@@ -399,6 +402,7 @@ def test_every_optimizer_lowers_the_loss_of_one_batch(algorithm):
   assert last["loss"] < 0.9 * first["loss"]
 
 
+@pytest.mark.full
 def test_decay_touches_matrices_and_embeddings_but_neither_norms_nor_biases():
   """With no gradient, only decay moves a parameter: p <- p (1 - rate * decay)."""
   optimizer = OptimizerConfig(algorithm=SGD(), learning_rate=0.1, weight_decay=0.5, schedule=Constant())
@@ -412,6 +416,7 @@ def test_decay_touches_matrices_and_embeddings_but_neither_norms_nor_biases():
     np.testing.assert_allclose(value, old[name] * (1.0 if constant else 0.95), rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.full
 def test_adamw_equals_optax_adamw_with_a_mask():
   config = experiment(model=_without_dropout(MODEL))
   functions = make_train_step(config)
@@ -473,6 +478,7 @@ def test_a_schedule_longer_than_the_run_is_refused():
     make_schedule(WSD(warmup=60, decay=60), 1.0, 100)
 
 
+@pytest.mark.full
 def test_bf16_parameters_keep_f32_moments():
   precision = dataclasses.replace(MODEL.precision, param="bfloat16", compute="bfloat16")
   functions = make_train_step(experiment(model=dataclasses.replace(MODEL, precision=precision)))

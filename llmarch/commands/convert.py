@@ -56,7 +56,7 @@ def _define(options: flags.FlagValues) -> None:
 
 def take(source: Path, target: str) -> dict:
   """transformers -> a model folder."""
-  from llmarch.convert import hf
+  from llmarch.convert import hf, safetensors
   from llmarch.infer import lm
 
   with hf.new_folder(target) as new:
@@ -64,7 +64,7 @@ def take(source: Path, target: str) -> dict:
     carried = checkpoint.carried | {"model_type": checkpoint.family.model_type}
     data = {"format": lm.FORMAT, "model": to_dict(checkpoint.config), "hf": carried}
     (new / lm.CONFIG).write_text(json.dumps(data, indent=1))
-    hf.write_safetensors(new / lm.WEIGHTS, checkpoint.entries, checkpoint.param, checksums=True)
+    safetensors.write_safetensors(new / lm.WEIGHTS, checkpoint.entries, checkpoint.param, checksums=True)
     hf.carry(source, new)
     hf.carry(checkpoint.folder, new)
   report = _report(target, checkpoint.family.model_type, checkpoint.config, checkpoint.entries)
@@ -147,7 +147,7 @@ def _open(source: Path):
   """Opens a model folder: config, carried entries, {path: (dtype, shape)}, a reader, the tokenizer to write (none: the
   folder has it), the folder whose files are carried along."""
   import llmarch.layers.registry  # noqa: F401
-  from llmarch.convert import hf
+  from llmarch.convert import safetensors
   from llmarch.infer import lm
 
   try:
@@ -160,12 +160,12 @@ def _open(source: Path):
     f"--from: {source / lm.CONFIG} is not of a model of format {lm.FORMAT}; give a model folder or a run",
   )
   config = build(ModelConfig, data.get("model"), "model")
-  tensors, metadata = hf.read_header(source / lm.WEIGHTS)
+  tensors, metadata = safetensors.read_header(source / lm.WEIGHTS)
   _check_fit(source / lm.WEIGHTS, config, tensors, metadata)
 
   carried = data.get("hf", {})
   check(isinstance(carried, dict), f"--from: {source / lm.CONFIG}: hf must be a dict")
-  entries = {path: (hf.DTYPES[t.dtype], t.shape) for path, t in tensors.items()}
+  entries = {path: (safetensors.DTYPES[t.dtype], t.shape) for path, t in tensors.items()}
   return config, carried, entries, lambda path, index: tensors[path].read(*index), None, source
 
 
@@ -173,11 +173,11 @@ def _check_fit(path: Path, config: ModelConfig, tensors: dict, metadata: dict) -
   """Raises UserError unless the tensors are those of the config, undamaged."""
   from flax import nnx
 
-  from llmarch.convert import hf
+  from llmarch.convert import safetensors
   from llmarch.layers.param import flatten
   from llmarch.models.decoder import abstract
 
-  wanted = {name: (hf.NAMES[a.dtype], a.shape) for name, a in flatten(nnx.state(abstract(config))).items()}
+  wanted = {name: (safetensors.NAMES[a.dtype], a.shape) for name, a in flatten(nnx.state(abstract(config))).items()}
   found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
   for name in sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
     raise UserError(f"{path} does not fit its config.json: {name} is {found.get(name)}, not {wanted.get(name)}")

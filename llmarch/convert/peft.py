@@ -15,6 +15,7 @@ from llmarch.adapt.lora import A, Adapters, B
 from llmarch.config import ModelConfig
 from llmarch.convert import hf
 from llmarch.convert.adapters import CONFIG, WEIGHTS
+from llmarch.convert.safetensors import write_safetensors
 from llmarch.errors import check
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract
@@ -58,7 +59,7 @@ def write_adapters(
   }
   (directory / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
   entries = {name: (value.dtype, value.shape) for name, value in tensors.items()}
-  hf.write_safetensors(directory / WEIGHTS, entries, tensors.__getitem__, metadata={"format": "pt"})
+  write_safetensors(directory / WEIGHTS, entries, tensors.__getitem__, metadata={"format": "pt"})
   return family.model_type
 
 
