@@ -111,19 +111,18 @@ def accept_name(config: Any, field: str, family: type) -> None:
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-def number_with_unit(text: str) -> int | float | None:
-  """16k is 16,000, 16ki is 16,384, 1.5M is 1,500,000; None for anything else."""
+def number_with_unit(text: str) -> int | float | str:
+  """Reads a number with a unit: 16k is 16,000, 16ki is 16,384, 1.5M is 1,500,000; other texts come back as they are."""
   found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s?([kmgb]|[kmg]i)", text.strip().lower())
   if not found:
-    return None
+    return text
   value = Fraction(found[1].replace("_", "")) * UNITS[found[2]]
   return int(value) if value.denominator == 1 else float(value)
 
 
 def _scalar(annotation, value, path):
   if annotation in (int, float) and isinstance(value, str):
-    found = number_with_unit(value)
-    value = value if found is None else found
+    value = number_with_unit(value)
   if annotation is float and type(value) is int:
     value = float(value) if abs(value) < 2**1023 else math.inf
   if type(value) is not annotation:

@@ -18,7 +18,7 @@ from llmarch.infer.lm import LM
 from llmarch.models.decoder import Decoder
 
 ROOT = Path(llmarch.__file__).parent
-MOST = 1210
+MOST = 1200
 
 
 def words_of(path: str) -> set[int]:

@@ -63,8 +63,7 @@ class _Integers(flags.IntegerParser):
   """Reads a whole number, which may end with a unit: 16k is 16,000 and 16ki is 16,384."""
 
   def convert(self, argument):
-    found = number_with_unit(argument) if isinstance(argument, str) else None
-    return super().convert(argument if found is None else found)
+    return super().convert(number_with_unit(argument) if isinstance(argument, str) else argument)
 
 
 def _unknown_flag(name: str, values: flags.FlagValues) -> str:

@@ -96,7 +96,7 @@ def _default(f: dataclasses.Field) -> str:
 
 @functools.cache
 def _sentences(config: type) -> dict[str, str]:
-  """What the code says of each field: the comment on its line or above it, else the docstring's words on it."""
+  """Finds the sentence about each field: the comment on its line or above it, else the docstring's words on it."""
   found = dict.fromkeys((f.name for f in dataclasses.fields(config)), "")
   for owner in reversed(config.__mro__):
     if dataclasses.is_dataclass(owner):

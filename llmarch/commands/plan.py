@@ -113,7 +113,7 @@ def _model(name: str | None):
 
 def _numbers(text: str, flag: str) -> list[int]:
   try:
-    return [int(number_with_unit(part) or part) for part in text.split(",") if part.strip()]
+    return [int(number_with_unit(part)) for part in text.split(",") if part.strip()]
   except ValueError:
     raise UserError(f"--{flag}: cannot read {text!r}; give a number, or a list such as 8,16,32") from None
 

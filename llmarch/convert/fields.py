@@ -633,7 +633,7 @@ class Family:
 
   @property
   def layer_prefixes(self) -> set[str]:
-    """What stands before the number of the layer in the keys of its weights, such as "model.layers."."""
+    """The words before the number of the layer in the keys of its weights, such as "model.layers."."""
     return {row.key.partition("{}")[0] for row in self.rows if "{}" in row.key}
 
   def read(self, options: dict) -> dict:

@@ -129,7 +129,7 @@ def is_checkpoint(path: str | os.PathLike) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-  """What a config.json says.
+  """A config.json that has been read, with the family that it belongs to.
 
   options: those of the decoder of text. outer: all of the file. file: its path.
   """
@@ -269,7 +269,7 @@ class Checkpoint:
 
   @property
   def notes(self) -> dict[str, str]:
-    """What a report says about the folder: parts that are left out, tensors that are cast, adapters that are added."""
+    """Sentences for a report on the folder: parts that are left out, tensors that are cast, adapters that are added."""
     kept = self.config.precision.param
     (width,) = (dtype.itemsize for dtype in DTYPES.values() if dtype.name == kept)
     cast = Counter(tensor.dtype for tensor in self.tensors.values() if DTYPES[tensor.dtype].itemsize > width)

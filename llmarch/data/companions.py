@@ -83,7 +83,7 @@ class Companions:
 
   @property
   def sampling(self) -> dict:
-    """How the makers of the model sample: fields of ops.sampling.Sampling; {} is greedy."""
+    """The fields of ops.sampling.Sampling with which the makers of the model sample; {} is greedy."""
     data = self._json(GENERATION)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     kept = names if data.get("do_sample") else names[-1:]

@@ -107,7 +107,7 @@ class Tokenizer(abc.ABC):
     return self.definition
 
   def _described(self) -> dict:
-    """What tokenizer_config.json says of a tokenizer that came without one."""
+    """The tokenizer_config.json that is written for a tokenizer that came without one."""
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 

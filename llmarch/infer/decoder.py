@@ -105,7 +105,7 @@ STOPS = 8  # numbers of stop ids are rounded up to a multiple of it, so that few
 
 
 class _Kind(NamedTuple):
-  """What a program must know of sampling and stops when it is compiled."""
+  """The facts of sampling and stops that a program is compiled for."""
 
   draws: bool  # a temperature above 0
   penalises: bool

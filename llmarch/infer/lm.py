@@ -240,8 +240,7 @@ class LM:
     for i, row in enumerate(rows):
       self._check_ids(f"prompts[{i}]", row.prompt_ids, n)
     check(seed < 2**32, f"seed must be below 2^32, got {seed}")
-    context = context if context is None else _whole("context", context, 1)
-    check(context is None or context < 2**31, f"context must be below 2^31, got {context}")
+    check(context is None or _whole("context", context, 1) < 2**31, f"context must be below 2^31, got {context}")
     check(stream is None or callable(stream), f"stream must be a function of (row, piece), got {stream!r}")
     batch = self._rows_at_a_time(len(rows) if batch is None else min(_whole("batch", batch, 1), len(rows)))
     longest = max(len(row.prompt_ids) for row in rows)
@@ -261,9 +260,7 @@ class LM:
     for first in range(0, len(rows), batch):
       self._decode(programs, rows[first : first + batch], first, batch, chunk, n, seed, context, stream)
 
-  def _decode(
-    self, programs: Programs, rows: list, first: int, batch: int, chunk: int, n: int, seed: int, context, stream
-  ):
+  def _decode(self, programs: Programs, rows, first: int, batch: int, chunk: int, n: int, seed: int, context, stream):
     """Runs the rows numbered from `first` to their ends; a batch that they do not fill has rows without tokens."""
     lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * (batch - len(rows)), np.int32)
     width = -(-int(max(lengths)) // chunk) * chunk

@@ -1,4 +1,4 @@
-"""What transformers takes for options that a config.json leaves out, where a hole of the table names nothing else.
+"""The defaults of transformers for options that a config.json leaves out and for which a table names no other.
 
 A file written by hand, or by an old version, may lack any of these; tests/test_checkpoints.py compares them with
 transformers.
