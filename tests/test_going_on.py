@@ -1,12 +1,10 @@
 """Runs that go on: with more steps, as branches with another config, after Ctrl-C, a stop, and with a full disk."""
 
-import contextlib
 import dataclasses
 import gzip
 import json
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trainee
-from trainee import B, T, experiment
+from trainee import B, T, experiment, no_file_above
 
 from llmarch.build import build, override, to_dict
 from llmarch.commands.common import load_config
@@ -27,6 +25,7 @@ from llmarch.data import sources
 from llmarch.data.pipeline import make_pipeline
 from llmarch.errors import UserError
 from llmarch.files import absolute_path, local_path
+from llmarch.ops.quant import rounded_at_random
 from llmarch.run import check_settings, train_run, with_absolute_paths
 from llmarch.run_config import (
   JSONL,
@@ -50,7 +49,7 @@ from llmarch.train.branch import Branch, parse_branch
 from llmarch.train.faults import Interrupted
 from llmarch.train.journal import Journal
 from llmarch.train.metrics import LiveLine, MetricsWriter
-from llmarch.train.step import make_train_step, rounded
+from llmarch.train.step import make_train_step
 
 _steps = {}
 
@@ -354,17 +353,6 @@ def test_a_process_whose_interpreter_is_stuck_is_ended_with_its_stacks(tmp_path)
   assert ended.returncode == -watch.STACKS and "<string>" in stacks.read_text()
 
 
-@contextlib.contextmanager
-def no_file_above(size):
-  """Writing past `size` fails, as on a full disk (EFBIG; Python ignores the signal)."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_rows_wait_for_room_on_a_full_disk_and_it_is_said_once(tmp_path):
   said, row = [], lambda step: {"step": step, "loss": 1.0 / step, "text": "x" * 90}
   writer = MetricsWriter(str(tmp_path), 0, LogConfig(tensorboard=False), say=said.append)
@@ -457,10 +445,10 @@ def test_the_time_left_leaves_out_what_happens_once(monkeypatch, capsys):
 
 def test_rounding_at_random_keeps_the_mean_and_gives_neighbours_only():
   x = jnp.float32(1 + 2**-10)  # an eighth of the way from 1 to the next number of bfloat16
-  got = np.asarray(rounded(jnp.full(40_000, x), jnp.bfloat16, jax.random.key(0)), np.float32)
+  got = np.asarray(rounded_at_random(jnp.full(40_000, x), jnp.bfloat16, jax.random.key(0)), np.float32)
   assert set(got.tolist()) == {1.0, 1 + 2**-7} and abs(got.mean() - float(x)) < 2e-4
   for special in (np.inf, -np.inf, np.nan, 0.0, -1.5):
-    got = np.asarray(rounded(jnp.full(99, special), jnp.bfloat16, jax.random.key(1)), np.float32)
+    got = np.asarray(rounded_at_random(jnp.full(99, special), jnp.bfloat16, jax.random.key(1)), np.float32)
     np.testing.assert_array_equal(got, special)
 
 

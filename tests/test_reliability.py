@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -29,7 +28,7 @@ import numpy as np
 import pytest
 import trainee
 from tiers import plain_if, three
-from trainee import Data, experiment, run
+from trainee import Data, experiment, no_file_above, run
 
 from llmarch import files
 from llmarch.build import to_dict
@@ -483,17 +482,6 @@ def test_checkpoints_of_format_2_and_of_other_arrays_are_refused_in_a_sentence_a
 
 
 # -------------------------------------------------------------------------------------------------- R6, R7
-
-
-@contextlib.contextmanager
-def no_file_above(size):
-  """Writing past `size` fails, as on a full disk (EFBIG; Python ignores the signal)."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.full

@@ -5,8 +5,10 @@ first step. It reads JSON lines: {"run": WORKDIR, "fault": {...}, "cores": n} an
 answers {"code": n}.
 """
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -31,6 +33,17 @@ from llmarch.run_config import (
 from llmarch.train import loop
 
 B, T, V = 4, 7, 32
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+  """Writing past `size` fails, as on a full disk (EFBIG; Python ignores the signal)."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def block(**mixer):

@@ -28,6 +28,7 @@ from llmarch.layers.stack import Aux
 from llmarch.models.decoder import Decoder, abstract
 from llmarch.ops.einsum import gathered
 from llmarch.ops.loss import chunked_loss
+from llmarch.ops.quant import rounded_at_random
 from llmarch.run_config import RunConfig
 from llmarch.sharding import TOKENS
 from llmarch.train import pipeline
@@ -207,7 +208,7 @@ class _Program:
     """The parameters after an update, and routers' biases a step of their rate against their load's error."""
     updates = updates | {name: -rate * jnp.sign(errors[name]) for name, rate in self.rates.items()}
     keys = dict(zip(sorted(params), jax.random.split(key, len(params))))
-    add = lambda name, p: rounded(p.astype(jnp.float32) + updates[name], p.dtype, keys[name])
+    add = lambda name, p: rounded_at_random(p.astype(jnp.float32) + updates[name], p.dtype, keys[name])
     return {name: add(name, p) for name, p in params.items()}
 
   def new_state(self, state: dict, params: dict, opt_state) -> dict:
@@ -292,19 +293,6 @@ def _finite(tree) -> jax.Array:
   """
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
   return jnp.stack([jnp.max(jnp.abs(x)) < jnp.inf for x in floats]).all()
-
-
-def rounded(x: jax.Array, dtype, key: jax.Array) -> jax.Array:
-  """Rounds f32 numbers to bfloat16 up or down at random, so that their mean is x; to float32, x itself.
-
-  Rounding to the nearest would lose an update of less than half a unit in the last place, 2^-9 of the parameter, at
-  every step (2010.06192). Random rounding keeps it on average, without a second copy of the parameter.
-  """
-  if dtype == jnp.float32:
-    return x
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-  cut = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-  return jnp.where(jnp.isfinite(x), cut, x).astype(dtype)
 
 
 def _f32(tree):
