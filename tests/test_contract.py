@@ -121,7 +121,7 @@ IN_ORDER = {  # branches that compare or sum the tokens of a row
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("mesh, name", zip(SPLITS, IN_ORDER, strict=True))
+@pytest.mark.parametrize("mesh, name", list(zip(SPLITS, IN_ORDER, strict=True)))
 def test_a_pipeline_may_split_the_batch_and_the_length_of_what_reads_tokens_in_order(mesh, name, cases, monkeypatch):
   """XLA's partitioner aborts there on a gather or scatter along the length."""
   monkeypatch.setitem(meshes.MODELS, name, meshes.model(IN_ORDER[name]))
