@@ -275,11 +275,11 @@ class _Places:
 
 def check_sizes(config: ModelConfig, layout: Layout, mesh: Mesh) -> None:
   """Raises UserError, before anything is compiled, for activations that the mesh does not divide."""
-  sizes = {("act_embed", config.d_model)}
+  sizes = [("act_embed", config.d_model)]
   for block in config.blocks.values():
     for branch in block.branches.values():
-      sizes |= {(f"act_{axis}", size) for _, axis, size in branch.extents() if axis in ("heads", "mlp")}
-  for name, size in sizes:
+      sizes += [(f"act_{axis}", size) for _, axis, size in branch.extents() if axis in ("heads", "mlp")]
+  for name, size in dict.fromkeys(sizes):
     sharding.spec((name,), (size,), layout, mesh)
 
 
