@@ -155,7 +155,7 @@ def test_describe_prints_a_row_and_the_collectives_of_each_block_of_a_config(cap
     (["--layout=train+latency"], "there is no 'train+latency'"),
     (["--layout=train", "--mesh=x=2"], "'train' splits over context, data"),
     (["--layout=ws_2d", "--mesh=x=2,q=2"], "names the axis 'q'"),
-    (["--layout=ws_1d", "--mesh=x=3,y=3", "--config=llama_2_7b"], "'act_heads' of size 32 is not divisible by mesh"),
+    (["--layout=ws_1d", "--mesh=x=3,y=3", "--config=llama_2_7b"], "'act_embed' of size 4096 is not divisible by mesh"),
     (["--layout=train", "--mesh=tensor=3", "--config=llama_2_7b"], "train.seq_len=256 is not divisible by mesh"),
     (["--mesh=x=2"], "--mesh says where a layout is described"),
   ],
