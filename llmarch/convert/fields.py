@@ -276,7 +276,8 @@ class Rope:
   theta, partial: the family's defaults. local_theta: the default for sliding layers, and its older name. by_type: the
   file has one dict for each type of layer; older files scale only the full layers. types: see Window. old: the names
   that older files of the family have for rope_theta and partial_rotary_factor. original_beside: the option
-  original_max_position_embeddings stands beside rope_parameters and takes precedence (Phi-3).
+  original_max_position_embeddings stands beside rope_parameters and takes precedence (Phi-3). apart: options of
+  rope_parameters that say nothing of the angles; another hole reads them, or nobody.
   """
 
   theta: float = 10000.0
@@ -287,6 +288,7 @@ class Rope:
   types: Callable[[Reader, int], bool] | None = None
   old: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
   original_beside: bool = False
+  apart: frozenset[str] = frozenset()
 
   def read(self, h: Reader, i):
     theta, partial = h.get(self.old[0], self.theta), h.get(self.old[1], self.partial)
@@ -299,7 +301,7 @@ class Rope:
       options = {} if local else found[None]
     else:
       options = found.get(SLIDING if local else FULL, {}) if None not in found else found[None]
-    options = {k: v for k, v in options.items() if v is not None}
+    options = {k: v for k, v in options.items() if v is not None and k not in self.apart}
     theta, partial = options.pop("rope_theta", theta), options.pop("partial_rotary_factor", partial)
     number = isinstance(partial, (int, float))
     check(number and 0 < partial <= 1, f"partial_rotary_factor={partial!r} must lie in (0, 1]")
@@ -365,7 +367,7 @@ def _scaling(h: Reader, options: dict) -> dict | None:
   take = options.pop
   try:
     match kind:
-      case "default":
+      case "default" | "mrope":  # the sections of mrope differ only where there are images
         scaling = None
       case "linear":
         scaling = {"kind": "linear", "factor": take("factor")}
@@ -395,7 +397,7 @@ def _scaling(h: Reader, options: dict) -> dict | None:
     raise UserError(f"rope_parameters.{e.args[0]} is missing, which rope_type={kind!r} needs") from None
   except (TypeError, ValueError, ZeroDivisionError):
     raise UserError("rope_parameters must hold numbers above 0") from None
-  idle = IDLE_ROPE | ({"factor", "mrope_section", "mrope_interleaved"} if kind == "default" else set())
+  idle = IDLE_ROPE | ({"factor", "mrope_section", "mrope_interleaved"} if kind in ("default", "mrope") else set())
   unknown = sorted(f"rope_parameters.{key}={value!r}" for key, value in options.items() if key not in idle)
   check(not unknown, f"{', '.join(unknown)}: not known as options of rope_type={kind!r}")
   return scaling
@@ -605,7 +607,8 @@ class Family:
   space lacks, with the values under which they have no effect. aliases: other names of options, in older files. moot:
   options that change nothing, as METADATA. buffers: endings of keys in older files that follow from the config.
   nested: names of options that are dicts of options, such as "attn_config". more_layers: the option that counts layers
-  behind the last one, which predict tokens further ahead; they are left out. defaults: what transformers takes for
+  behind the last one, which predict tokens further ahead; they are left out. beyond: other beginnings of the keys of
+  such layers. defaults: what transformers takes for
   options that a file leaves out. also: other model_types of the same function.
   """
 
@@ -621,6 +624,7 @@ class Family:
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
   nested: tuple[str, ...] = ()
   more_layers: str | None = None
+  beyond: tuple[str, ...] = ()
   also: tuple[str, ...] = ()
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
