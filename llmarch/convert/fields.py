@@ -552,8 +552,9 @@ METADATA = {
   "decoder_start_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "dtype", "torch_dtype",
   "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "num_labels", "initializer_range", "init_std",
   "init_device", "is_decoder", "keys_to_ignore_at_inference", "model_type", "output_attentions",
-  "output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict", "slow_but_exact",
-  "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+  "output_hidden_states", "output_past", "prefix", "pretraining_tp", "problem_type", "pruned_heads", "return_dict",
+  "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+  "summary_use_proj",
   "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torchscript",
   "transformers_version", "use_bfloat16", "use_cache", "_name_or_path", "_commit_hash", "_attn_implementation",
   "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation", "_experts_implementation",
@@ -570,8 +571,8 @@ METADATA = {
   "num_return_sequences", "output_scores", "penalty_alpha", "remove_invalid_values", "renormalize_logits",
   "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
   # notes of other programs: trainers, exporters, quantisers
-  "internal_version", "is_composition", "is_llama_config", "max_sequence_length", "model_max_length",
-  "move_model_to_device",
+  "context_window_size", "internal_version", "is_composition", "is_llama_config", "max_sequence_length",
+  "model_max_length", "move_model_to_device", "prefill_chunk_size",
   "n_special", "predict_special_tokens", "selective_checkpoint_enabled", "sequence_parallel_enabled",
   "tokenizer_model_max_length", "transformers.js_config", "unsloth_fixed", "unsloth_version", "use_unsloth",
   "_load_in_4bit", "_load_in_8bit", "_pre_quantization_dtype", "pre_quantization_dtype",
@@ -589,9 +590,9 @@ IDLE = {
   "use_parallel_residual": (False,), "use_qk_norm": (False,), "use_sliding_window": (False,),
 }  # fmt: skip
 
-# Sizes under names that another family has. One that a table does not read is nowhere used, and the shapes of the
-# weights are compared with those that are.
-SHAPES = {"intermediate_size", "num_key_value_heads"}
+# Sizes and counts of layers under names that another family has. One that a table does not read is nowhere used, and
+# the shapes of the weights are compared with those that are.
+SHAPES = {"intermediate_size", "max_window_layers", "num_key_value_heads"}
 
 # Options that have no effect where they repeat another one.
 REPEATED = {"layer_norm_eps": "rms_norm_eps", "norm_eps": "rms_norm_eps"}

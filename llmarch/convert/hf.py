@@ -372,6 +372,10 @@ def _own(tensors: dict[str, Tensor], said: Described) -> tuple[dict[str, Tensor]
       heads = {name: tensor for name, tensor in tensors.items() if name in _standing_apart(said.family)}
       left = {name: tensor for name, tensor in tensors.items() if name not in inside | heads}
       tensors = {_in_wrapper(name, said.family): tensor for name, tensor in (inside | heads).items()}
+    elif any(name.startswith(said.family.prefix) for name in tensors):  # the wrapper's parts stand beside the decoder's
+      mine = (said.family.prefix, *_standing_apart(said.family))
+      left = {name: tensor for name, tensor in tensors.items() if not name.startswith(mine)}
+      tensors = {name: tensor for name, tensor in tensors.items() if name not in left}
   bare = not any(name.startswith(said.family.prefix) for name in tensors)
   own = {_key(name, said.family) if bare else name: tensor for name, tensor in tensors.items()}
   own = {name: tensor for name, tensor in own.items() if not name.endswith(said.family.buffers)}
