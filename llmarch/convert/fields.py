@@ -249,7 +249,7 @@ class MaxLength:
 
   def write(self, value, w: Writer, i):
     for _, options in rope_options(Reader(w.options)):
-      if options.get("rope_type") == "linear" and not self.extended:
+      if options.get("rope_type", options.get("type")) == "linear" and not self.extended:
         value = math.ceil(value / options["factor"])
     w.options.setdefault("max_position_embeddings", value)  # a dynamic scaling has set the original length before
 
@@ -277,7 +277,8 @@ class Rope:
   file has one dict for each type of layer; older files scale only the full layers. types: see Window. old: the names
   that older files of the family have for rope_theta and partial_rotary_factor. original_beside: the option
   original_max_position_embeddings stands beside rope_parameters and takes precedence (Phi-3). apart: options of
-  rope_parameters that say nothing of the angles; another hole reads them, or nobody.
+  rope_parameters that say nothing of the angles; another hole reads them, or nobody. older: the family's own code knows
+  rope_theta and rope_scaling alone, so that these are written.
   """
 
   theta: float = 10000.0
@@ -289,6 +290,7 @@ class Rope:
   old: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
   original_beside: bool = False
   apart: frozenset[str] = frozenset()
+  older: bool = False
 
   def read(self, h: Reader, i):
     theta, partial = h.get(self.old[0], self.theta), h.get(self.old[1], self.partial)
@@ -325,6 +327,10 @@ class Rope:
       options["partial_rotary_factor"] = math.nextafter(partial, 1) if down else partial
     elif self.partial != 1:
       options["partial_rotary_factor"] = 1.0
+    if self.older:
+      w.set("rope_theta", options.pop("rope_theta"))
+      kind = options.pop("rope_type")
+      return w.set("rope_scaling", None if kind == "default" else {"type": kind} | options)
     if not self.by_type:
       return w.set("rope_parameters", options)
     kind = w.options["layer_types"][i]

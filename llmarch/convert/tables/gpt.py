@@ -169,6 +169,7 @@ FAMILIES = (
       Row(f"{H}.mlp.c_proj.bias", "ffn/down_bias"),
     ),
     num_layers="n_layer",
+    also=("gpt-sw3",),
     only={"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     moot=frozenset({"n_ctx"}),
     aliases=GPT_NAMES,
