@@ -220,7 +220,8 @@ def attention(c, p: dict, xs: list[np.ndarray], row, table, kept: dict) -> list[
           continue
         q, k, distance = qs[t][n], ks[s][group], m - k_position
         score = rotary_score(c.position, q, k, distance, row.length(t)) if kind in ("rope", "xpos") else q @ k
-        score = softcap(score * scale, c.softcap)
+        grown = 1 + c.query_growth * math.log(1 + m // c.growth_every)  # 2501.19399, in the form of Ministral 3
+        score = softcap(score * scale * grown, c.softcap)
         if kind == "alibi":
           score -= slopes[n] * abs(distance)
         if kind == "t5_bias":

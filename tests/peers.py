@@ -1,4 +1,5 @@
-"""PaLM and Grok-1, which transformers has not: written in torch after their public code, with its models' face."""
+"""Families that transformers has not, with its models' face: PaLM and Grok-1, written in torch after their public code,
+and those whose function a class of transformers has under other options and names."""
 
 import json
 import pathlib
@@ -170,4 +171,117 @@ class Grok1(Peer):
     return sum(gates[..., i : i + 1] * y for i, y in enumerate(outputs))
 
 
-MODELS = {model.model_type: model for model in (PaLM, Grok1)}
+class Renamed(Peer):
+  """A model whose function a class of transformers has. `theirs` and `names` say under which options and names."""
+
+  base: str
+  names: dict[str, str] = {}
+  defaults = dict(
+    vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+    max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=False,
+  )  # fmt: skip
+
+  def __init__(self, **options):
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    super().__init__(**options)
+    shared = {k: v for k, v in self.options.items() if k in Renamed.defaults or k in ("rope_theta", "head_dim")}
+    ids = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    config = CONFIG_MAPPING[self.base](**shared, **ids, **self.theirs(self.options))
+    self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+  def forward(self, input_ids, attention_mask=None, use_cache=False, position_ids=None):
+    return self.model(input_ids, attention_mask=attention_mask, use_cache=use_cache, position_ids=position_ids)
+
+  def state_dict(self, *args, **kwargs):
+    state = self.model.state_dict()
+    if self.options["tie_word_embeddings"]:
+      state.pop("lm_head.weight")
+    return {self.renamed(name): value.contiguous() for name, value in self.joined(state).items()}
+
+  @classmethod
+  def from_pretrained(cls, folder):
+    options = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    model, own = cls(**options), load_file(pathlib.Path(folder) / "model.safetensors")
+    assert own.keys() == model.state_dict().keys()
+    back = {model.renamed(name): name for name in model.joined(model.model.state_dict())}
+    model.model.load_state_dict(model.split({back[name]: value for name, value in own.items()}), strict=False)
+    model.model.tie_weights()
+    return model
+
+  def renamed(self, name: str) -> str:
+    for old, new in self.names.items():
+      name = name.replace(old, new)
+    return name
+
+  def joined(self, state: dict) -> dict:
+    return state
+
+  def split(self, state: dict) -> dict:
+    return state
+
+
+class Orion(Renamed):
+  model_type, base = "orion", "stablelm"
+
+  def theirs(self, o):
+    rope = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
+    return dict(layer_norm_eps=o["rms_norm_eps"], rope_parameters=rope, num_key_value_heads=o["num_key_value_heads"])
+
+
+class MiniCPM(Renamed):
+  model_type, base = "minicpm", "granite"
+
+  def theirs(self, o):
+    head_dim = o["hidden_size"] // o["num_attention_heads"]
+    return dict(
+      embedding_multiplier=o["scale_emb"], residual_multiplier=o["scale_depth"] / o["num_hidden_layers"] ** 0.5,
+      logits_scaling=o["hidden_size"] / o["dim_model_base"], attention_multiplier=head_dim**-0.5,
+      num_key_value_heads=o["num_key_value_heads"],
+    )  # fmt: skip
+
+
+class InternLM(Renamed):
+  model_type, base = "internlm", "llama"
+
+  def theirs(self, o):
+    return dict(attention_bias=o["bias"])
+
+
+class InternLM2(Renamed):
+  model_type, base = "internlm2", "llama"
+  names = {
+    "embed_tokens": "tok_embeddings", "self_attn.o_proj": "attention.wo", "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2", "self_attn.wqkv": "attention.wqkv", "lm_head": "output",
+  }  # fmt: skip
+
+  def theirs(self, o):
+    return dict(num_key_value_heads=o["num_key_value_heads"])
+
+  def joined(self, state):
+    """The queries of a key-value head, its key, its value; then the next."""
+    heads, out = self.options["num_key_value_heads"], {}
+    for name, value in state.items():
+      if "q_proj" in name:
+        parts = [state[name.replace("q_proj", f"{part}_proj")].unflatten(0, (heads, -1)) for part in "qkv"]
+        out[name.replace("q_proj", "wqkv")] = torch.cat(parts, 1).flatten(0, 1)
+      elif "k_proj" not in name and "v_proj" not in name:
+        out[name] = value
+    return out
+
+  def split(self, state):
+    o, out = self.options, {}
+    H, K = o["hidden_size"] // o["num_attention_heads"], o["num_key_value_heads"]
+    group = o["num_attention_heads"] // K
+    for name, value in state.items():
+      if "wqkv" in name:
+        parts = value.unflatten(0, (K, -1)).split((group * H, H, H), 1)
+        out |= {name.replace("wqkv", f"{part}_proj"): y.flatten(0, 1) for part, y in zip("qkv", parts)}
+      else:
+        out[name] = value
+    return out
+
+
+MODELS = {model.model_type: model for model in (PaLM, Grok1, Orion, MiniCPM, InternLM, InternLM2)}

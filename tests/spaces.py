@@ -96,6 +96,7 @@ def _rope(**kwargs) -> BlockConfig:
 
 HAND: dict[str, ModelConfig] = {
   "llama": model(block()),
+  "ministral3": model(block(attention(query_growth=0.4, growth_every=4))),
   "gpt2": model(
     block(
       AttentionConfig(num_heads=3, qkv_bias=True, out_bias=True),

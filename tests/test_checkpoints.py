@@ -17,6 +17,8 @@ from llmarch.build import build
 from llmarch.config import ModelConfig
 from llmarch.convert import hf
 from llmarch.convert.tables import FAMILIES
+from llmarch.convert.tables.defaults import DEFAULTS
+from llmarch.convert.tables.lacking import LACKING
 from llmarch.errors import UserError
 from llmarch.layers.param import flatten
 from llmarch.models.decoder import abstract
@@ -102,7 +104,7 @@ NOT_COMPARED = {("dbrx", "rope_parameters")}
 
 
 @needs_peer
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("palm", "grok-1")])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name in DEFAULTS])
 def test_an_absent_option_has_the_default_of_transformers(family):
   """Each option of a sound file is left out in turn; transformers' own class then says which value it has."""
   from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -144,6 +146,7 @@ IDLE = [
   dict(use_qk_norm=False, qk_layernorm=False, attention_bias=False, final_logit_softcapping=None),
   dict(partial_rotary_factor=1.0, shared_expert_intermediate_size=0, n_shared_experts=0, is_causal=True),
   {"transformers.js_config": {"dtype": "q4"}, "sequence_parallel_enabled": False, "lm_head_bias": False},
+  dict(output_past=True, prefill_chunk_size=128, context_window_size=64, max_window_layers=2),
   dict(mystery=None, time_step_limit=None, rope_scaling=None),
 ]
 
@@ -157,6 +160,51 @@ def test_an_option_without_effect_refuses_nothing(idle):
 def test_an_option_that_would_change_the_numbers_is_refused(option):
   with pytest.raises(UserError, match=option):
     read(TINY | {option: True})
+
+
+def test_a_known_model_type_is_refused_with_what_it_has(tmp_path):
+  """And none of those stands in the tables."""
+  read_as = {name for family in FAMILIES.values() for name in (family.model_type, *family.also)}
+  assert not read_as & LACKING.keys()
+  for name, why in LACKING.items():
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, "text_config": {"hidden_size": 8}}))
+    with pytest.raises(UserError) as e:
+      hf.Described.of(tmp_path)
+    assert str(e.value) == f"{tmp_path / 'config.json'}: the model_type {name!r} is not read: {why}"
+    assert why.startswith(("it has ", "it is ", "its "))
+
+
+EXAONE = TINY | dict(model_type="exaone4", num_hidden_layers=5, sliding_window=3)
+SPELT = {  # name: two ways of saying one thing
+  "letters": (
+    EXAONE | dict(sliding_window_pattern="LLG"),
+    EXAONE | dict(layer_types=["sliding_attention" if c == "L" else "full_attention" for c in "LLGLL"]),
+  ),
+  "a number": (EXAONE | dict(sliding_window_pattern=3), EXAONE | dict(sliding_window_pattern="LLG")),
+  "rotary_dim": (
+    MOE | dict(model_type="minimax_m2", head_dim=8, rotary_dim=4, attn_type_list=[1, 1, 1]),
+    MOE | dict(model_type="minimax_m2", head_dim=8, rope_parameters=dict(partial_rotary_factor=0.5)),
+  ),
+  "sections": (
+    TINY | dict(model_type="qwen2", rope_scaling=dict(type="mrope", mrope_section=[1, 1, 2])),
+    TINY | dict(model_type="qwen2"),
+  ),
+  "no growth": (
+    TINY | dict(model_type="ministral3", rope_parameters=dict(rope_type="default", llama_4_scaling_beta=0)),
+    TINY | dict(model_type="ministral3", rope_parameters=dict(rope_type="default")),
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELT)
+def test_two_ways_of_saying_one_thing_are_one_config(name):
+  one, other = SPELT[name]
+  assert hf.canonical(read(one)) == hf.canonical(read(other))
+
+
+def test_layers_of_another_kind_of_attention_are_refused():
+  with pytest.raises(UserError, match="attn_type_list"):
+    read(MOE | dict(model_type="minimax_m2", head_dim=8, attn_type_list=[1, 0, 1]))
 
 
 def test_infinity_is_a_number_where_nothing_reads_it(tmp_path):
@@ -239,6 +287,16 @@ def test_layers_that_predict_further_ahead_are_left_out(tmp_path):
   assert hf.Checkpoint(tmp_path / "hf").notes == {"left out": "layers.3"}
 
 
+def test_layers_that_predict_further_ahead_have_names_of_their_own(tmp_path):
+  """Those of MiMo, whose decoder is a Qwen2."""
+  theirs = written(tmp_path / "hf", TINY | dict(model_type="qwen2"))
+  want = params_of(tmp_path / "hf")
+  put(tmp_path / "hf" / hf.SINGLE, theirs | {"model.mtp_layers.0.input_proj.weight": np.ones((24, 48), np.float32)})
+  edit_json(tmp_path / "hf" / "config.json", lambda data: data.update(model_type="mimo", num_nextn_predict_layers=1))
+  assert_same(params_of(tmp_path / "hf"), want)
+  assert hf.Checkpoint(tmp_path / "hf").notes == {"left out": "mtp_layers"}
+
+
 def test_a_tensor_of_another_dtype_is_cast_to_that_of_the_rest(tmp_path):
   theirs = written(tmp_path / "hf", TINY)
   wide = {n: v if "norm" in n else v.astype(hf.DTYPES["BF16"]) for n, v in theirs.items()}
@@ -285,6 +343,29 @@ def test_the_decoder_of_a_wrapper_is_read_alone(tmp_path):
     put(tmp_path / "hf" / hf.SINGLE, inside | eye)
     assert_same(params_of(tmp_path / "hf"), want)
     assert hf.Checkpoint(tmp_path / "hf").notes == {"left out": "multi_modal_projector, vision_tower"}
+
+
+def test_a_wrapper_may_have_its_decoder_beside_its_own_parts(tmp_path):
+  """Older files of Qwen2-VL have one level of options and of names, newer ones two."""
+  theirs = written(tmp_path / "hf", TINY | dict(model_type="qwen2"))
+  want = params_of(tmp_path / "hf")
+  eye = {"visual.patch_embed.proj.weight": np.ones((3, 4), np.float32)}
+  rope = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]}}
+  put(tmp_path / "hf" / hf.SINGLE, theirs | eye)
+  flat = TINY | rope | dict(model_type="qwen2_vl", vision_config={}, image_token_id=5)
+  nested = dict(model_type="qwen2_vl", vision_config={}, tie_word_embeddings=False)
+  nested["text_config"] = {k: v for k, v in TINY.items() if k != "model_type"} | rope
+  for outer in (flat, nested):
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(outer))
+    assert_same(params_of(tmp_path / "hf"), want)
+    assert hf.Checkpoint(tmp_path / "hf").notes == {"left out": "visual"}
+
+
+def test_a_wrapper_may_have_the_type_of_its_decoder(tmp_path):
+  text = TINY | dict(model_type="ministral3", rope_parameters=dict(rope_type="default", rope_theta=500.0))
+  outer = dict(model_type="ministral3", text_config=text, vision_config={}, image_token_index=10)
+  (tmp_path / "config.json").write_text(json.dumps(outer))
+  assert hf.read_config(tmp_path) == read(text)
 
 
 def test_a_tokenizer_may_have_ids_beyond_the_table(tmp_path):

@@ -249,7 +249,7 @@ class MaxLength:
 
   def write(self, value, w: Writer, i):
     for _, options in rope_options(Reader(w.options)):
-      if options.get("rope_type") == "linear" and not self.extended:
+      if options.get("rope_type", options.get("type")) == "linear" and not self.extended:
         value = math.ceil(value / options["factor"])
     w.options.setdefault("max_position_embeddings", value)  # a dynamic scaling has set the original length before
 
@@ -276,7 +276,9 @@ class Rope:
   theta, partial: the family's defaults. local_theta: the default for sliding layers, and its older name. by_type: the
   file has one dict for each type of layer; older files scale only the full layers. types: see Window. old: the names
   that older files of the family have for rope_theta and partial_rotary_factor. original_beside: the option
-  original_max_position_embeddings stands beside rope_parameters and takes precedence (Phi-3).
+  original_max_position_embeddings stands beside rope_parameters and takes precedence (Phi-3). apart: options of
+  rope_parameters that say nothing of the angles; another hole reads them, or nobody. older: the family's own code knows
+  rope_theta and rope_scaling alone, so that these are written.
   """
 
   theta: float = 10000.0
@@ -287,6 +289,8 @@ class Rope:
   types: Callable[[Reader, int], bool] | None = None
   old: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
   original_beside: bool = False
+  apart: frozenset[str] = frozenset()
+  older: bool = False
 
   def read(self, h: Reader, i):
     theta, partial = h.get(self.old[0], self.theta), h.get(self.old[1], self.partial)
@@ -299,7 +303,7 @@ class Rope:
       options = {} if local else found[None]
     else:
       options = found.get(SLIDING if local else FULL, {}) if None not in found else found[None]
-    options = {k: v for k, v in options.items() if v is not None}
+    options = {k: v for k, v in options.items() if v is not None and k not in self.apart}
     theta, partial = options.pop("rope_theta", theta), options.pop("partial_rotary_factor", partial)
     number = isinstance(partial, (int, float))
     check(number and 0 < partial <= 1, f"partial_rotary_factor={partial!r} must lie in (0, 1]")
@@ -323,6 +327,10 @@ class Rope:
       options["partial_rotary_factor"] = math.nextafter(partial, 1) if down else partial
     elif self.partial != 1:
       options["partial_rotary_factor"] = 1.0
+    if self.older:
+      w.set("rope_theta", options.pop("rope_theta"))
+      kind = options.pop("rope_type")
+      return w.set("rope_scaling", None if kind == "default" else {"type": kind} | options)
     if not self.by_type:
       return w.set("rope_parameters", options)
     kind = w.options["layer_types"][i]
@@ -365,7 +373,7 @@ def _scaling(h: Reader, options: dict) -> dict | None:
   take = options.pop
   try:
     match kind:
-      case "default":
+      case "default" | "mrope":  # the sections of mrope differ only where there are images
         scaling = None
       case "linear":
         scaling = {"kind": "linear", "factor": take("factor")}
@@ -395,7 +403,7 @@ def _scaling(h: Reader, options: dict) -> dict | None:
     raise UserError(f"rope_parameters.{e.args[0]} is missing, which rope_type={kind!r} needs") from None
   except (TypeError, ValueError, ZeroDivisionError):
     raise UserError("rope_parameters must hold numbers above 0") from None
-  idle = IDLE_ROPE | ({"factor", "mrope_section", "mrope_interleaved"} if kind == "default" else set())
+  idle = IDLE_ROPE | ({"factor", "mrope_section", "mrope_interleaved"} if kind in ("default", "mrope") else set())
   unknown = sorted(f"rope_parameters.{key}={value!r}" for key, value in options.items() if key not in idle)
   check(not unknown, f"{', '.join(unknown)}: not known as options of rope_type={kind!r}")
   return scaling
@@ -550,8 +558,9 @@ METADATA = {
   "decoder_start_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size", "dtype", "torch_dtype",
   "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "num_labels", "initializer_range", "init_std",
   "init_device", "is_decoder", "keys_to_ignore_at_inference", "model_type", "output_attentions",
-  "output_hidden_states", "prefix", "pretraining_tp", "problem_type", "return_dict", "slow_but_exact",
-  "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+  "output_hidden_states", "output_past", "prefix", "pretraining_tp", "problem_type", "pruned_heads", "return_dict",
+  "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+  "summary_use_proj",
   "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torchscript",
   "transformers_version", "use_bfloat16", "use_cache", "_name_or_path", "_commit_hash", "_attn_implementation",
   "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation", "_experts_implementation",
@@ -568,8 +577,8 @@ METADATA = {
   "num_return_sequences", "output_scores", "penalty_alpha", "remove_invalid_values", "renormalize_logits",
   "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
   # notes of other programs: trainers, exporters, quantisers
-  "internal_version", "is_composition", "is_llama_config", "max_sequence_length", "model_max_length",
-  "move_model_to_device",
+  "context_window_size", "internal_version", "is_composition", "is_llama_config", "max_sequence_length",
+  "model_max_length", "move_model_to_device", "prefill_chunk_size",
   "n_special", "predict_special_tokens", "selective_checkpoint_enabled", "sequence_parallel_enabled",
   "tokenizer_model_max_length", "transformers.js_config", "unsloth_fixed", "unsloth_version", "use_unsloth",
   "_load_in_4bit", "_load_in_8bit", "_pre_quantization_dtype", "pre_quantization_dtype",
@@ -587,9 +596,9 @@ IDLE = {
   "use_parallel_residual": (False,), "use_qk_norm": (False,), "use_sliding_window": (False,),
 }  # fmt: skip
 
-# Sizes under names that another family has. One that a table does not read is nowhere used, and the shapes of the
-# weights are compared with those that are.
-SHAPES = {"intermediate_size", "num_key_value_heads"}
+# Sizes and counts of layers under names that another family has. One that a table does not read is nowhere used, and
+# the shapes of the weights are compared with those that are.
+SHAPES = {"intermediate_size", "max_window_layers", "num_key_value_heads"}
 
 # Options that have no effect where they repeat another one.
 REPEATED = {"layer_norm_eps": "rms_norm_eps", "norm_eps": "rms_norm_eps"}
@@ -605,7 +614,8 @@ class Family:
   space lacks, with the values under which they have no effect. aliases: other names of options, in older files. moot:
   options that change nothing, as METADATA. buffers: endings of keys in older files that follow from the config.
   nested: names of options that are dicts of options, such as "attn_config". more_layers: the option that counts layers
-  behind the last one, which predict tokens further ahead; they are left out. defaults: what transformers takes for
+  behind the last one, which predict tokens further ahead; they are left out. beyond: other beginnings of the keys of
+  such layers. defaults: what transformers takes for
   options that a file leaves out. also: other model_types of the same function.
   """
 
@@ -621,6 +631,7 @@ class Family:
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
   nested: tuple[str, ...] = ()
   more_layers: str | None = None
+  beyond: tuple[str, ...] = ()
   also: tuple[str, ...] = ()
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

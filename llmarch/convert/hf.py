@@ -28,7 +28,8 @@ from llmarch.convert.adapters import read_adapters
 from llmarch.convert.fields import METADATA, Family, Rearrange, Row
 from llmarch.convert.safetensors import DTYPES, Tensor, read_header, read_json, write_safetensors
 from llmarch.convert.tables import FAMILIES, find_family
-from llmarch.convert.tables.wrappers import PREFIXES, WRAPPERS
+from llmarch.convert.tables.lacking import LACKING
+from llmarch.convert.tables.wrappers import PREFIXES, decoder_of
 from llmarch.errors import UserError, check, nearest
 from llmarch.layers import registry  # noqa: F401  the kinds of mixers, ffns, norms and positions join their families
 from llmarch.layers.attention import AttentionConfig
@@ -100,7 +101,7 @@ def _row_prefixes(row: Row, config: ModelConfig):
       for b, name in enumerate(pattern):
         block, mixer = config.blocks[name], config.blocks[name].mixer
         experts = block.ffn.experts if block.ffn else None
-        known = {"n": mixer.heads or 0, "e": experts[0] if experts else 0, "p": 2}
+        known = {"n": mixer.heads or 0, "e": experts[0] if experts else 0, "p": 2, "quarter": 4}
         if isinstance(mixer, AttentionConfig):
           known |= {"k": mixer.kv_heads, "h": mixer.dim(config.d_model)}
         if row.residual in (None, block.residual.kind):
@@ -145,12 +146,7 @@ class Described:
     path = Path(path)
     file = path if path.suffix == ".json" and not path.is_dir() else path / CONFIG
     outer = read_json(file)
-    options, model_type = outer, outer.get("model_type")
-    if isinstance(model_type, str) and model_type in WRAPPERS:
-      wrapper, text = WRAPPERS[model_type], outer.get("text_config")
-      check(isinstance(text, dict), f"{file}: text_config is missing, which describes the decoder of a {model_type}")
-      tied = outer.get("tie_word_embeddings", text.get("tie_word_embeddings", wrapper.tied))
-      options = {"model_type": wrapper.text} | text | {"tie_word_embeddings": tied}
+    options = decoder_of(outer, file)
     family = find_family(options)
     if family is None:
       raise UserError(f"{file}: {_unknown(options)}")
@@ -212,6 +208,8 @@ def _unknown(options: dict) -> str:
   if model_type is None:
     named = f"nor a known class among its architectures ({classes!r})" if classes else "and no architectures"
     return f"it has no model_type, {named}; add the model_type of a family that docs/fine_tune.md lists"
+  if isinstance(model_type, str) and model_type in LACKING:
+    return f"the model_type {model_type!r} is not read: {LACKING[model_type]}"
   code = ", and code of the folder (auto_map) is never run" if "auto_map" in options else ""
   return f"the model_type {model_type!r} is unknown{code}; docs/fine_tune.md lists the families that are read"
 
@@ -374,10 +372,15 @@ def _own(tensors: dict[str, Tensor], said: Described) -> tuple[dict[str, Tensor]
       heads = {name: tensor for name, tensor in tensors.items() if name in _standing_apart(said.family)}
       left = {name: tensor for name, tensor in tensors.items() if name not in inside | heads}
       tensors = {_in_wrapper(name, said.family): tensor for name, tensor in (inside | heads).items()}
+    elif any(name.startswith(said.family.prefix) for name in tensors):  # the wrapper's parts stand beside the decoder's
+      mine = (said.family.prefix, *_standing_apart(said.family))
+      left = {name: tensor for name, tensor in tensors.items() if not name.startswith(mine)}
+      tensors = {name: tensor for name, tensor in tensors.items() if name not in left}
   bare = not any(name.startswith(said.family.prefix) for name in tensors)
   own = {_key(name, said.family) if bare else name: tensor for name, tensor in tensors.items()}
   own = {name: tensor for name, tensor in own.items() if not name.endswith(said.family.buffers)}
   more = tuple(f"{start}{n}." for n in said.layers_beyond for start in said.family.layer_prefixes)
+  more += said.family.beyond
   left |= {name: tensor for name, tensor in own.items() if more and name.startswith(more)}
   return {name: tensor for name, tensor in own.items() if name not in left}, left
 

@@ -76,6 +76,10 @@ class AttentionConfig(MixerConfig, kind="attention"):
   qk_norm: QKNorm | None = None
   qkv_clip: float | None = None  # clips queries, keys and values to [-c, c] before the positions (DBRX, OLMo)
   query_scale: float | None = None  # None: head_dim^-0.5
+  # Queries grow with their position p, by the factor 1 + query_growth ln(1 + floor(p / growth_every)) (Llama 4,
+  # Ministral 3; after 2501.19399); 0: they do not.
+  query_growth: float = 0.0
+  growth_every: int = 8192
   softcap: float | None = None  # c in the cap on logits, c tanh(logits / c); None: no cap
   sinks: bool = False  # each head has a trained logit that joins its softmax and attends to nothing (gpt-oss)
   dropout: float = 0.0  # dropout rate of the attention weights
@@ -90,7 +94,8 @@ class AttentionConfig(MixerConfig, kind="attention"):
 
   def __post_init__(self):
     accept_name(self, "mask", MaskConfig)
-    check_at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "window")
+    check_at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "window", "growth_every")
+    check_at_least(self, 0, "query_growth")
     check_above(self, 0, "query_scale", "softcap", "qkv_clip")
     check_rate(self, "dropout")
     check(
@@ -289,6 +294,9 @@ class Attention(nnx.Module):
       q, k, v = (a if a is None else jnp.clip(a, -c.qkv_clip, c.qkv_clip) for a in (q, k, v))
     if isinstance(c.position, Rotary):
       q, k = c.position.turn(q, k, context.queries.positions, context.length)
+    if c.query_growth:
+      growth = ops.growth(context.queries.positions, c.query_growth, c.growth_every)
+      q = q * growth[..., None, None].astype(q.dtype)
 
     kv, state = (site.kept[c.kv_from], None) if k is None else self.remember(k, v, q.dtype, site)
     sinks = move(self.sinks[...], self.sinks.axes, ATTENDING_HEADS) if c.sinks else None

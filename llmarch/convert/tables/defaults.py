@@ -163,4 +163,53 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "num_attention_heads": 32,
     "num_hidden_layers": 40, "num_key_value_heads": 2, "vocab_size": 151552,
   },
+  "ministral": {
+    "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+  },
+  "ministral3": {
+    "rope_parameters": {
+      "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+      "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    },
+    "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 262144, "num_attention_heads": 32,
+    "num_hidden_layers": 34, "num_key_value_heads": 8, "vocab_size": 131072,
+  },
+  "gpt_bigcode": {
+    "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257,
+  },
+  "codegen": {
+    "n_embd": 4096, "n_head": 16, "n_layer": 28, "n_positions": 2048, "rotary_dim": 64, "vocab_size": 50400,
+  },
+  "exaone4": {
+    "hidden_size": 4096, "intermediate_size": 16384, "max_position_embeddings": 2048, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 32, "vocab_size": 102400,
+  },
+  "glm4_moe": {
+    "first_k_dense_replace": 1, "hidden_size": 4096, "intermediate_size": 10944, "max_position_embeddings": 131072,
+    "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 128, "n_shared_experts": 1,
+    "num_attention_heads": 96, "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8,
+    "topk_group": 1, "vocab_size": 151552,
+  },
+  "minimax_m2": {
+    "head_dim": 128, "hidden_size": 3072, "intermediate_size": 1536, "max_position_embeddings": 196608,
+    "num_attention_heads": 48, "num_experts_per_tok": 8, "num_hidden_layers": 62, "num_key_value_heads": 8,
+    "num_local_experts": 256, "vocab_size": 200064,
+  },
+  "glm": {
+    "head_dim": 128, "hidden_size": 4096, "intermediate_size": 13696, "max_position_embeddings": 131072,
+    "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2, "vocab_size": 151552,
+  },
+  "arcee": {
+    "hidden_size": 2560, "intermediate_size": 18432, "max_position_embeddings": 4096, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "vocab_size": 32000,
+  },
+  "seed_oss": {
+    "head_dim": 128, "hidden_size": 4096, "intermediate_size": 27648, "max_position_embeddings": 524288,
+    "num_attention_heads": 80, "num_hidden_layers": 64, "num_key_value_heads": 8, "vocab_size": 155136,
+  },
+  "ernie4_5": {
+    "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 131072,
+    "num_attention_heads": 16, "num_hidden_layers": 18, "num_key_value_heads": 2, "vocab_size": 103424,
+  },
 }  # fmt: skip

@@ -93,6 +93,11 @@ def _say_falcon_residual(value, w, i):
     w.set("new_decoder_architecture", True)
 
 
+def _say_big_code_heads(value, w, i):
+  check(value in (1, w.options["n_head"]), "the key-value heads must be one, or as many as the query heads")
+  w.set("multi_query", value == 1)
+
+
 AFFINE = Key("layer_norm_elementwise_affine", True)
 OPT_NORM = {"kind": "layernorm", "eps": 1e-5, "scale": AFFINE, "bias": AFFINE}
 
@@ -111,6 +116,19 @@ def _opt_width(h, i):
   width = Size("word_embed_proj_dim", None).read(h, i)
   return None if width == h.size("hidden_size") else width
 
+
+GPTJ = {
+  "mixer": {
+    "kind": "attention",
+    "num_heads": Size("n_head"),
+    "position": {"kind": "rope", "dims": Size("rotary_dim"), "interleaved": True},
+    "dropout": Key("attn_pdrop", 0.0),
+  },
+  "ffn": _gpt(_inner("n_inner", "n_embd"), activation=activation("activation_function", "gelu_new")),
+  "norm": layer_norm("layer_norm_epsilon"),
+  "residual": "parallel",
+  "dropout": Key("resid_pdrop", 0.0),
+}
 
 FAMILIES = (
   Family(
@@ -151,10 +169,74 @@ FAMILIES = (
       Row(f"{H}.mlp.c_proj.bias", "ffn/down_bias"),
     ),
     num_layers="n_layer",
+    also=("gpt-sw3",),
     only={"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     moot=frozenset({"n_ctx"}),
     aliases=GPT_NAMES,
     buffers=GPT_BUFFERS,
+  ),
+  Family(
+    "gpt_bigcode",
+    "GPTBigCodeForCausalLM",
+    model(
+      layer_norm("layer_norm_epsilon"),
+      tied=True,
+      embed={
+        "position": {"kind": "learned", "length": Size("n_positions")},
+        "dropout": Key("embd_pdrop", 0.1),
+      },
+      **GPT_MODEL,
+    ),
+    {
+      "mixer": {
+        "kind": "attention",
+        "num_heads": Size("n_head"),
+        "num_kv_heads": Pair(lambda h, i: 1 if h.get("multi_query", True) else None, _say_big_code_heads),
+        "qkv_bias": True,
+        "out_bias": True,
+        "query_scale": when("scale_attn_weights", True, Derived(_gpt2_scale), 1.0),
+        "dropout": Key("attn_pdrop", 0.1),
+      },
+      "ffn": _gpt(_inner("n_inner", "n_embd"), activation=activation("activation_function", "gelu_pytorch_tanh")),
+      "norm": layer_norm("layer_norm_epsilon"),
+      "dropout": Key("resid_pdrop", 0.1),
+    },
+    (
+      *GPT_ENDS,
+      *GPT_NORMS,
+      *fused(f"{H}.attn.c_attn", interleaved=True),
+      *output(f"{H}.attn.c_proj"),
+      *gated(f"{H}.mlp", "c_fc", "c_proj"),
+    ),
+    num_layers="n_layer",
+    aliases=GPT_NAMES,
+    moot=frozenset({"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "inference_runner"})
+    | {"max_batch_size", "pad_key_length", "pre_allocate_kv_cache", "runner_max_sequence_length"}
+    | {"validate_runner_input", "n_ctx"},
+    buffers=GPT_BUFFERS,
+  ),
+  Family(
+    "codegen",
+    "CodeGenForCausalLM",
+    model(
+      layer_norm("layer_norm_epsilon"),
+      head={"bias": True},
+      embed={"dropout": Key("embd_pdrop", 0.0)},
+      **GPT_MODEL,
+    ),
+    GPTJ,
+    (
+      *GPT_ENDS,
+      *GPT_NORMS,
+      # The queries of a quarter of the heads, their values, their keys; then the next quarter.
+      Row(f"{H}.attn.qkv_proj.weight", ("mixer/q", "mixer/v", "mixer/k"), "(quarter c l h) d -> d (quarter l) h"),
+      *output(f"{H}.attn.out_proj"),
+      *gated(f"{H}.mlp", "fc_in", "fc_out"),
+    ),
+    num_layers="n_layer",
+    moot=frozenset({"n_ctx", "rotary", "scale_attn_weights"}),
+    aliases=GPT_NAMES,
+    buffers=(*GPT_BUFFERS, ".attn.causal_mask", ".attn.embed_positions"),
   ),
   Family(
     "gpt_neox",
@@ -195,18 +277,7 @@ FAMILIES = (
       embed={"dropout": Key("embd_pdrop", 0.0)},
       **GPT_MODEL,
     ),
-    {
-      "mixer": {
-        "kind": "attention",
-        "num_heads": Size("n_head"),
-        "position": {"kind": "rope", "dims": Size("rotary_dim"), "interleaved": True},
-        "dropout": Key("attn_pdrop", 0.0),
-      },
-      "ffn": _gpt(_inner("n_inner", "n_embd"), activation=activation("activation_function", "gelu_new")),
-      "norm": layer_norm("layer_norm_epsilon"),
-      "residual": "parallel",
-      "dropout": Key("resid_pdrop", 0.0),
-    },
+    GPTJ,
     (*GPT_ENDS, *GPT_NORMS, *projections(f"{H}.attn", "out_proj"), *gated(f"{H}.mlp", "fc_in", "fc_out")),
     num_layers="n_layer",
     moot=frozenset({"n_ctx", "rotary", "scale_attn_weights"}),

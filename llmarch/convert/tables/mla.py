@@ -1,37 +1,9 @@
 """The decoders of DeepSeek: latent attention, and a mixture of experts above the first layers."""
 
 from llmarch.convert.fields import Choice, Family, Key, Pair, Rope, Row, Size, Writer, fill, match, rope_options
-from llmarch.convert.tables.moe import mixture
-from llmarch.convert.tables.parts import ENDS, PRE, L, activation, gated, mlp, model, norm, output, rms, sparse
+from llmarch.convert.tables.moe import SHARED, SHARED_AND_SPARSE, balanced, first_dense, mixture
+from llmarch.convert.tables.parts import ENDS, PRE, L, model, norm, output, rms
 from llmarch.errors import check
-
-
-def first_dense(moe: dict) -> Pair:
-  """A mixture above the first first_k_dense_replace layers, which have one feed-forward."""
-  dense = mlp(d_ff=Size("intermediate_size", None))
-
-  def read(h, i):
-    first, both = h.get("first_k_dense_replace"), (fill(dense, h, i), fill(moe, h, i))
-    check(type(first) is int and first >= 0, f"first_k_dense_replace={first!r} must be a whole number from 0")
-    return both[i >= first]
-
-  def write(value, w, i):
-    is_sparse = value is not None and value["kind"] == "moe"
-    w.options["first_k_dense_replace"] = w.options.get("first_k_dense_replace", 0) if is_sparse else i + 1
-    match(moe if is_sparse else dense, value, w, i)
-
-  return Pair(read, write)
-
-
-def _shared_width(h, i):
-  return h.size("n_shared_experts") * h.size("moe_intermediate_size")
-
-
-def _say_shared_width(value, w, i):
-  check(value is not None, "there must be a shared expert")
-  number, rest = divmod(value, w.options["moe_intermediate_size"])
-  check(rest == 0, "the shared expert must be as wide as a number of the others")
-  w.set("n_shared_experts", number)
 
 
 def latent_attention(interleaved) -> Pair:
@@ -68,8 +40,7 @@ def latent_attention(interleaved) -> Pair:
 def deepseek(model_type: str, architecture: str, interleaved, router: dict, only: dict, **more) -> Family:
   """Latent attention, and experts above the first layers."""
   attn = f"{L}.self_attn"
-  shared = {"d_ff": Pair(_shared_width, _say_shared_width), "activation": activation("hidden_act", "silu")}
-  ffn = first_dense(mixture("n_routed_experts", "moe_intermediate_size", router=router, shared=shared))
+  ffn = first_dense(mixture("n_routed_experts", "moe_intermediate_size", router=router, shared=SHARED))
   return Family(
     model_type,
     architecture,
@@ -86,10 +57,7 @@ def deepseek(model_type: str, architecture: str, interleaved, router: dict, only
       *norm(f"{attn}.kv_a_layernorm", "mixer/kv_norm"),
       Row(f"{attn}.kv_b_proj.weight", ("mixer/k", "mixer/v"), "(n c) r -> r n c"),
       *output(f"{attn}.o_proj"),
-      *gated(f"{L}.mlp"),
-      *sparse(f"{L}.mlp"),
-      Row(f"{L}.mlp.gate.e_score_correction_bias", "ffn/selection_bias"),
-      *gated(f"{L}.mlp.shared_experts", path="ffn/shared"),
+      *SHARED_AND_SPARSE,
     ),
     only={"attention_bias": (False,), "moe_layer_freq": (1,)} | only,
     more_layers="num_nextn_predict_layers",
@@ -97,16 +65,6 @@ def deepseek(model_type: str, architecture: str, interleaved, router: dict, only
     moot=frozenset({"aux_loss_alpha", "ep_size", "head_dim", "num_nextn_predict_layers"})
     | {"qk_head_dim", "seq_aux", "n_group", "topk_group"},  # groups where topk_method does not ask for them
   )
-
-
-def _groups(h, i):
-  groups = {"num": h.size("n_group"), "top": h.size("topk_group"), "score": "top2"}
-  return None if groups["num"] == groups["top"] else groups
-
-
-def _say_groups(value, w, i):
-  w.set("n_group", value["num"] if value else 1)
-  w.set("topk_group", value["top"] if value else 1)
 
 
 FAMILIES = (
@@ -132,13 +90,7 @@ FAMILIES = (
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
     Key("rope_interleave", True),
-    {
-      "scores": "sigmoid",
-      "renormalize": Key("norm_topk_prob", True),
-      "scale": Key("routed_scaling_factor", 2.5),
-      "groups": Pair(_groups, _say_groups),
-      "balance_rate": 0.0,  # a checkpoint does not tell; 0 keeps its bias as it is
-    },
+    balanced(scale=2.5),
     {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     also=("kimi_k2",),

@@ -1,6 +1,8 @@
 """The decoders whose feed-forward is a mixture of experts."""
 
-from llmarch.convert.fields import Choice, Family, Key, Pair, Rope, Row, Size, Window, fill, match, rope_options
+import reprlib
+
+from llmarch.convert.fields import Choice, Family, Key, Pair, Rope, Row, Size, Window, fill, match, rope_options, when
 from llmarch.convert.tables.llama import granite
 from llmarch.convert.tables.parts import (
   ATTENTION_BIAS,
@@ -68,6 +70,78 @@ def some_sparse(moe: dict) -> Pair:
     match(moe if is_sparse else dense, value, w, i)
 
   return Pair(read, write)
+
+
+def first_dense(moe: dict) -> Pair:
+  """A mixture above the first first_k_dense_replace layers, which have one feed-forward."""
+  dense = mlp(d_ff=Size("intermediate_size", None))
+
+  def read(h, i):
+    first, both = h.get("first_k_dense_replace"), (fill(dense, h, i), fill(moe, h, i))
+    check(type(first) is int and first >= 0, f"first_k_dense_replace={first!r} must be a whole number from 0")
+    return both[i >= first]
+
+  def write(value, w, i):
+    is_sparse = value is not None and value["kind"] == "moe"
+    w.options["first_k_dense_replace"] = w.options.get("first_k_dense_replace", 0) if is_sparse else i + 1
+    match(moe if is_sparse else dense, value, w, i)
+
+  return Pair(read, write)
+
+
+def _shared_width(h, i):
+  return h.size("n_shared_experts") * h.size("moe_intermediate_size")
+
+
+def _say_shared_width(value, w, i):
+  check(value is not None, "there must be a shared expert")
+  number, rest = divmod(value, w.options["moe_intermediate_size"])
+  check(rest == 0, "the shared expert must be as wide as a number of the others")
+  w.set("n_shared_experts", number)
+
+
+SHARED = {"d_ff": Pair(_shared_width, _say_shared_width), "activation": activation("hidden_act", "silu")}
+SHARED_AND_SPARSE = (
+  *gated(f"{L}.mlp"),
+  *sparse(f"{L}.mlp"),
+  Row(f"{L}.mlp.gate.e_score_correction_bias", "ffn/selection_bias"),
+  *gated(f"{L}.mlp.shared_experts", path="ffn/shared"),
+)
+
+
+def _groups(h, i):
+  groups = {"num": h.size("n_group"), "top": h.size("topk_group"), "score": "top2"}
+  return None if groups["num"] == groups["top"] else groups
+
+
+def _say_groups(value, w, i):
+  w.set("n_group", value["num"] if value else 1)
+  w.set("topk_group", value["top"] if value else 1)
+
+
+def balanced(scale: float) -> dict:
+  """The router of DeepSeek-V3: sigmoid scores, a bias on the choice that balances the load, and groups of experts."""
+  return {
+    "scores": "sigmoid",
+    "renormalize": Key("norm_topk_prob", True),
+    "scale": Key("routed_scaling_factor", scale),
+    "groups": Pair(_groups, _say_groups),
+    "balance_rate": 0.0,  # a checkpoint does not tell; 0 keeps its bias as it is
+  }
+
+
+def _partly_rotated(h, i):
+  """The rope of MiniMax-M2, whose older files say by rotary_dim how many dimensions of a head rotate."""
+  value, dims = Rope(theta=5e6).read(h, i), Size("rotary_dim", None).read(h, i)
+  return value | {"dims": dims} if value["dims"] is None else value
+
+
+def _all_full(h, i) -> str:
+  """attn_type_list of MiniMax-M2 is 1 for each layer: softmax attention."""
+  kinds = h.get("attn_type_list", None) or [1]
+  alike = isinstance(kinds, list) and all(kind == 1 for kind in kinds)
+  check(alike, f"attn_type_list={reprlib.repr(kinds)} must be 1 for each layer")
+  return "causal"
 
 
 def _oss_slides(h, i) -> bool:
@@ -267,5 +341,57 @@ FAMILIES = (
     moot=frozenset({"ffn_config.moe_loss_weight", "ffn_config.hidden_size", "num_key_value_heads"})
     | {"attn_config.is_encoder_decoder", "ffn_config.is_encoder_decoder"},
     nested=("attn_config", "ffn_config"),
+  ),
+  llama_like(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    {
+      "head_dim": Size("head_dim", None),
+      "position": Rope(partial=0.5),
+      "qkv_bias": Key("attention_bias", False),
+      "qk_norm": when("use_qk_norm", False, {"norm": rms(default=1e-5)}),
+    },
+    model=model(rms(default=1e-5)),
+    block={
+      "norm": rms(default=1e-5),
+      "ffn": first_dense(
+        mixture("n_routed_experts", "moe_intermediate_size", router=balanced(scale=1.0), shared=SHARED)
+      ),
+    },
+    rows=(*ENDS, *PRE, *projections(f"{L}.self_attn"), *QK_NORM, *SHARED_AND_SPARSE),
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    more_layers="num_nextn_predict_layers",
+    moot=frozenset({"num_nextn_predict_layers"}),
+    only={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+  ),
+  llama_like(
+    "minimax_m2",
+    "MiniMaxM2ForCausalLM",
+    {
+      "head_dim": Size("head_dim", 128),
+      "position": Pair(_partly_rotated, Rope(theta=5e6).write),
+      "mask": Pair(_all_full, lambda value, w, i: None),
+      "qk_norm": {"norm": QK, "whole": True},
+    },
+    block={
+      "ffn": mixture(
+        "num_local_experts",
+        "intermediate_size",
+        router={"scores": "sigmoid", "balance_rate": 0.0, "jitter": Key("router_jitter_noise", 0.0)},
+      ),
+    },
+    rows=(
+      *ENDS,
+      *PRE,
+      *projections(f"{L}.self_attn"),
+      *QK_NORM,
+      *sparse(f"{L}.block_sparse_moe", "w3", "w2", "w1"),
+      Row(f"{L}.block_sparse_moe.e_score_correction_bias", "ffn/selection_bias"),
+    ),
+    aliases={"num_experts": "num_local_experts"},
+    only={"qk_norm_type": ("per_layer",), "use_qk_norm": (True,), "use_routing_bias": (True,)}
+    | {"scoring_func": ("sigmoid",), "shared_intermediate_size": (0,)},
+    more_layers="num_mtp_modules",
+    moot=frozenset({"use_mtp", "mtp_transformer_layers", "num_mtp_modules"}),
   ),
 )

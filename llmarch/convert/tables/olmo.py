@@ -1,6 +1,6 @@
 """The decoders of OLMo: a LayerNorm without parameters, or RMSNorm after each branch."""
 
-from llmarch.convert.fields import Family, Key, Rope, Window, every
+from llmarch.convert.fields import FULL, Family, Key, Rope, Size, SomeRope, Window, every, slides
 from llmarch.convert.tables.parts import (
   ATTENTION_BIAS,
   ENDS,
@@ -16,6 +16,7 @@ from llmarch.convert.tables.parts import (
   projections,
   rms,
 )
+from llmarch.errors import check
 
 OLMO = (
   *ENDS,
@@ -35,6 +36,27 @@ def olmo2(model_type: str, architecture: str, **mixer) -> Family:
   return llama_like(model_type, architecture, {}, block=block, model=model(norm), rows=OLMO)
 
 
+def _exaone_slides(h, i) -> bool:
+  """sliding_window_pattern is a number n (each n-th layer sees all), or letters: L slides, G does not."""
+  pattern = h.get("sliding_window_pattern", 4)
+  if h.get("sliding_window", 4096) is None or not pattern:
+    return False
+  if isinstance(pattern, str):
+    check(not set(pattern) - set("LG"), f"sliding_window_pattern={pattern!r} must be a number, or letters L and G")
+    return pattern[i % len(pattern)] == "L"
+  return every(4)(h, i)
+
+
+def _exaone_rotates(h, i) -> bool:
+  return h.get("sliding_window", 4096) is None or slides(h, i, _exaone_slides)
+
+
+def _say_exaone_rotates(w, i, has: bool) -> None:
+  """Layers that see all have no positions, unless no layer has a window."""
+  if has and w.options["layer_types"][i] == FULL:
+    w.set("sliding_window", None)
+
+
 FAMILIES = (
   llama_like(
     "olmo",
@@ -49,5 +71,18 @@ FAMILIES = (
     "Olmo3ForCausalLM",
     window=Window(4096, types=every(4)),
     position=Rope(theta=5e5, by_type=True, types=every(4)),
+  ),
+  llama_like(
+    "exaone4",
+    "Exaone4ForCausalLM",
+    {
+      "head_dim": Size("head_dim", None),
+      "window": Window(4096, types=_exaone_slides),
+      "position": SomeRope(Rope(), _exaone_rotates, _say_exaone_rotates),
+      "qk_norm": {"norm": rms(default=1e-5)},
+    },
+    block={"norm": rms(default=1e-5), "residual": "output"},
+    model=model(rms(default=1e-5)),
+    rows=OLMO,
   ),
 )

@@ -1,12 +1,32 @@
 """Decoders that are not in transformers.
 
 PaLM's weights were never published; the names are those of a public implementation, for weights of one's own. Grok-1
-is the function of its authors' code (raw gates, GELU by tanh), under the names of its port to torch.
+is the function of its authors' code (raw gates, GELU by tanh), under the names of its port to torch. The others have
+code of their own beside their weights, whose function a class of transformers has under other names: Orion is a
+StableLM, MiniCPM a Granite, InternLM a Llama.
 """
 
-from llmarch.convert.fields import Choice, Family, Key, Pair, Row, Size
+import math
+
+from llmarch.convert.fields import Choice, Family, Key, Pair, Rope, Row, Size
 from llmarch.convert.tables.moe import mixture
-from llmarch.convert.tables.parts import QKV, attention, linear, model, norm, projections, sparse
+from llmarch.convert.tables.parts import (
+  QKV,
+  attention,
+  ends,
+  fused,
+  gated,
+  layer_norm,
+  linear,
+  llama_like,
+  model,
+  norm,
+  output,
+  projections,
+  rms,
+  sparse,
+  whole,
+)
 from llmarch.errors import check
 
 PALM, GROK = "layers.{}.fn", "layers.{}"
@@ -26,6 +46,22 @@ def _palm_width(h, i) -> int:
   return given or int(h.size("dim") * mult)
 
 
+def _depth_scale(h, i) -> float:
+  """MiniCPM divides the scale of its branches by the root of the number of layers."""
+  scale = h.get("scale_depth", 1.0)
+  check(isinstance(scale, (int, float)), f"scale_depth={scale!r} must be a number")
+  return scale / math.sqrt(h.size("num_hidden_layers"))
+
+
+def _say_depth_scale(value, w, i) -> None:
+  w.options["scale_depth"] = whole(value * math.sqrt(i + 1))  # the last layer has the last word
+
+
+MINICPM_HEAD = Pair(
+  lambda h, i: h.size("dim_model_base", 1) / h.size("hidden_size"),
+  lambda value, w, i: w.set("dim_model_base", whole(value * w.options["hidden_size"])),
+)
+INTERN = "model.layers.{}"
 GROK_NORM = {"kind": "rmsnorm", "eps": 1e-5}
 
 FAMILIES = (
@@ -95,5 +131,37 @@ FAMILIES = (
     ),
     only={"rms_norm_eps": (1e-5,), "hidden_act": ("gelu",)},
     moot=frozenset({"tie_word_embeddings"}),
+  ),
+  llama_like(
+    "orion",
+    "OrionForCausalLM",
+    {"position": Rope(older=True)},
+    block={"norm": layer_norm("rms_norm_eps")},
+    model=model(layer_norm("rms_norm_eps")),
+  ),
+  llama_like(
+    "minicpm",
+    "MiniCPMForCausalLM",
+    {"position": Rope(older=True)},
+    block={"branch_scale": Pair(_depth_scale, _say_depth_scale)},
+    model=model(rms(), tied=True, embed={"scale": Key("scale_emb", 1)}, head={"scale": MINICPM_HEAD}),
+  ),
+  llama_like(
+    "internlm",
+    "InternLMForCausalLM",
+    {"position": Rope(older=True), "qkv_bias": Key("bias", True), "out_bias": Key("bias", True)},
+  ),
+  llama_like(
+    "internlm2",
+    "InternLM2ForCausalLM",
+    {"position": Rope(older=True), "qkv_bias": Key("bias", True), "out_bias": Key("bias", True)},
+    rows=(
+      *ends("model.tok_embeddings", "model.norm", head="output.weight"),
+      *norm(f"{INTERN}.attention_norm", "mixer_norm"),
+      *norm(f"{INTERN}.ffn_norm", "ffn_norm"),
+      *fused(f"{INTERN}.attention.wqkv", interleaved=True),
+      *output(f"{INTERN}.attention.wo"),
+      *gated(f"{INTERN}.feed_forward", "w3", "w2", "w1"),
+    ),
   ),
 )
