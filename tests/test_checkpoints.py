@@ -79,12 +79,12 @@ def test_a_config_alone_is_described_as_folder_and_as_file(tmp_path, capsys):
 
 
 def test_a_quantised_folder_is_described_and_its_weights_are_refused(tmp_path, capsys):
-  options = TINY | {"quantization_config": {"quant_method": "fp8"}}
+  options = TINY | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
   (tmp_path / "config.json").write_text(json.dumps(options))
   (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
   assert main(["describe", f"--config={tmp_path}", "--json"]) == 0
   assert json.loads(capsys.readouterr().out)["params"]["total"] == cost.params(read(TINY))["total"]
-  with pytest.raises(UserError, match=r"quantization_config \(fp8\)"):
+  with pytest.raises(UserError, match="quant_method='bitsandbytes' is not among"):
     hf.Checkpoint(tmp_path)
 
 

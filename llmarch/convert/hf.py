@@ -26,6 +26,7 @@ from llmarch.convert.adapters import CONFIG as ADAPTER
 from llmarch.convert.adapters import WEIGHTS as WEIGHTS_OF_ADAPTER
 from llmarch.convert.adapters import read_adapters
 from llmarch.convert.fields import METADATA, Family, Rearrange, Row
+from llmarch.convert.packed import Coding, Packed
 from llmarch.convert.safetensors import DTYPES, Tensor, read_header, read_json, write_safetensors
 from llmarch.convert.tables import FAMILIES, find_family
 from llmarch.convert.tables.lacking import LACKING
@@ -188,14 +189,19 @@ class Described:
     note = isinstance(coded, dict) and coded.get("quant_method") == "bitsandbytes" and not any(map(coded.get, loads))
     return coded is not None and not note
 
+  def coding(self) -> Coding | None:
+    """The forms in which the weights are codes; None if they are numbers. Raises UserError for what is not known."""
+    try:
+      return Coding.of(self.get("quantization_config")) if self.is_coded else None
+    except UserError as e:
+      raise UserError(f"{self.file}: quantization_config: {e}") from None
+
   @property
-  def coding(self) -> str:
-    """The sentence about a quantization_config."""
-    coded = self.get("quantization_config")
-    method = coded.get("quant_method") if isinstance(coded, dict) else coded
-    return (
-      f"quantization_config ({method}) says that the weights are codes, which are not read; save them dequantised"
-    )
+  def dtype(self) -> str:
+    """The dtype that the file names; by default float32, or bfloat16 if the weights are codes."""
+    dtype = self.get("dtype") or self.get("torch_dtype")
+    known = [dtype.name for dtype in DTYPES.values()]
+    return dtype if dtype in known else "bfloat16" if self.is_coded else "float32"
 
   def get(self, key: str, default=None):
     """An option of the file, of the decoder before the wrapper."""
@@ -217,12 +223,10 @@ def _unknown(options: dict) -> str:
 def read_config(path: str | os.PathLike) -> ModelConfig:
   """The ModelConfig of a config.json alone, a file or in a folder; no weight is opened.
 
-  The dtype of its parameters is the one that the file names, float32 by default. Raises UserError.
+  The dtype of its parameters is the one that the file names. Raises UserError.
   """
   said = Described.of(path)
-  dtype = said.get("dtype", said.get("torch_dtype"))
-  known = [dtype.name for dtype in DTYPES.values()]
-  return said.build(said.model(), dtype if dtype in known else "float32")
+  return said.build(said.model(), said.dtype)
 
 
 def entries(config: ModelConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -233,21 +237,24 @@ def entries(config: ModelConfig) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 class Checkpoint:
   """A folder of transformers, checked against its family's table. Only `param` and `check_finite` read values.
 
-  config: ours, in the dtype of most tensors; others are cast. carried: other entries of config.json (ids of special
-  tokens ...), for writing them back. entries: {our parameter: (dtype, shape)}. left_out: tensors of layers and parts
-  that the decoder does not use. Adapters of PEFT in the folder are added to the weights. Raises UserError, which names
-  file and tensor.
+  config: ours, in the dtype of most tensors; others are cast. coding: the forms in which weights are codes, which are
+  decoded to the dtype that the file names. carried: other entries of config.json (ids of special tokens ...), for
+  writing them back. entries: {our parameter: (dtype, shape)}. left_out: tensors of layers and parts that the decoder
+  does not use. Adapters of PEFT in the folder are added to the weights. Raises UserError, which names file and tensor.
   """
 
   def __init__(self, directory: str | os.PathLike):
     self.folder = base_folder(directory)
     said = Described.of(self.folder)
     self.family, model = said.family, said.model()
-    check(not said.is_coded, f"{said.file}: {said.coding}")
+    self.coding = said.coding()
     self.carried = said.carried
-    self.tensors, self.left_out = _own(_open(self.folder), said)
+    tensors: dict[str, Tensor | Packed] = _open(self.folder)
+    tensors = self.coding.decoded(tensors, said.dtype) if self.coding else tensors
+    self.tensors, self.left_out = _own(tensors, said)
     self.adapters = _adapters(Path(directory), self.family)
-    dtype = self._dtype()
+    most = self._dtype()
+    dtype = said.dtype if self.coding else most
     self.config = said.build(model, dtype)
     try:
       slots = tensor_slots(self.family, self.config, self.tensors)
@@ -271,7 +278,11 @@ class Checkpoint:
     kept = self.config.precision.param
     (width,) = (dtype.itemsize for dtype in DTYPES.values() if dtype.name == kept)
     cast = Counter(tensor.dtype for tensor in self.tensors.values() if DTYPES[tensor.dtype].itemsize > width)
+    codes = Counter(tensor.kind for tensor in self.tensors.values() if isinstance(tensor, Packed))
+    rounded = self.coding.activations if self.coding else None
     return {
+      **({"decoded": f"{'; '.join(f'{n} x {kind}' for kind, n in sorted(codes.items()))}, to {kept}"} if codes else {}),
+      **({"activations": f"are not rounded here; the release rounds them ({rounded})"} if rounded else {}),
       **({"left out": ", ".join(sorted({_part(name) for name in self.left_out}))} if self.left_out else {}),
       **({"adapters": f"added to {len(self.adapters)} matrices"} if self.adapters else {}),
       **({"cast": ", ".join(f"{n} tensors of {dtype} to {kept}" for dtype, n in sorted(cast.items()))} if cast else {}),
@@ -326,6 +337,8 @@ class Checkpoint:
     heads = {row.key for row in self.family.rows if row.paths == "head"}
     for key in self.tensors.keys() - slots.keys():
       tensor = self.tensors[key]
+      if self._is_empty_bias(key):
+        continue
       a_copy = key in heads and self.config.head.tied
       check(a_copy, f"{tensor} has no place in a {self.family.model_type} of this config")
       embed = next(self.tensors[slot.key] for slot in slots.values() if slot.parts == (("embed", ()),))
@@ -333,6 +346,11 @@ class Checkpoint:
       check(same, f"{tensor} differs from {embed.name}, but {CONFIG} ties them")
     for key in self.adapters.keys() - slots.keys():
       raise UserError(f"{self.adapters[key]} is of {key}, which the model does not have; remove the adapter")
+
+  def _is_empty_bias(self, key: str) -> bool:
+    """True for the zeros that some quantisers write beside each matrix, also in models without a bias."""
+    matrix = self.tensors.get(f"{key.removesuffix('.bias')}.weight")
+    return key.endswith(".bias") and isinstance(matrix, Packed) and not self.tensors[key].read().any()
 
 
 def has_weights(directory: str | os.PathLike) -> bool:
@@ -363,7 +381,7 @@ def _adapters(folder: Path, family: Family) -> dict[str, Any]:
   return {_key(name, family): adapter for name, adapter in read_adapters(folder).items()}
 
 
-def _own(tensors: dict[str, Tensor], said: Described) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _own(tensors: dict[str, Tensor | Packed], said: Described) -> tuple[dict, dict]:
   """Splits the tensors of a folder: {key in the family's names: tensor of its decoder}, {name: any other tensor}."""
   left = {}
   if said.outer is not said.options:  # only what the wrapper calls its decoder is the decoder's

@@ -15,8 +15,11 @@ from llmarch.errors import UserError, check
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
-ITEM_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64}
+# The dtypes of codes, and of what stands beside them, can be read but are not those of parameters.
+OF_CODES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+OF_CODES |= {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E8M0": np.dtype(jnp.float8_e8m0fnu)}
+ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16}
+ITEM_BITS |= {"BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64}
 MAX_HEADER = 100 << 20  # bytes; safetensors has the same limit
 
 
@@ -35,7 +38,7 @@ class Tensor:
 
   def read(self, *index: int) -> np.ndarray:
     """Reads the tensor, or its part at an index of leading dimensions. Raises UserError if a value is not finite."""
-    values = np.empty(self.shape[len(index) :], DTYPES[self.dtype])
+    values = np.empty(self.shape[len(index) :], (DTYPES | OF_CODES)[self.dtype])
     before = int(np.ravel_multi_index(index, self.shape[: len(index)])) if index else 0
     with open(self.file, "rb") as f:
       f.seek(self.start + before * values.nbytes)
