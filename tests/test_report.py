@@ -326,7 +326,7 @@ def test_curves_are_drawn_over_steps_tokens_or_time():
   assert len(runs.curves(found, "time")) == 1  # a single evaluation is no curve
 
 
-@pytest.mark.parametrize("place", ["elsewhere", "records"])
+@pytest.mark.parametrize("place", [pytest.param("elsewhere", marks=pytest.mark.full), "records"])
 def test_the_commands_on_a_page_run_as_printed(place, tmp_path, monkeypatch, capsys):
   summary(tmp_path / "x", name="made up", curves=False)
   folder, flags = str(tmp_path / "x" / "made up"), []
