@@ -49,24 +49,31 @@ def train_run(config: RunConfig, workdir: str, num_processes: int = 1, branch=No
 
   from llmarch.analysis import cost, hardware
   from llmarch.build import to_dict
+  from llmarch.data.synthetic import TASKS
   from llmarch.data.tokenizers import load_tokenizer
+  from llmarch.train.checkpoint import needs_weights
   from llmarch.train.loop import train
+  from llmarch.train.step import check_trains
   from llmarch.train.workdir import check_workdir
 
   c = config.train
+  check_trains(config, mesh)
   if distributed.is_main():  # the corpus is not tokenised yet, so that bad input is refused first
     check_workdir(workdir, config)
     if branch:
       branch.check(workdir, config)
+  absent = bool(c.init_from) and not Path(c.init_from).exists() and needs_weights(config, workdir)
+  absent = absent and (branch is None or c.lora is not None)
+  check(not absent, f"train.init_from: there is no {c.init_from}; give the folder of a model")
+  text = type(config.data.source) not in TASKS  # a synthetic task has neither text nor a tokenizer
+  tokenizer = load_tokenizer(config.data.tokenizer, config.data.document_end) if text else None
+  sample = _sampler(config, tokenizer) if text and config.eval.every and config.eval.sample_tokens else None
   with distributed.main_first("data"):  # the main process writes the cache of tokens, which the others then read
     train_data = _batches(config, "train")
     eval_data = _batches(config, "validation") if config.eval.every else None
   if eval_data and distributed.is_main():
     _say_short_split(config.eval.batches, eval_data)
   distributed.check_same(config=json.dumps(to_dict(config)), corpus=train_data.hash, version=jax.__version__)
-  text = train_data.num_bytes > 0  # a synthetic task has neither text nor a tokenizer
-  tokenizer = load_tokenizer(config.data.tokenizer) if text else None
-  sample = _sampler(config, tokenizer) if text and config.eval.every and config.eval.sample_tokens else None
   devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
   if sample and distributed.several() and not _fits_one(config.model, devices):
     sample = None
@@ -171,9 +178,9 @@ def _weights(config, tokenizer) -> dict:
     params = flatten(unflatten(wanted, flatten(lm.params)))
   except UserError as e:
     raise UserError(f"train.init_from: {source} does not fit config.model: {e}") from None
-  known = None not in (tokenizer, lm.tokenizer)
+  known, end = None not in (tokenizer, lm.tokenizer), config.data.document_end
   check(
-    not known or tokenizer.fingerprint == lm.tokenizer.fingerprint,
+    not known or tokenizer.fingerprint == (lm.tokenizer.with_end(end) if end else lm.tokenizer).fingerprint,
     f"train.init_from: {source} has another tokenizer than data.tokenizer={config.data.tokenizer!r}; set"
     f" data.tokenizer={source!r}",
   )

@@ -122,6 +122,7 @@ class DataConfig:
 
   source: SourceConfig = Stdlib()
   tokenizer: str = "bytes"  # "bytes", or a Hugging Face tokenizer.json (or the directory that holds one)
+  document_end: str = ""  # token that ends each document, such as "<|endoftext|>"; "" leaves it to the tokenizer
   packing: Literal["chunks", "documents"] = "chunks"
   validation_fraction: float = 0.05  # share of the different documents, chosen by a hash of their content
   shuffle: bool = True

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -676,3 +677,17 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
   assert (row["task"], row["metric"]) == ("asked", "acc") and math.isclose(row["value"], right)
   assert main([*command, "--tasks=other"]) == 2
   assert "there is no task 'other'" in capsys.readouterr().err
+  there = tmp_path / "tasks" / "asked.yaml"
+  (tmp_path / "tasks" / "afar.yaml").write_text(
+    there.read_text().replace("task: asked", "task: afar").replace("dataset_path: json", "dataset_path: nobody/nothing")
+  )
+  assert main([*command, "--tasks=afar"]) == 2  # without a network
+  said = capsys.readouterr().err
+  assert "llmarch: --tasks: cannot load afar (" in said and "Traceback" not in said
+
+
+def test_tasks_without_the_package_are_refused_in_a_sentence(monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "lm_eval", None)
+  assert main(["evaluate", "--from=nowhere", "--tasks=any"]) == 2
+  said = capsys.readouterr().err
+  assert "--tasks needs lm-eval (" in said and said.count("\n") == 1

@@ -696,6 +696,22 @@ def test_the_files_beside_a_tokenizer_say_which_ids_end_a_text(tmp_path, files, 
   assert (again.end_id, again.end_ids, again.fingerprint) == (end, ends, loaded.fingerprint)
 
 
+def test_a_flag_names_the_token_that_ends_a_document(tmp_path):
+  folder = released(tmp_path / "m")
+  with pytest.raises(UserError, match="name it in data.document_end"):
+    _ = tokenizers.load_tokenizer(folder).document_end
+  for token, end in (("<turn>", TURN), ("<end>", EOS)):
+    loaded = tokenizers.load_tokenizer(folder, token)
+    assert loaded.as_document(np.array([65])).tolist() == [65, end] and end not in loaded.encode(f"a{token}")
+    loaded.save(tmp_path / token)
+    again = tokenizers.load_tokenizer(str(tmp_path / token))
+    assert (again.end_id, again.fingerprint) == (end, loaded.fingerprint)
+  for spec, token in ((folder, "<trun>"), ("bytes", "<end>")):
+    with pytest.raises(UserError, match=f"data.document_end='{token}'"):
+      tokenizers.load_tokenizer(spec, token)
+  assert tokenizers.load_tokenizer("bytes", tokenizers.END).end_id == 256
+
+
 def test_a_spelling_ends_nothing_by_itself(tmp_path):
   loaded = tokenizers.load_tokenizer(released(tmp_path / "m"))
   assert (loaded.end_id, loaded.end_ids, loaded.begin_ids) == (None, (), ())

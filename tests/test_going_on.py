@@ -2,9 +2,11 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ import trainee
 from trainee import B, T, experiment, no_file_above
 
 from llmarch.build import build, override, to_dict
-from llmarch.commands.common import load_config
+from llmarch.commands.common import load_config, parse_flags, parse_words
 from llmarch.commands.train import main as train_command
 from llmarch.data import sources
 from llmarch.data.pipeline import make_pipeline
@@ -427,6 +429,75 @@ def test_throughput_leaves_out_the_first_step_and_pauses():
     time.sleep(0.02)
     meter.step()
   assert 250 < meter.read()["tokens_per_second"] < 500
+
+
+class Terminal(io.StringIO):
+  """A terminal that keeps what was written to it."""
+
+  def isatty(self):
+    return True
+
+  def lines(self):
+    """The lines as they stand on the screen."""
+    return [line.rpartition("\r\033[K")[2] for line in self.getvalue().split("\n")]
+
+
+ROW = dict(loss=1.5, bits_per_byte=1.25, grad_norm=0.5, learning_rate=1e-3, tokens_per_second=1e4, mfu=0.25)
+
+
+@pytest.mark.parametrize("width", [8, 30, 60, 80, 200])
+def test_the_live_line_fits_the_terminal(width, monkeypatch):
+  monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+  monkeypatch.setenv("COLUMNS", str(width))
+  with LiveLine(90) as line:
+    line.status("compiling the step, which may take long")
+    line.show(ROW | {"step": 30})
+  (text, nothing) = terminal.lines()
+  assert len(text) < width and text.startswith("step 30"[: width - 1]) and nothing == ""
+  assert ("loss 1.5000" in text) == (width > 20) and ("|g| 0.50" in text) == (width == 200)
+  assert ("left" in text) == (width > 30) and "compiling" not in text
+
+
+def test_whatever_others_write_begins_below_the_live_line(monkeypatch):
+  monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+  monkeypatch.setenv("COLUMNS", "60")
+  with LiveLine(90) as line:
+    line.show(ROW | {"step": 1})
+    line.say("step 1  eval loss 2")
+    line.show(ROW | {"step": 2})
+    print("a warning", file=sys.stderr)
+    line.status("compiling the evaluation")
+    line.say("step 2  eval loss 1")
+    line.show(ROW | {"step": 3})
+  print("llmarch: an error", file=sys.stderr)
+  assert sys.stderr is terminal
+  first = [line.partition("  loss")[0] for line in terminal.lines()]
+  assert first == ["step 1/90", "step 1  eval loss 2", "step 2/90", "a warning", "step 2  eval loss 1", "step 3/90",
+                   "llmarch: an error", ""]  # fmt: skip
+
+
+def test_a_run_says_that_it_compiles_and_shows_its_first_step_which_is_no_row_of_its_file(tmp_path, capsys):
+  config = config_of(steps=3)
+  run(dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=3)), tmp_path / "run")
+  said = [line.partition("  loss")[0] for line in capsys.readouterr().err.splitlines()]
+  assert said == ["compiling the step", "step 1/3", "step 3/3"]
+  assert [row["step"] for row in rows(tmp_path / "run")] == [3]
+
+
+@pytest.mark.parametrize("source", ["stdlib", "copy"])
+def test_the_last_lines_of_a_run_name_commands_that_parse(source, capsys):
+  from llmarch.commands import generate, report, train
+
+  config = load_config(str(pathlib.Path(__file__).parents[1] / "configs" / "tiny.py"), [("data.source", source)])
+  train._say_next(config, "runs/a b", {"eval/loss": 1.25})
+  first, *commands = capsys.readouterr().err.splitlines()
+  assert first == "the model is in runs/a b (step 1500, eval loss 1.2500); next:"
+  (*_, last) = parsed = [shlex.split(command) for command in commands]
+  assert [words[1] for words in parsed] == ["generate", "report"] if source == "stdlib" else ["report"]
+  if source == "stdlib":
+    values = parse_flags(parsed[0][2:], generate._define, "")
+    assert (values["from"].value, values.prompt) == ("runs/a b", ["def "])
+  assert parse_words(last[2:], report._define, "")[1] == ["runs/a b"]
 
 
 def test_the_time_left_leaves_out_what_happens_once(monkeypatch, capsys):

@@ -330,6 +330,22 @@ def write_ablation(folder: pathlib.Path, **fields) -> str:
   return str(folder)
 
 
+def test_a_plan_says_what_is_recorded_and_that_two_seeds_give_no_verdict(tmp_path, capsys, monkeypatch):
+  folder = write_ablation(tmp_path / "made_up", widths=[32])
+  one = ab.load_ablation(folder)
+  for t in ab.trials(one, folder, "tiny")[:2]:
+    records.add(folder, row(t.key, arm=t.arm, seed=t.seed))
+  assert llmarch_main(["ablate", folder, "--list", "--seeds=2", "--json"]) == 0
+  said = capsys.readouterr()
+  assert [r["recorded"] for r in json.loads(said.out)] == ["yes", "yes", "-", "-"]
+  assert "no verdict can come of 2 seeds" in said.err
+  assert ab.too_few_seeds(one, folder, "tiny", 3) == ab.too_few_seeds(one, folder, "tiny", None) == ""
+  heard = []
+  monkeypatch.setattr(runner, "_run_local", lambda *args, **kw: heard.append("runs"))
+  runner.run_all([folder], budget="tiny", seeds=2, say=heard.append)
+  assert "no verdict can come of 2 seeds" in heard[0] and heard[1:] == ["runs"]
+
+
 VOLATILE = ("seconds", "workers", "crc32", "hardware")
 
 

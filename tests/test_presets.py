@@ -419,6 +419,12 @@ def test_a_table_fits_its_width_splits_no_number_and_names_what_it_hides(width):
     assert all(word in text for word in rows[0]["words"].split())
 
 
+def test_a_sentence_that_begins_with_a_digit_is_wrapped():
+  rows = [{"id": "a", "statement": "4 bytes of state a token, whatever the length of the row may be", "n": 1}]
+  lines = table_lines(rows, 30)
+  assert max(map(len, lines)) <= 30 and lines[0].split() == ["id", "statement", "n"]
+
+
 @pytest.mark.parametrize("argv", [["presets"], ["plan", "llama_3_8b", "--hardware=tpu_v5p", "--chips=8", "--batch=16"]])
 def test_commands_print_their_tables_as_wide_as_the_terminal(capsys, monkeypatch, argv):
   monkeypatch.setenv("COLUMNS", "80")

@@ -7,6 +7,7 @@ import math
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from llmarch.__main__ import main as llmarch
 from llmarch.commands import report
 from llmarch.lab import ablation as ablations
 from llmarch.lab import records, results
-from llmarch.report import charts, page, readme
+from llmarch.report import charts, page, readme, runs
 
 pytest.importorskip("altair", reason="ALTAIR IS NOT INSTALLED (pip install 'llmarch[report]')")
 
@@ -286,7 +287,7 @@ def test_runs_are_told_apart_by_as_little_of_a_path_as_needed():
   assert report.distinct(["/x/one/run", "/x/two/run", "/x/c"]) == ["one/run", "two/run", "c"]
 
 
-def test_runs_are_compared(tmp_path):
+def test_runs_are_compared(tmp_path, capsys):
   from llmarch.commands.common import load_config
   from llmarch.train.workdir import claim_workdir
 
@@ -296,12 +297,55 @@ def test_runs_are_compared(tmp_path):
     rows = [{"step": n, "loss": 4.0 / n, **more} for n in (1, 2, 3)]
     lines = [json.dumps(r) for r in (*rows, {"step": 3, "eval/loss": 1.5, "eval/bits_per_byte": 2.2})]
     lines += ["[1]", "garbage", json.dumps({"step": "x", "loss": None} | more)]  # another program's, or a hand's
-    lines += [json.dumps({"step": 4, "loss": 9.75} | more | {"tokens_per_second": 0})]
+    lines += [json.dumps(r) for r in ({"step": 2, "loss": 7.0} | more, {"step": 2, "loss": 2.0} | more)]  # done again
     (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
   out = tmp_path / "r.html"
-  assert llmarch(["report", str(tmp_path / "a"), str(tmp_path / "b"), f"--out={out}"]) == 0
-  seen = "\n".join(Reader(out.read_text()).text)
-  assert "config.seed: 7 here, 0 there" in seen and "1.5" in seen and "9.75" not in seen
+  folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+  assert llmarch(["report", *folders, f"--out={out}"]) == 0
+  reader = Reader(out.read_text())
+  seen = "\n".join(reader.text)
+  assert "config.seed: 7 here, 0 there" in seen and "1.5" in seen
+  shown = [value for name, value in reader.attributes if name == "data-x"]
+  assert sorted(set(shown)) == ["step", "tokens"]  # these rows have no clock
+  capsys.readouterr()
+  assert llmarch(["report", *folders, "--json"]) == 0
+  tokens = load_config(str(ROOT / "configs" / "tiny.py")).train
+  size = tokens.batch_size * tokens.seq_len
+  assert json.loads(capsys.readouterr().out)[0]["rows"] == [
+    {"step": n, "tokens": n * size, "time": None, "loss": 4.0 / n} | ({"eval/loss": 1.5} if n == 3 else {})
+    for n in (1, 2, 3)
+  ]  # one row a moment
+
+
+def test_curves_are_drawn_over_steps_tokens_or_time():
+  rows = [{"step": n, "loss": 4.0 / n, "tokens": 8 * n, "seconds": 3600.0 * n} for n in (1, 2, 3)]
+  found = [{"run": "a", "rows": runs.moments([*rows, {"step": 3, "eval/loss": 1.5, "seconds": 1e5}], 5)}]
+  at = {x: [(r["at"], r["mean"]) for r in runs.curve_rows(found, "loss", x)] for x in runs.AXES}
+  assert at["step"] == [(1, 4.0), (2, 2.0), (3, 4 / 3)] and [x for x, _ in at["tokens"]] == [8, 16, 24]
+  assert [x for x, _ in at["time"]] == [3600.0, 7200.0, 1e5] and runs._unit(found) == (3600.0, "hours")
+  assert len(runs.curves(found, "time")) == 1  # a single evaluation is no curve
+
+
+@pytest.mark.parametrize("place", [pytest.param("elsewhere", marks=pytest.mark.full), "records"])
+def test_the_commands_on_a_page_run_as_printed(place, tmp_path, monkeypatch, capsys):
+  summary(tmp_path / "x", name="made up", curves=False)
+  folder, flags = str(tmp_path / "x" / "made up"), []
+  (tmp_path / "y").mkdir()
+  monkeypatch.chdir(tmp_path / "y" if place == "elsewhere" else tmp_path)
+  if place == "records":
+    (tmp_path / "again" / "made up").mkdir(parents=True)
+    shutil.move(f"{folder}/records.jsonl", tmp_path / "again" / "made up")
+    flags = ["--records=again"]
+  out = tmp_path / "r.html"
+  assert llmarch(["report", folder, f"--out={out}", *flags]) == 0
+  (block,) = re.findall(r"<pre class=command>(.*?)</pre>", out.read_text(), re.S)
+  monkeypatch.chdir(tmp_path / "x" if place == "elsewhere" else tmp_path)
+  assert ("the commands are for the folder that holds made up" in out.read_text()) == (place == "elsewhere")
+  ablate, report = (shlex.split(line)[1:] for line in html.unescape(block).splitlines())
+  capsys.readouterr()
+  assert llmarch([*ablate, "--list"]) == 0
+  assert "9 trials of budget tiny, 9 of them recorded" in capsys.readouterr().out
+  assert llmarch(report) == 0
 
 
 @pytest.mark.parametrize(

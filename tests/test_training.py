@@ -15,6 +15,7 @@ from tiers import plain_if, three
 import llmarch
 from llmarch.build import build, override, to_dict
 from llmarch.config import BlockConfig, ModelConfig
+from llmarch.data import sources
 from llmarch.data.tokenizers import load_tokenizer, train_bpe
 from llmarch.errors import UserError
 from llmarch.layers.attention import AttentionConfig
@@ -253,7 +254,8 @@ def test_parameters_that_are_not_finite_are_not_saved_though_the_loss_before_the
   assert checkpoint.steps_of(tmp_path / "run" / "checkpoints") == []
 
 
-def test_a_run_that_is_refused_leaves_its_workdir_to_the_mended_config(tmp_path):
+def test_a_run_that_is_refused_leaves_its_workdir_to_the_mended_config(tmp_path, monkeypatch):
+  survey = sources.survey
   """Everything that can be refused is refused before the folder belongs to a config, and before anything compiles."""
   (tmp_path / "a.txt").write_text("\n\n".join(f"text {i}, and some more of it" for i in range(100)))
   good = {
@@ -272,7 +274,11 @@ def test_a_run_that_is_refused_leaves_its_workdir_to_the_mended_config(tmp_path)
     (["eval.sample_prompt="], "eval.sample_prompt is empty"),
     (["eval.sample_prompt=01234567890123456789"], "eval.sample_prompt has 20 tokens of model.max_seq_len=20"),
     (["model.blocks.full.mixer.mask=bidirectional"], "bidirectional"),
+    (["train.init_from=/none"], "train.init_from: there is no /none"),
+    (["data.document_end=<end>"], "documents of bytes end with '<|endoftext|>'"),
   ):
+    reads = any(word in sentence for word in ("no file", "fewer than"))
+    monkeypatch.setattr(sources, "survey", survey if reads else None)  # the text is not read before the cheap checks
     config = build(RunConfig, good)
     config = build(RunConfig, override(to_dict(config), [o.split("=", 1) for o in overrides]))
     with pytest.raises(UserError, match=sentence):

@@ -1,6 +1,7 @@
 """`llmarch ablate`: runs the arms of experiments, records every trial once, and prints the verdicts of their rules."""
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -27,7 +28,7 @@ def _define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("out", None, "a folder for the records, in place of the experiments' own", flag_values=values)
   flags.DEFINE_bool("retry_failed", False, "try the trials again that failed", flag_values=values)
   flags.DEFINE_bool("keep", False, "keep the folders of finished trials (checkpoints, metrics)", flag_values=values)
-  flags.DEFINE_bool("list", False, "print the trials, and run nothing", flag_values=values)
+  flags.DEFINE_bool("list", False, "print the trials and which are recorded, and run nothing", flag_values=values)
   flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
   flags.DEFINE_string("partition", None, "Slurm: partition", flag_values=values)
   number("minutes", None, "Slurm: time limit of a trial (default: the budget's)")
@@ -44,7 +45,12 @@ def main(argv: list[str]) -> int:
 
   found = ablation.find_ablations(folders)
   if args.list:
-    print_table([row for folder in found for row in _planned(folder, args)], args.json)
+    rows = [row for folder in found for row in _planned(folder, args)]
+    done = sum(row["recorded"] == "yes" for row in rows)
+    print_table(rows, args.json, title=f"{len(rows)} trials of budget {args.budget}, {done} of them recorded")
+    for folder in found:
+      if few := ablation.too_few_seeds(ablation.load_ablation(folder), folder, args.budget, args.seeds):
+        print(few, file=sys.stderr)
     return 0
   slurm = {k: args[k].value for k in ("partition", "minutes", "gpus_per_trial", "cpus_per_trial", "parallel")}
   check(args.out != "", "--out is empty; give a folder, or leave it out")
@@ -73,16 +79,24 @@ def main(argv: list[str]) -> int:
 
 
 def _planned(folder: str, args) -> list[dict]:
+  """A row for each trial: what it is, and whether the records have it."""
   from llmarch.lab import ablation as ablations
+  from llmarch.lab import records
 
   one = ablations.load_ablation(folder)
-  plan = ablations.tuning(one, folder, args.budget) + ablations.trials(one, folder, args.budget, seeds=args.seeds)
+  rows = records.latest(records.read(Path(args.out) / Path(folder).resolve().name if args.out else folder))
+  first = ablations.tuning(one, folder, args.budget)
+  tried = ablations.recorded(first, rows)
+  rates = ablations.chosen_rates(one, tried) if first and len(tried) == len(first) else {}
+  plan = first + ablations.trials(one, folder, args.budget, seeds=args.seeds, rates=rates)
+  state = lambda t: "-" if t.key not in rows else "yes" if rows[t.key]["status"] == "ok" else "failed"
   return [
     {
       "experiment": folder,
       "arm": t.arm,
       "seed": t.seed,
       "phase": t.phase,
+      "recorded": state(t),
       "changes": ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in t.overrides.items()) or "-",
       "mismatch": t.match and t.match["residual"],
       "key": t.key,

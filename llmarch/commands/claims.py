@@ -2,10 +2,11 @@
 
 import json
 import sys
+import textwrap
 
 from absl import flags
 
-from llmarch.commands.common import parse_words, print_table
+from llmarch.commands.common import parse_words, print_table, terminal_width
 from llmarch.errors import UserError, check, nearest
 
 USAGE = """llmarch claims [--kind=KIND] [--status=STATUS] [--json]     the table, with what came of the last runs
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
   if args.json:
     print(json.dumps(rows, indent=1))
   elif rows:
-    print_table([{k: r[k] for k in ("id", "kind", "check", "status", "statement")} for r in rows], False)
+    print_table([{k: r[k] for k in ("id", "status", "statement", "kind", "check")} for r in rows], False)
   if not args.json:
     _print_counts(rows)
   return 0
@@ -63,7 +64,8 @@ def _folder(file: str):
 def _print_counts(rows: list[dict]) -> None:
   from llmarch.lab.statistics import tally
 
-  print(f"\n{len(rows)} claims: {tally(r['status'] for r in rows)}")
+  words = f"{len(rows)} claims: {tally(r['status'] for r in rows)}"
+  print("\n" + "\n".join(textwrap.wrap(words, max(terminal_width(), 20))))
 
 
 def _run(claims, found, ids: list[str], args) -> int:

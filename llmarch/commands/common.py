@@ -247,6 +247,7 @@ def terminal_width() -> int:
 
 
 GAP = "  "  # between columns
+NUMBER = 24  # characters of a number with its unit, at most; a sentence may begin with a digit too
 NARROW = 12  # characters that a column of words has at least, if it is not narrower by itself
 
 
@@ -282,7 +283,7 @@ def table_lines(rows: list[dict], width: int, title: str = "") -> list[str]:
 
 def _is_number(value, text: str) -> bool:
   """True for a number, and for words that are one with its unit, such as "8.03 B (3.1 B)" or "32/8"."""
-  return isinstance(value, (int, float)) or bool(re.match(r"\d", text))
+  return isinstance(value, (int, float)) or (len(text) <= NUMBER and bool(re.match(r"\d", text)))
 
 
 def _longest_word(texts: list[str]) -> int:

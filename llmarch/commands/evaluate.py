@@ -9,6 +9,7 @@ of which the last --stride count (in the first window, all), so that every token
 -log p in nats: loss = N / n, perplexity = exp(N / n), bits_per_byte = N / ln 2 / the file's bytes.
 """
 
+import difflib
 import sys
 
 from absl import flags
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     check(args[name].value is None, f"--{name} is of no use without --{needs}; drop it")
   check(args.batch >= 1, f"--batch must be at least 1, got {args.batch}")
   text = _read(args.text) if args.text else None
-  run_tasks = _harness() if args.tasks else None
+  run_tasks = _harness(args) if args.tasks else None
   import llmarch
   from llmarch.infer.scoring import perplexity
   from llmarch.run import keep_programs
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
   if text is not None:
     rows = [perplexity(lm, text, length=args.length, stride=args.stride, batch=args.batch)]
   else:
-    rows = run_tasks(lm, args)
+    rows = run_tasks(lm)
   print_table(rows, args.json)
   return 0
 
@@ -71,8 +72,11 @@ def _read(path: str) -> str:
     raise UserError(f"--text: cannot read {path} ({why}); give a text file") from None
 
 
-def _harness():
-  """(lm, args) -> a row for each task and metric. Raises UserError where lm-eval is missing."""
+def _harness(args):
+  """Loads the tasks: -> a function from an LM to a row for each task and metric.
+
+  Raises UserError where lm-eval is missing, or a task cannot be loaded, before the model is.
+  """
   try:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -80,11 +84,24 @@ def _harness():
     raise UserError(f"--tasks needs lm-eval ({e}); pip install -e '.[eval]'") from None
   from llmarch.infer.harness import Harness
 
-  def run_tasks(lm, args) -> list[dict]:
+  try:
     manager = TaskManager(include_path=args.include_path, include_defaults=args.include_path is None)
     known = manager.all_tasks
-    for name in args.tasks:
-      check(name in known, f"--tasks: there is no task {name!r} in {args.include_path or 'lm-eval'}")
+  except Exception as e:
+    raise UserError(f"--include_path: cannot read the tasks of {args.include_path} ({_first(e)}); mend them") from None
+  for name in args.tasks:
+    where = args.include_path or "lm-eval"
+    check(name in known, f"--tasks: there is no task {name!r} in {where}{_near(name, known)}")
+  try:
+    loaded = manager.load(args.tasks)
+  except Exception as e:  # whatever the network, a data set's host or a task's own code raises
+    raise UserError(
+      f"--tasks: cannot load {', '.join(args.tasks)} ({_first(e)}); their data sets are fetched from the network unless"
+      " they are cached"
+    ) from None
+  manager.load = lambda names: loaded  # the harness would fetch them again
+
+  def run_tasks(lm) -> list[dict]:
     found = simple_evaluate(
       model=Harness(lm, args.batch), tasks=args.tasks, task_manager=manager, num_fewshot=args.num_fewshot,
       limit=args.limit, log_samples=False,
@@ -100,6 +117,18 @@ def _harness():
     return rows
 
   return run_tasks
+
+
+def _near(name: str, known) -> str:
+  """The nearest of the known tasks, which are thousands; else how many there are."""
+  close = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {close[0]!r}?" if close else f", which has {len(known)}"
+
+
+def _first(e: Exception) -> str:
+  """An error of another package in a line."""
+  line = next((line.strip() for line in str(e).splitlines() if line.strip()), "")
+  return f"{type(e).__name__}: {line[:200]}" if line else type(e).__name__
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def _define(values: flags.FlagValues) -> None:
   text("budget", None, "of experiments (default: that of the newest record)")
   flags.DEFINE_integer("seeds", None, "of every arm, in place of the budget's", lower_bound=1, flag_values=values)
   text("records", None, "folder of folders with the records, in place of the experiments' own")
+  what = "of runs: what their curves are drawn over, first on the page (which offers all) and in the PNG"
+  flags.DEFINE_enum("x", "step", ["step", "tokens", "time"], what, flag_values=values)
   flags.DEFINE_bool("readme", False, "write README.md and figures beside the records, and VERDICTS.md", values)
   flags.DEFINE_bool("json", False, "print what the page shows as JSON, and write nothing", values)
 
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
     other = next((folder for folder in folders if folder not in runs), None)
     check(other is None, f"{other} is no run, and {runs[0]} is one; report on either")
     return _runs(list({Path(folder).resolve(): folder for folder in runs}.values()), args)
+  check(not args["x"].present, "--x is of runs of llmarch train, and these are experiments; leave it out")
   return _ablations(folders, args)
 
 
@@ -101,23 +104,26 @@ def _below(folder: str, find) -> list[str]:
 
 def _runs(folders: list[str], args) -> int:
   from llmarch.build import differences, to_dict
+  from llmarch.lab.results import typed
   from llmarch.lab.trial import read_rows, summary
   from llmarch.report import page
+  from llmarch.report.runs import command, figure, moments, section
   from llmarch.train.workdir import read_config
 
   configs = [read_config(folder) for folder in folders]
   found = []
   for folder, name, config in zip(folders, distinct(folders), configs):
     rows = read_rows(Path(folder) / "metrics.jsonl")
+    per_step = config.train.batch_size * config.train.seq_len
     check(bool(rows), f"{folder}/metrics.jsonl has no rows yet; train on, or leave the run out")
-    check(rows[-1].get("step") is not None, f"{folder}/metrics.jsonl: the last row has no step; take it out")
-    s = summary(rows, config.train.batch_size * config.train.seq_len)
+    s, points = summary(rows, per_step), moments(rows, per_step)
+    check(bool(points), f"{folder}/metrics.jsonl has no loss yet; train on, or leave the run out")
+    last = {name: points[-1][name] for name in ("step", "tokens", "time")}
     found.append(
       {
         "run": name,
-        "curve": s["curve"],
-        "eval_curve": s["eval_curve"],
-        "last": {"step": rows[-1]["step"], **s["metrics"], "ms a step": s.get("step_ms", {}).get("median")},
+        "rows": points,
+        "last": last | s["metrics"] | ({"step_ms": s["step_ms"]} if "step_ms" in s else {}),
         "differences": differences(to_dict(config), to_dict(configs[0])),
       }
     )
@@ -126,8 +132,9 @@ def _runs(folders: list[str], args) -> int:
     return 0
   _need_charts()
   if args.png:
-    _draw({"runs-curves": page.run_curves(found)}, args.png)
-  _write(args.out, page.page("Runs", [page.runs(found)]))
+    _draw({"runs-curves": figure(found, args.x)}, args.png)
+  again = command([typed(folder) for folder in folders], args.x)
+  _write(args.out, page.page("Runs", [section(found, args.x, again)]))
   return 0
 
 

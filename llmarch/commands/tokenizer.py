@@ -20,7 +20,7 @@ from llmarch.run_config import SourceConfig
 def main(argv: list[str]) -> int:
   """Raises UserError for bad flags, and before any work where --out exists already."""
   options = parse_flags(argv, _define, __doc__)
-  for name, encoding in (("tokenizer", True), ("vocab_size", False)):
+  for name, encoding in (("tokenizer", True), ("document_end", True), ("vocab_size", False)):
     if options[name].present and options.encode != encoding:
       raise UserError(f"--{name} is of no use {'without' if encoding else 'with'} --encode; drop it")
   if not options.out:
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
   if out.exists() and not options.overwrite:
     raise UserError(f"--out: {out} exists; name another place or give --overwrite")
   if options.encode:
-    report = _encode(source, options.tokenizer, out)
+    report = _encode(source, options.tokenizer, options.document_end, out)
   else:
     report = _train(source, options.vocab_size, out)
   if options.json:
@@ -50,6 +50,7 @@ def _define(options: flags.FlagValues) -> None:
     (flags.DEFINE_boolean, "overwrite", False, "replace what is there"),
     (flags.DEFINE_boolean, "encode", False, "write a token file instead of training a tokenizer"),
     (flags.DEFINE_string, "tokenizer", "bytes", "with --encode: bytes, a tokenizer.json, or its directory"),
+    (flags.DEFINE_string, "document_end", "", "with --encode: the token that ends a document; \"\": the tokenizer's"),
     (flags.DEFINE_boolean, "json", False, "print JSON"),
   ):
     define(name, default, doc, flag_values=options)
@@ -84,11 +85,11 @@ def _train(source: SourceConfig, vocab_size: int, out: Path) -> dict:
   return _report(out, tokenizer, found, num_tokens)
 
 
-def _encode(source: SourceConfig, spec: str, out: Path) -> dict:
+def _encode(source: SourceConfig, spec: str, end: str, out: Path) -> dict:
   from llmarch.data import sources, tokenizers
   from llmarch.data.tokenfile import open_tokens, progress_bar, write_tokens
 
-  tokenizer = tokenizers.load_tokenizer(spec)
+  tokenizer = tokenizers.load_tokenizer(spec, end)
   found = sources.survey(source)
   with progress_bar("tokenising", found.num_bytes) as advance:
     write_tokens(out, sources.documents(source), tokenizer, advance)

@@ -1,5 +1,7 @@
 """`llmarch train`: a config and a workdir in; a trained, checkpointed, sampled model out."""
 
+import contextlib
+import shlex
 import sys
 
 from absl import flags
@@ -63,8 +65,26 @@ def main(argv: list[str]) -> int:
   keep_programs(config.data.cache_dir)
   with distributed.ends_together():
     distributed.initialize(cluster, heartbeat=args.heartbeat, timeout=args.start_timeout)
-    train_run(config, workdir, cluster.num_processes if cluster else 1, branch)
+    last = train_run(config, workdir, cluster.num_processes if cluster else 1, branch)
+  if distributed.is_main():
+    _say_next(config, workdir, last)
   return 0
+
+
+def _say_next(config, workdir: str, last: dict) -> None:
+  """Says where the model of a finished run is, and what to type next."""
+  from llmarch.data.synthetic import TASKS
+  from llmarch.infer.decoder import check_generates
+
+  folder = shlex.quote(workdir)
+  commands = [f"llmarch report {folder}"]
+  if type(config.data.source) not in TASKS:
+    with contextlib.suppress(UserError):
+      check_generates(config.model)
+      commands.insert(0, f"llmarch generate --from={folder} --prompt={shlex.quote(config.eval.sample_prompt)}")
+  loss = f", eval loss {last['eval/loss']:.4f}" if "eval/loss" in last else ""
+  print(f"the model is in {workdir} (step {config.train.steps}{loss}); next:", file=sys.stderr)
+  print("\n".join(f"  {command}" for command in commands), file=sys.stderr)
 
 
 if __name__ == "__main__":

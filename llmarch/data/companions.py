@@ -38,6 +38,15 @@ class Companions:
     return None
 
   @property
+  def named_options(self) -> dict:
+    """What tokenizer_config.json says; {} where it is absent."""
+    return self._json(TOKENIZER)
+
+  def with_file(self, options: Mapping) -> "Companions":
+    """These files, with a tokenizer_config.json of these options."""
+    return dataclasses.replace(self, files={**self.files, TOKENIZER: json.dumps(options, indent=2) + "\n"})
+
+  @property
   def adds_begin(self) -> bool | None:
     """add_bos_token: whether the begin token stands before every text; None leaves it to tokenizer.json."""
     found = self._json(TOKENIZER).get("add_bos_token")

@@ -174,7 +174,7 @@ def make_pipeline(
     decides |= dict(source=to_dict(data.source))
     return Pipeline(rows, hash=_hash(**decides), decides=decides, **common)
 
-  tokenizer = load_tokenizer(data.tokenizer)
+  tokenizer = load_tokenizer(data.tokenizer, data.document_end)
   if tokenizer.vocab_size > vocab_size:
     raise UserError(
       f"model.vocab_size={vocab_size} is smaller than the {tokenizer.vocab_size} ids of"

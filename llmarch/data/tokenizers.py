@@ -13,7 +13,7 @@ import numpy as np
 from llmarch.data import companions
 from llmarch.data.companions import Companions
 from llmarch.data.tokenfile import new_file
-from llmarch.errors import UserError, check
+from llmarch.errors import UserError, check, nearest
 
 END = "<|endoftext|>"  # of the tokenizers that are made here
 NOTHING = Companions()  # no file stands beside
@@ -76,10 +76,14 @@ class Tokenizer(abc.ABC):
     """`end_id` where one is needed. Raises UserError if it is not known."""
     check(
       self.end_id is not None,
-      "data.tokenizer does not say which token ends a document; put the tokenizer_config.json of its makers beside its"
-      " tokenizer.json, with an eos_token",
+      "data.tokenizer does not say which token ends a document; name it in data.document_end, or put the"
+      " tokenizer_config.json of its makers beside its tokenizer.json, with an eos_token",
     )
     return self.end_id
+
+  @abc.abstractmethod
+  def with_end(self, token: str) -> "Tokenizer":
+    """This tokenizer, with the token that is spelt so at the end of a document. Raises UserError if it has none."""
 
   @property
   def _identity(self) -> str:
@@ -131,6 +135,10 @@ class ByteTokenizer(Tokenizer):
 
   def special_id(self, text):
     return self.end_id if text == END else None
+
+  def with_end(self, token):
+    check(token == END, f"data.document_end={token!r}: documents of bytes end with {END!r}; leave it out")
+    return self
 
   def _written(self) -> str:
     return as_byte_bpe()
@@ -213,6 +221,12 @@ class HFTokenizer(Tokenizer):
     unknown = self._tokenizer.encode("\U000fffff", add_special_tokens=False).ids  # of no language: the unknown token
     self._never = np.array([i for i in self._specials.values() if i not in unknown], np.int64)
 
+  def with_end(self, token):
+    known = self._tokenizer.token_to_id(token) is not None
+    check(known, f"data.document_end={token!r} is no token of data.tokenizer{nearest(token, self._specials)}")
+    described = self.companions.named_options or self._described()
+    return HFTokenizer(self.definition, "", self.companions.with_file(described | {"eos_token": token}))
+
   @functools.cached_property
   def _with_specials(self):
     """The tokenizer for which special tokens in a text are tokens."""
@@ -272,13 +286,14 @@ class HFTokenizer(Tokenizer):
     return super()._described() | spelt
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, end: str = "") -> Tokenizer:
   """`spec`: "bytes", a tokenizer.json, or a directory that holds one. Raises UserError for anything else.
 
-  The files beside a tokenizer.json (data/companions.py) say which of its ids begin and end a text.
+  The files beside a tokenizer.json (data/companions.py) say which of its ids begin and end a text, unless `end` names
+  the token that ends a document.
   """
   if spec == "bytes":
-    return ByteTokenizer()
+    return ByteTokenizer().with_end(end or END)
   path = Path(spec).expanduser()
   path = path / "tokenizer.json" if path.is_dir() else path
   beside = companions.read(path.parent) if path.name == "tokenizer.json" else NOTHING
@@ -290,8 +305,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
   if definition in (ByteTokenizer.definition, as_byte_bpe()):
     tokenizer = ByteTokenizer()
     tokenizer.companions = beside
-    return tokenizer
-  return HFTokenizer(definition, str(path), beside)
+  else:
+    tokenizer = HFTokenizer(definition, str(path), beside)
+  return tokenizer.with_end(end) if end else tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> HFTokenizer:

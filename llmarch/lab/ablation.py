@@ -25,6 +25,7 @@ from typing import Any, Literal
 from llmarch.build import FrozenDict, assign, build, differences, execute, to_dict, with_kind
 from llmarch.errors import UserError, check, check_above, check_at_least, nearest
 from llmarch.lab.match import Match, matched
+from llmarch.lab.statistics import MIN_PAIRS
 from llmarch.run_config import RunConfig
 
 FILE = "ablation.py"
@@ -275,6 +276,17 @@ def trials(
     rate = {"optimizer.learning_rate": rates[arm.name]} if arm.name in rates else {}
     plan += _trials(ablation, folder, budget, arm, "main", range(n), [rate])
   return _distinct(plan)
+
+
+def too_few_seeds(ablation: Ablation, folder: str | Path, budget: str, seeds: int | None) -> str:
+  """A sentence that says that no verdict can come of these seeds; "" where one can, or where nothing is compared."""
+  count = _budget(ablation, folder, budget).seeds if seeds is None else seeds
+  if count >= MIN_PAIRS or not ablation.comparisons:
+    return ""
+  return (
+    f"{folder}: no verdict can come of {count} seed{'s' * (count > 1)}, and every comparison will be inconclusive;"
+    f" a verdict needs --seeds={MIN_PAIRS} or more"
+  )
 
 
 def _distinct(plan: list[Trial]) -> list[Trial]:

@@ -54,7 +54,9 @@ def summarize(
   differ = config_differences(ablation, folder, budget)
   return {
     "name": Path(folder).resolve().name,
-    "folder": Path(folder).name if Path(folder).is_absolute() else str(folder),  # for commands in what is published
+    "folder": typed(folder),  # for commands in what is published, as `records` and `elsewhere`
+    "records": typed(Path(out).parent) if Path(out).resolve() != Path(folder).resolve() else None,
+    "elsewhere": is_elsewhere(folder),
     "title": ablation.title,
     "question": ablation.question,
     "notes": ablation.notes,
@@ -85,6 +87,19 @@ def summarize(
     "stale": len(others),
     "missing": len(plan) - len(mine),
   }
+
+
+def is_elsewhere(folder: str | Path) -> bool:
+  """True for an absolute path that does not lie in the working directory."""
+  return Path(folder).is_absolute() and not Path(folder).resolve().is_relative_to(Path.cwd())
+
+
+def typed(folder: str | Path) -> str:
+  """A folder as one types it in the working directory; of an absolute one that lies elsewhere, no more than its name,
+  because the folders above it are nobody's business."""
+  if is_elsewhere(folder):
+    return Path(folder).name
+  return str(Path(folder).resolve().relative_to(Path.cwd())) if Path(folder).is_absolute() else str(folder)
 
 
 def comparison(folder: str | Path, id: str, budget: str | None = None) -> dict | None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llmarch.lab.ablation import Trial, find_ablations
+from llmarch.lab.ablation import Trial, find_ablations, too_few_seeds
 from llmarch.lab.slurm import run_array
 from llmarch.lab.sweep import TRIALS, Progress, Sweep, command, finished, only_sweep, prepare
 from llmarch.lab.trial import LOG
@@ -52,6 +52,9 @@ def run_all(
     Sweep(f, str(Path(out) / Path(f).resolve().name) if out else f, budget, seeds, retry_failed=retry_failed, say=say)
     for f in folders
   ]
+  for sweep in sweeps:
+    if few := too_few_seeds(sweep.ablation, sweep.folder, budget, seeds):
+      say(few)
   with contextlib.ExitStack() as held:
     for sweep in sweeps:
       held.enter_context(only_sweep(sweep.out))

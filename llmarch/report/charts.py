@@ -45,7 +45,7 @@ def curves(summary: Mapping):
     return None
   alt = need_altair()
   title = "validation loss (nats)" if which == "eval_curves" else "training loss (nats)"
-  return _finish(_lines(alt, summary, rows, alt.X("step:Q", title="step", axis=alt.Axis(tickCount=4)), title))
+  return finish(lines(summary, rows, alt.X("step:Q", title="step", axis=alt.Axis(tickCount=4)), title))
 
 
 def curve_rows(summary: Mapping, which: str) -> list[dict]:
@@ -85,8 +85,8 @@ def _series(summary: Mapping, pattern: re.Pattern, title: str, scale: dict):
     ticks = sorted({row["at"] for row in own})
     axis = alt.Axis(values=ticks if len(ticks) < 10 else ticks[3::4])
     x = alt.X("at:Q", title=title, scale=alt.Scale(**scale), axis=axis)
-    charts.append(_lines(alt, summary, own, x, name, points=True))
-  return _finish(alt.vconcat(*charts))
+    charts.append(lines(summary, own, x, name, points=True))
+  return finish(alt.vconcat(*charts))
 
 
 def series_rows(summary: Mapping, pattern: re.Pattern) -> list[dict]:
@@ -104,8 +104,9 @@ def series_rows(summary: Mapping, pattern: re.Pattern) -> list[dict]:
   return [row for row in rows if len(places[row["metric"]]) > 1]
 
 
-def _lines(alt, summary: Mapping, rows: Sequence[dict], x, title: str, *, points: bool = False):
+def lines(summary: Mapping, rows: Sequence[dict], x, title: str, *, points: bool = False):
   """A line an arm, of the mean over `x`, from low to high a band (or bars, with points); its name at its end."""
+  alt = need_altair()
   names = [arm["arm"] for arm in summary["arms"] if any(row["arm"] == arm["arm"] for row in rows)]
   label = labels(summary)
   beside = max(_wide(label[name]) for name in names) + 18
@@ -139,7 +140,7 @@ def effects(summary: Mapping):
     return None
   alt = need_altair()
   panels = [[row for row in rows if row["of"] == of] for of in dict.fromkeys(row["of"] for row in rows)]
-  return _finish(alt.vconcat(*(_effects(alt, panel) for panel in panels), spacing=12))
+  return finish(alt.vconcat(*(_effects(alt, panel) for panel in panels), spacing=12))
 
 
 def effect_rows(summary: Mapping) -> list[dict]:
@@ -189,11 +190,12 @@ def _effects(alt, rows: Sequence[dict]):
 
 # ------------------------------------------------------------------------------------------- quality and cost
 
+MEASURED = "ms a step, measured"
 COSTS = {
   "parameters": lambda arm: arm["cost"]["params"],
   "training FLOPs a token": lambda arm: arm["cost"]["train_flops_per_token"],
   "bytes of state a token": lambda arm: arm["cost"]["state_bytes_per_token"],
-  "ms a step, measured": lambda arm: arm["step_ms"] and arm["step_ms"]["median"],
+  MEASURED: lambda arm: arm["step_ms"] and arm["step_ms"]["median"],
 }
 
 
@@ -207,11 +209,12 @@ def quality_cost(summary: Mapping):
     return None
   alt = need_altair()
   panels = [_quality(alt, summary, [row for row in rows if row["cost"] == names[0]], names) for names in alike(rows)]
-  return _finish(alt.vconcat(*panels))
+  return finish(alt.vconcat(*panels))
 
 
 def quality_rows(summary: Mapping) -> list[dict]:
-  """{arm, cost, value, mean, low, high (one deviation), front} for each cost in which arms differ."""
+  """{arm, cost, value, mean, low, high (one deviation), front} for each cost in which arms differ; value_low and
+  value_high are the quartiles of a measured time, and the value itself where a formula gives it."""
   metric, rows = summary["metric"], []
   arms = [arm for arm in summary["arms"] if metric in arm["metrics"] and math.isfinite(arm["metrics"][metric]["mean"])]
   decode = {
@@ -220,6 +223,8 @@ def quality_rows(summary: Mapping) -> list[dict]:
   }
   for name, of in (COSTS | decode).items():
     points = [(arm, of(arm)) for arm in arms]
+    ends = lambda arm, value, name=name: (arm["step_ms"]["low"], arm["step_ms"]["high"]) if name == MEASURED else (
+      value, value)  # fmt: skip
     points = [(arm, value) for arm, value in points if value is not None]
     values = [value for _, value in points]
     if len(values) < 2 or max(values) <= min(values) * (1 + MATCHED):
@@ -229,6 +234,7 @@ def quality_rows(summary: Mapping) -> list[dict]:
       front = not any(v <= value and a["metrics"][metric]["mean"] < m["mean"] for a, v in points)
       spread = m["sd"] or 0.0
       row = {"arm": arm["arm"], "cost": name, "value": value, "mean": m["mean"], "front": front}
+      row |= dict(zip(("value_low", "value_high"), ends(arm, value)))
       rows.append(row | {"low": m["mean"] - spread, "high": m["mean"] + spread})
   return rows
 
@@ -252,7 +258,8 @@ def alike(rows: Sequence[dict]) -> list[list[str]]:
 def _quality(alt, summary: Mapping, rows: Sequence[dict], names: Sequence[str]):
   """One panel."""
   height = 190
-  x_scale, y_scale = _room([{"low": r["value"], "high": r["value"]} for r in rows]), _room(rows)
+  x_scale = _room([{"low": r["value_low"], "high": r["value_high"]} for r in rows])
+  y_scale = _room(rows)
   pixel = lambda value, scale, size: (value - scale[0]) / (scale[1] - scale[0]) * size
   points = [(pixel(r["value"], x_scale, WIDTH), height - pixel(r["mean"], y_scale, height)) for r in rows]
   label = labels(summary)
@@ -261,15 +268,15 @@ def _quality(alt, summary: Mapping, rows: Sequence[dict], names: Sequence[str]):
   y = lambda name: alt.Y(f"{name}:Q", title=summary["metric"], scale=alt.Scale(domain=y_scale, nice=False))
   title = [names[0], *(f"(and in proportion {name})" for name in names[1:])]
   axis = alt.Axis(format=".3~g" if names[0].startswith("ms") else "~s", tickCount=4)
-  base = alt.Chart(alt.Data(values=rows)).encode(
-    x=alt.X("value:Q", title=title, scale=alt.Scale(domain=x_scale, nice=False), axis=axis)
-  )
+  x = lambda name: alt.X(f"{name}:Q", title=title, scale=alt.Scale(domain=x_scale, nice=False), axis=axis)
+  base = alt.Chart(alt.Data(values=rows)).encode(x=x("value"))
   colour = _by_arm(alt, summary)
   front = base.transform_filter("datum.front")
   words = base.encode(y=alt.Y("at:Q", scale=None))
   parts = [
     front.mark_line(color="#BBBBBB", strokeDash=[3, 3], interpolate="step-after").encode(y=y("mean")),
     base.mark_rule().encode(y=y("low"), y2="high:Q", color=colour),
+    base.mark_rule().encode(x=x("value_low"), x2="value_high:Q", y=y("mean"), color=colour),
     base.mark_point(size=70, strokeWidth=2, fill="white", opacity=1).encode(y=y("mean"), color=colour),
     front.mark_point(size=70, strokeWidth=2, filled=True, opacity=1).encode(y=y("mean"), color=colour),
     _words(words.transform_filter("!datum.left"), "label", dx=DOT),
@@ -353,7 +360,7 @@ def _apart(values: Sequence[float], scale: Sequence[float], height: float) -> li
   return [float(places[i]) for i in range(len(values))]
 
 
-def _finish(chart):
+def finish(chart):
   font = {"labelFontSize": 13, "titleFontSize": 13, "labelColor": INK, "titleColor": INK}
   return (
     chart.configure(font="sans-serif", background="white", padding=8)

@@ -22,6 +22,18 @@ for (const box of document.querySelectorAll(".tablebox")) {
     for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(word);
   });
 }
+// Below a table that is wider than its place, words say that it goes on.
+const measure = () => { for (const box of document.querySelectorAll(".tablebox")) {
+  const inner = box.querySelector(".scroll");
+  box.classList.toggle("wide", inner.scrollWidth > inner.clientWidth + 1);
+} };
+addEventListener("resize", measure);
+for (const part of document.querySelectorAll("details")) part.addEventListener("toggle", measure);
+measure();
+// Curves over steps, tokens or time: the radio buttons show one figure and hide the others.
+for (const input of document.querySelectorAll(".choice input")) input.addEventListener("change", () => {
+  for (const figure of document.querySelectorAll("figure[data-x]")) figure.hidden = figure.dataset.x !== input.value;
+});
 // What a mark of a chart stands for, as a tooltip.
 for (const mark of document.querySelectorAll("svg [aria-label]")) {
   const title = document.createElementNS("http://www.w3.org/2000/svg", "title");

@@ -33,12 +33,15 @@ def index(summaries: Sequence[Mapping]) -> str:
     rows.append(
       {
         "experiment": _Raw(f'<a href="#{esc(s["name"])}">{esc(s["title"])}</a>'),
-        "question": s["question"],
         "verdicts": tally(c["verdict"] for c in s["comparisons"]) or "-",
+        "question": s["question"],
         "trials": s["trials"],
       }
     )
   return f"<section><h2>Questions and verdicts</h2>{table(rows)}</section>\n"
+
+
+MORE = '<p class="more">more columns to the right: scroll the table</p>'
 
 
 class _Raw(str):
@@ -56,7 +59,7 @@ def table(rows: Sequence[Mapping], *, sortable: bool = False, caption: str = "")
   title = f"<caption><span>{esc(caption)}</span></caption>" if caption else ""
   inner = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
   region = f'role="region" tabindex="0" aria-label="{esc(caption or "table")}"'  # so that the keyboard scrolls it
-  return f'<div class="tablebox">{box}<div class="scroll" {region}>{inner}</div></div>'
+  return f'<div class="tablebox">{box}<div class="scroll" {region}>{inner}</div>{MORE}</div>'
 
 
 def _head(key: str, sortable: bool, number: bool) -> str:
@@ -144,7 +147,8 @@ CAPTIONS = {
   "effects": "Paired differences, with 95 % intervals; grey: what noise may reach; black: the rule's margin.",
   "layers": "Layer by layer: the mean, and one deviation over seeds.",
   "lengths": "Rows of more tokens than were trained on: the mean, and one deviation over seeds.",
-  "costs": "Quality against each cost in which arms differ; filled: no other arm is better and no dearer.",
+  "costs": "Quality, one deviation over seeds, against each cost in which arms differ (times with quartiles); filled:"
+  " no other arm is better and no dearer.",
 }
 
 
@@ -219,41 +223,12 @@ def where(s: Mapping) -> str:
   workers = "/".join(map(str, s["workers"])) or "?"
   hardware = "; ".join(s["hardware"]) or "unknown hardware"
   work = f"{s['trials']} trials, {s['seconds'] / 60:.1f} minutes of them together"
-  return f"{hardware}, {workers} trials at a time; {versions}; {work}; budget {s['budget']}"
+  above = f"; the commands are for the folder that holds {s['folder']}" if s["elsewhere"] else ""
+  return f"{hardware}, {workers} trials at a time; {versions}; {work}; budget {s['budget']}{above}"
 
 
 def commands(s: Mapping) -> str:
   """Returns the two commands that run an experiment and write its report, a line each."""
   what = f"{shlex.quote(s['folder'])} --budget={s['budget']}" + (f" --seeds={s['seeds']}" if s["seeds"] else "")
-  return f"llmarch ablate {what}\nllmarch report {what}"
-
-
-# ------------------------------------------------------------------------------------------------------- runs
-
-
-def runs(found: Sequence[Mapping]) -> str:
-  """Runs of `llmarch train` side by side. found: {"run", "curve", "eval_curve", "last", "differences"}; run: a name."""
-  chart = run_curves(found)
-  figure = f'<div class="figures"><figure>{charts.svg(chart, "runs")}</figure></div>' if chart is not None else ""
-  keys = dict.fromkeys(key for r in found for key in r["last"])
-  rows = [{"run": r["run"], **{key: r["last"].get(key) for key in keys}} for r in found]
-  return "\n".join(
-    [
-      "<section>",
-      figure,
-      table(rows, sortable=True, caption="the last row of each"),
-      table(differences(found, "run"), caption=f"what differs from the config of {found[0]['run']}"),
-      f"<pre class=command>{esc('llmarch report ' + shlex.join(r['run'] for r in found))}</pre></section>",
-    ]
-  )
-
-
-def run_curves(found: Sequence[Mapping]):
-  """The chart of runs: validation where every run has it, else training."""
-  evals = all(r["eval_curve"] for r in found)
-  arm = lambda r: {
-    "arm": r["run"],
-    "curves": {0: r["curve"]},
-    "eval_curves": {0: r["eval_curve"]} if evals else {},
-  }
-  return charts.curves({"arms": [arm(r) for r in found]})
+  place = lambda flag: f" --{flag}={shlex.quote(s['records'])}" if s["records"] else ""
+  return f"llmarch ablate {what}{place('out')}\nllmarch report {what}{place('records')}"

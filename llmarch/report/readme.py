@@ -18,7 +18,7 @@ FIGURES = {
   "curves": "Validation loss over steps: mean and range over seeds",
   "lengths": "Loss in rows of more tokens than were trained on",
   "layers": "Layer by layer: the mean, and one deviation over seeds",
-  "costs": "Quality against cost; filled: no other arm is better and no dearer",
+  "costs": "Quality against cost (times with their quartiles); filled: no other arm is better and no dearer",
 }
 METRICS = 8  # of a table, at most
 

@@ -76,6 +76,7 @@ def train(
     c = config.train
     meter = Meter(c.batch_size * c.seq_len, flops_per_token, peak_flops)
     run = _Run(config, workdir, functions, train_data, eval_data, given, branch, sample, meter, journal, checkpoints)
+    stack.enter_context(run.line)
     stack.callback(run.close)
     record_stuck = lambda what, seconds: journal.add("stuck", step=run.step, what=what, seconds=seconds)
     if not distributed.several():
@@ -190,7 +191,8 @@ class _Run:
       if self.config.train.lora:
         check_base(record, given, self.workdir, self.config.train.init_from)
         state["base"] = self.functions.init(given)["base"]
-      self.say(f"resuming {self.workdir} after step {self.step}")
+      if self.step < self.config.train.steps:
+        self.say(f"resuming {self.workdir} after step {self.step}")
     else:
       self.step, record = 0, {"tokens": 0}
       state = self.functions.init() if given is None else self.functions.init(given)
@@ -218,6 +220,10 @@ class _Run:
   def say(self, text: str) -> None:
     if distributed.is_main():
       self.line.say(text)
+
+  def status(self, text: str) -> None:
+    if distributed.is_main():
+      self.line.status(text)
 
   def read_batches(self) -> Iterator[dict]:
     """Yields the batches of the steps from here on, on the devices, without those that are skipped."""
@@ -256,7 +262,7 @@ class _Run:
     is_due = lambda every: every and step % every == 0
     telemetry, replay = bool(is_due(c.telemetry_every)), is_due(c.replay_every)
     self.watchdog.begin(f"step{' with telemetry' * telemetry}{' and its replay' * bool(replay)}")
-    batch = next(self.batches)
+    batch, first = next(self.batches), not self.compiled
     before = jax.tree.map(jnp.copy, self.state) if replay else None
     metrics = self.run_step(batch, telemetry)
     self.step = step
@@ -269,6 +275,8 @@ class _Run:
     if is_due(c.log_every) or telemetry or last:
       self.judge()
       self.log(metrics)
+    elif first:
+      self.show_first(metrics)
     if self.config.eval.every and (is_due(self.config.eval.every) or last):
       self.judge()
       with self.first_time("evaluation"), self.meter.paused():
@@ -289,13 +297,25 @@ class _Run:
       self.meter.step()
       return metrics
     jax.block_until_ready(self.state)
+    first = not self.compiled
     with self.first_time(("step", telemetry)), self.meter.paused():
+      self.status(f"compiling the step{' with telemetry' * telemetry}")
       self.functions.compile(self.state, batch, telemetry=telemetry)
       began = time.monotonic()
       self.state, metrics = jax.block_until_ready(self.functions.step(self.state, batch, telemetry=telemetry))
       self.meter.first_step(time.monotonic() - began)
-    self.line.leave_out(0, steps=1)
+    if first:  # the clocks begin here: to draw or restore the state and to start the data takes time only once
+      self.line.begin(self.step + 1)
+      self.meter.begin()
+    else:
+      self.line.leave_out(0, steps=1)
     return metrics
+
+  def show_first(self, metrics: dict) -> None:
+    """Shows the metrics of the first step of this process, which `log` may be far from showing, and writes no row."""
+    row = self.row_of(metrics)
+    if row.pop("finite")["update"] and distributed.is_main():
+      self.line.show(row | self.meter.rate_of_first())
 
   @contextlib.contextmanager
   def first_time(self, what):
@@ -339,10 +359,14 @@ class _Run:
     back = f"the checkpoint of step {steps[-1]} is kept" if steps else "nothing was saved"
     return f"lower optimizer.learning_rate or clip gradients ({back})"
 
-  def log(self, metrics: dict) -> None:
+  def row_of(self, metrics: dict) -> dict:
     row = {"step": self.step, **jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))}
+    return row | {"bits_per_byte": _bits_per_byte(row["loss"], self.train_data), "tokens": self.tokens}
+
+  def log(self, metrics: dict) -> None:
+    row = self.row_of(metrics)
     sound = row.pop("finite")["update"]
-    row |= {"bits_per_byte": _bits_per_byte(row["loss"], self.train_data), "tokens": self.tokens, **self.meter.read()}
+    row |= self.meter.read()
     if self.writer:
       self.writer.write(row if sound else {k: v for k, v in row.items() if k in ("step", "tokens", "learning_rate")})
       if sound:
@@ -350,6 +374,8 @@ class _Run:
 
   def evaluate(self) -> None:
     self.watchdog.begin("evaluation", slow=True)
+    if "evaluation" not in self.compiled:
+      self.status("compiling the evaluation")
     batches = self.config.eval.batches
     found = validation_metrics(self.functions.evaluate, self.state, self.eval_data, batches, self.eval_place)
     self.last_eval = {"step": self.step, **found, "tokens": self.tokens}
@@ -470,7 +496,12 @@ class Meter:
 
   def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
     self.tokens, self.flops, self.peak = tokens_per_step, flops_per_token, peak_flops
-    self.began, self.steps, self.first = time.monotonic(), 0, None
+    self.first = None
+    self.begin()
+
+  def begin(self) -> None:
+    """Starts the clock of the next reading."""
+    self.began, self.steps = time.monotonic(), 0
 
   def step(self) -> None:
     self.steps += 1
@@ -480,14 +511,20 @@ class Meter:
     self.first = seconds
 
   def read(self) -> dict:
+    """The rates since the last reading: tokens_per_second, and mfu."""
     now = time.monotonic()
     seconds, steps = (now - self.began, self.steps) if self.steps or not self.first else (self.first, 1)
+    self.first = None
+    self.begin()
+    return self._rates(seconds, steps)
+
+  def rate_of_first(self) -> dict:
+    """The rates of the first step alone; no reading is taken."""
+    return self._rates(self.first, 1)
+
+  def _rates(self, seconds: float, steps: int) -> dict:
     rate = steps * self.tokens / max(seconds, 1e-9)
-    self.began, self.steps, self.first = now, 0, None
-    return {
-      "tokens_per_second": rate,
-      "mfu": None if self.peak is None else rate * self.flops / self.peak,
-    }
+    return {"tokens_per_second": rate, "mfu": None if self.peak is None else rate * self.flops / self.peak}
 
   @contextlib.contextmanager
   def paused(self):

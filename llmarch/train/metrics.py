@@ -225,11 +225,26 @@ def _flat(row: dict, prefix: str = ""):
 
 
 class LiveLine:
-  """A line on a terminal that is rewritten, with the time left; plain lines if there is no terminal."""
+  """A line on a terminal that is rewritten, with the time left; plain lines if there is no terminal.
+
+  While it is open (`with`), whatever else is written to sys.stderr begins on a line of its own.
+  """
 
   def __init__(self, steps: int):
     self.steps, self.live = steps, sys.stderr.isatty()
+    self._stream = sys.stderr
+    self._shown = ""  # what stands on the terminal without an end of line: "", "row" or "status"
     self.begin(0)
+
+  def __enter__(self):
+    if self.live:
+      sys.stderr = _Others(self._stream, self)
+    return self
+
+  def __exit__(self, *exc):
+    self.end()
+    if isinstance(sys.stderr, _Others):
+      sys.stderr = self._stream
 
   def begin(self, step: int) -> None:
     """Starts the clock of the time left, after `step` steps."""
@@ -240,24 +255,80 @@ class LiveLine:
     self._began, self._start = self._began + seconds, self._start + steps
 
   def show(self, row: dict) -> None:
+    """Shows a row of metrics, in place of the row before; that of the last step stays."""
     done = row["step"] - self._start
     left = (time.monotonic() - self._began) / max(done, 1) * (self.steps - row["step"])
-    mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
-    text = (
-      f"step {row['step']}/{self.steps}  loss {row['loss']:.4f}  {row['bits_per_byte']:.3f} bits/byte  "
-      f"|g| {row['grad_norm']:.2f}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s{mfu}"
-      + (f"  {clock(left)} left" if done > 0 else "")
-    )
-    self._print(text, "" if self.live and row["step"] < self.steps else "\n")
+    parts = [  # (how soon it goes where the terminal is narrow, text)
+      (0, f"step {row['step']}/{self.steps}"),
+      (1, f"loss {row['loss']:.4f}"),
+      (4, f"{row['bits_per_byte']:.3f} bits/byte"),
+      (7, f"|g| {row['grad_norm']:.2f}"),
+      (6, f"lr {row['learning_rate']:.2e}"),
+      (3, f"{row['tokens_per_second']:,.0f} tok/s"),
+      (5, "" if row["mfu"] is None else f"mfu {row['mfu']:.1%}"),
+      (2, f"{clock(left)} left" if 0 < done and row["step"] < self.steps else ""),
+    ]
+    parts = [part for part in parts if part[1]]
+    text = lambda: "  ".join(words for _, words in parts)
+    while self.live and len(parts) > 1 and len(text()) >= columns():
+      parts.remove(max(parts))
+    self._replace(text(), "row")
+    if row["step"] >= self.steps:
+      self.end()
+
+  def status(self, text: str) -> None:
+    """Shows what is being done, until something else is shown."""
+    self._replace(text, "status")
 
   def say(self, text: str) -> None:
-    """Prints a line that stays."""
-    self._print(text, "\n")
+    """Prints a line that stays, below the last row."""
+    if self._shown == "row":
+      self.end()
+    self._print(f"{text}\n")
 
-  def _print(self, text: str, end: str) -> None:
-    start = "\r\033[K" if self.live else ""
+  def end(self) -> None:
+    """Ends the line that is shown, if there is one, so that another may begin."""
+    if self._shown:
+      self._shown = ""
+      self._write("\n")
+
+  def _replace(self, text: str, what: str) -> None:
+    self._print(text[: columns() - 1] if self.live else f"{text}\n")
+    self._shown = what if self.live else ""
+
+  def _print(self, text: str) -> None:
+    self._shown, start = "", "\r\033[K" if self.live else ""
+    self._write(f"{start}{text}")
+
+  def _write(self, text: str) -> None:
+    stream = self._stream if isinstance(sys.stderr, _Others) else sys.stderr
     with contextlib.suppress(OSError):  # the disk of a log file is full, or the reader of a pipe has ended
-      print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+      print(text, end="", file=stream, flush=True)
+
+
+class _Others:
+  """Standard error as everything but the live line sees it: their first word ends that line."""
+
+  def __init__(self, stream, line: LiveLine):
+    self._stream, self._line = stream, line
+
+  def write(self, text: str) -> int:
+    self._line.end()
+    return self._stream.write(text)
+
+  def __getattr__(self, name: str):
+    return getattr(self._stream, name)
+
+
+def columns() -> int:
+  """The columns of the terminal that standard error goes to; 80 where nothing says."""
+  given = os.environ.get("COLUMNS", "")
+  if given.isdigit() and int(given):
+    return int(given)
+  try:
+    return os.get_terminal_size(2).columns or 80
+  except OSError:
+    return 80
 
 
 def clock(seconds: float) -> str:

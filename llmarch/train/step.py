@@ -69,6 +69,11 @@ def make_train_step(config: RunConfig, mesh: Mesh | None = None) -> TrainStep:
   )
 
 
+def check_trains(config: RunConfig, mesh: Mesh | None) -> None:
+  """Raises UserError for a config that `make_train_step` refuses; no array is made and nothing is compiled."""
+  _Program(config, mesh)
+
+
 class _Program:
   """What a config and a mesh fix, and the functions of arrays that `make_train_step` jits."""
 
