@@ -37,9 +37,9 @@ def main(argv: list[str]) -> int:
   elif options.format == "peft":
     report = export_adapters(source, target, options.model_type)
   elif (source / "checkpoints").is_dir():
-    report = settle(source, target)
+    report = export_run(source, target)
   else:
-    report = take(source, target)
+    report = import_hf(source, target)
   print(json.dumps(report) if options.json else "\n".join(f"{k:12} {v}" for k, v in report.items()))
   return 0
 
@@ -54,7 +54,7 @@ def _define(options: flags.FlagValues) -> None:
   flags.DEFINE_boolean("json", False, "print JSON", flag_values=options)
 
 
-def take(source: Path, target: str) -> dict:
+def import_hf(source: Path, target: str) -> dict:
   """transformers -> a model folder."""
   from llmarch.convert import hf, safetensors
   from llmarch.infer import lm
@@ -80,7 +80,7 @@ def export(source: Path, target: str, model_type: str | None, shard_bytes: int) 
     config, carried, entries, read, tokenizer, beside = opened
     carried = dict(carried)
     origin = carried.pop("model_type", None)
-    model_type = model_type or _known(origin, config)
+    model_type = model_type or _still_expressible(origin, config)
     family = hf.write_checkpoint(
       new, config, read, model_type=model_type, carried=carried, shard_bytes=shard_bytes
     )
@@ -91,7 +91,7 @@ def export(source: Path, target: str, model_type: str | None, shard_bytes: int) 
   return _report(target, family.model_type, config, entries)
 
 
-def settle(source: Path, target: str) -> dict:
+def export_run(source: Path, target: str) -> dict:
   """A training run -> a model folder."""
   import llmarch
   from llmarch.convert import hf
@@ -118,7 +118,7 @@ def export_adapters(source: Path, target: str, model_type: str | None) -> dict:
   lora, base = config.train.lora, config.train.init_from
   check(lora is not None, f"--from: {source} trained no adapters (train.lora is none); use --format=hf")
   with hf.new_folder(target) as new:
-    model_type = model_type or _known(_origin(Path(base)), config.model)
+    model_type = model_type or _still_expressible(_origin(Path(base)), config.model)
     written = peft.write_adapters(new, config.model, lora, params, base, model_type)
   entries = {name: (value.dtype, value.shape) for name, value in params.items()}
   return _report(target, written, config.model, entries) | {"base": base}
@@ -133,7 +133,7 @@ def _origin(folder: Path) -> str | None:
   return data.get("model_type", data.get("hf", {}).get("model_type"))
 
 
-def _known(model_type: str | None, config: ModelConfig) -> str | None:
+def _still_expressible(model_type: str | None, config: ModelConfig) -> str | None:
   """The model_type that a model came from, unless it can no longer say what the model computes."""
   from llmarch.convert import hf
 
