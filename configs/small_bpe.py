@@ -1,4 +1,4 @@
-"""A 3.7 M decoder on BPE tokens of the standard library's source: the baseline of small ablations.
+"""A decoder of 3,926,272 parameters on BPE tokens of the standard library's source: the baseline of small ablations.
 
 One block carries every layer, so an ablation is one flag (all keys can be set, named here or not):
   --config.model.blocks.layer.mixer.num_kv_heads=1            multi-query attention
@@ -8,8 +8,9 @@ One block carries every layer, so an ablation is one flag (all keys can be set, 
   --config.model.blocks.layer.residual=parallel               another placement
   --config.optimizer.algorithm=muon                           another optimizer
 
-Expected: no number yet; compare runs of equal steps over three seeds (--config.seed).
+Expected: no number yet (planned); compare runs of equal steps over three seeds (--config.seed).
 Cost: 1000 steps of 16 x 256 tokens, 1.0e14 FLOPs: about half an hour on 2 CPU cores.
+Memory: below 1 GiB.
 Command: llmarch tokenizer --vocab_size=4096 --out=runs/bpe4096
          llmarch train --config=configs/small_bpe.py --workdir=runs/small
          (another tokenizer: --config=configs/small_bpe.py:DIR; its vocabulary must not exceed 4096)

@@ -5,7 +5,7 @@ library alone, so that every other module may import it.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -40,6 +40,12 @@ def check_rate(config: Any, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
     check(0 <= value < 1, f"{name} must be at least 0 and below 1, got {value}")
+
+
+def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
+  """The value of a name in a table. Raises UserError, which names the known ones, for another name."""
+  check(name in table, f"there is no {what} {name!r}{nearest(name, table)}")
+  return table[name]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from llmarch.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = [*PAGES, ROOT / "LOG.md", ROOT / "experiments/README.md"]
+TEXTS = [*PAGES, ROOT / "LOG.md", ROOT / "experiments/README.md", ROOT / "configs/README.md"]
 SCRIPTS = [path for folder in ("configs", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
 name_of = lambda path: str(path.relative_to(ROOT))
 
@@ -143,7 +143,7 @@ def check_command(line: str) -> None:
         assert (ROOT / value).exists() or value.startswith(OUTPUTS), f"--{flag}={value} is not there"
   if "config" in dir(values) or overrides:
     config = given.get("config") or "configs/tiny.py"
-    config = "configs/tiny.py" if config.startswith(OUTPUTS) else config
+    config = "configs/tiny.py" if config.startswith(OUTPUTS) else re.sub(r",runs/\w+$", "", config)
     load_config(str(ROOT / config) if config.split(".py")[0] + ".py" in CONFIGS else config, overrides)
 
 
@@ -212,7 +212,8 @@ def exists(name: str, page: pathlib.Path) -> bool:
 
 
 # By a reader, or by a command.
-WRITTEN = {"ablation.py", "experiments/width/ablation.py", "llmarch/layers/mine.py", "quarantine/"}
+WRITTEN = {"ablation.py", "llmarch/layers/mine.py", "quarantine/"}
+WRITTEN |= {f"experiments/{name}/ablation.py" for name in ("width", "day")}
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)

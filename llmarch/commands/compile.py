@@ -12,7 +12,8 @@ from llmarch.errors import UserError, check
 
 USAGE = (
   "llmarch compile --config=FILE|PRESET --topology=v4:4x4x4 --phase=prefill|decode|train [--batch=64]"
-  " [--context=2048] [--json]\n       llmarch compile --suite=experiments/conformance/suite.json [--fast]"
+  " [--context=2048] [--json]\n       (with --phase=train, a config file has its own mesh, batch, dtype ...)"
+  "\n       llmarch compile --suite=experiments/conformance/suite.json [--fast]"
 )
 PHASES = ("prefill", "decode", "train")
 
@@ -67,27 +68,38 @@ def _cell(args, overrides):
 
   check(args.topology is not None, "--topology is missing; give one such as v4:4x4x4")
   chosen = {"model.precision.compute": args.dtype}
+  batch, context, mesh = args.batch, args.context, args.mesh
   if args.phase == "train":
     unread = ("weights", "kv", "chunk", "layout.prefill", "layout.decode", "unrolled")
     given = [f"--{name}" for name in unread if args[name].present]
     check(not given, f"--phase=train does not read {', '.join(given)}; leave them out, or take another phase")
-    chosen |= {"mesh": args.mesh, "train.batch_size": str(args.batch), "train.seq_len": str(args.context)}
-    chosen["train.remat"] = "full"
+    keys = {"mesh": "mesh", "batch": "train.batch_size", "context": "train.seq_len", "dtype": "model.precision.compute"}
+    if _is_run(args.config):  # flags change what the config says of its run
+      chosen = {key: str(args[name].value) for name, key in keys.items() if args[name].present}
+    else:
+      chosen = {key: str(args[name].value) for name, key in keys.items()} | {"train.remat": "full"}
   else:
     chosen |= {"model.precision.param": args.dtype, "model.precision.state": args.kv or args.dtype}
   config = load_config(args.config, [*chosen.items(), *overrides])
+  if args.phase == "train":
+    batch, context, mesh = config.train.batch_size, config.train.seq_len, config.mesh
   return config, Cell(
     topology=args.topology,
     phase=args.phase,
-    batch=args.batch,
-    context=args.context,
+    batch=batch,
+    context=context,
     chunk=args.chunk,
-    mesh=args.mesh,
+    mesh=mesh,
     prefill_layout=args["layout.prefill"].value,
     decode_layout=args["layout.decode"].value,
     weights=args.weights,
     unrolled=args.unrolled,
   )
+
+
+def _is_run(source: str | None) -> bool:
+  """True if a source of a config says how to train, and not only what: a file of Python, or the folder of a run."""
+  return bool(source) and (".py" in source or (Path(source) / "checkpoints").is_dir())
 
 
 def _print(found: dict) -> None:

@@ -263,11 +263,12 @@ def restore_params(workdir: str, *, step: int | None = None, base: Callable[[str
   adapters are merged.
   """
   config, flat, record = restore_trained(workdir, step=step)
+  abstract_params = nnx.state(abstract(config.model))
   if config.train.lora:
-    given, lora = base(config.train.init_from), Adapters(config.train.lora, config.model)
+    lora, dtypes = Adapters(config.train.lora, config.model), flatten(abstract_params)
+    given = {name: np.asarray(value, dtypes[name].dtype) for name, value in base(config.train.init_from).items()}
     check_base(record, given, workdir, config.train.init_from)
     flat = lora.merge(lora.freeze(given), flat)
-  abstract_params = nnx.state(abstract(config.model))
   flat = {name: flat[name].astype(p.dtype) for name, p in flatten(abstract_params).items()}
   own = (Path(workdir) / "tokenizer.json").exists()
   spec = None if type(config.data.source) in TASKS else str(workdir) if own else config.data.tokenizer
