@@ -4,7 +4,7 @@ The model is that of tiny.py at 793,728 parameters, with two changes: mask=prefi
 which draws a prefix for each piece and counts the rest alone. Both must be set; without the mask this is a causal model
 that is judged on the second parts.
 
-Expected: no number yet (planned; run at toy size alone). Two runs are compared at equal train.loss.
+Expected: no number yet (planned, not run). Losses of two runs are comparable if both have the same train.loss.
 Cost: 1500 steps of 8 x 256 bytes, 1.7e13 FLOPs; 4 to 6 minutes on 2 CPU cores.
 Memory: below 1 GiB.
 Command: llmarch train --config=configs/prefix_lm.py --workdir=runs/prefix_lm

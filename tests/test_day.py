@@ -25,7 +25,8 @@ def interrupted(words: list[str], workdir: pathlib.Path) -> int:
   """Runs a command of llmarch, presses Ctrl-C when the first row of metrics is there, and returns its exit code."""
   process = subprocess.Popen([sys.executable, "-m", "llmarch", *words], env=ENV)
   until = time.time() + 120
-  while process.poll() is None and not (workdir / "metrics.jsonl").exists() and time.time() < until:
+  metrics = workdir / "metrics.jsonl"
+  while process.poll() is None and not (metrics.exists() and metrics.stat().st_size) and time.time() < until:
     time.sleep(0.01)
   process.send_signal(signal.SIGINT)
   return process.wait(120)
