@@ -62,11 +62,11 @@ def test_a_day_of_a_researcher_runs_as_its_page_says(tmp_path, monkeypatch, capf
       subprocess.run(command, shell=True, check=True, env=ENV | {"PATH": f"{pathlib.Path(sys.executable).parent}:"
                      + os.environ["PATH"]})  # fmt: skip
     said[line] = capfd.readouterr().out
-  assert stopped < 200
+  assert stopped < 60
   of = lambda run: {row["step"]: row["loss"] for row in rows(run) if "loss" in row}
   day, annealed = of("runs/day"), of("runs/annealed")
-  assert max(day) == max(annealed) == 300
-  assert all((day[step] == annealed[step]) == (step <= 200) for step in day)  # its own rows begin after step 200
+  assert max(day) == max(annealed) == 90
+  assert all((day[step] == annealed[step]) == (step <= 60) for step in day)  # its own rows begin after step 60
   for page in ("compared", "day"):
     assert re.search(r"<html", pathlib.Path(f"runs/{page}.html").read_text(), re.I)
   records = [json.loads(line) for line in pathlib.Path("experiments/day/records.jsonl").read_text().splitlines()]
