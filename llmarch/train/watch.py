@@ -78,7 +78,16 @@ class Watchdog:
     limit = self.limit
     allowed = max(limit, SLOW) if slow or what not in self._seen else limit
     self._seen.add(what)
+    changed = allowed != self._allowed
     self._what, self._began, self._allowed = what, now, allowed
+    if changed:  # the next tick may never come
+      self._tell_guard()
+
+  def _tell_guard(self) -> None:
+    """Gives the guard a sign of life, and the seconds that may pass until the next."""
+    if self._guard:
+      with contextlib.suppress(OSError):  # it is behind, or somebody ended it
+        self._guard.stdin.write(b"%.1f\n" % (self._allowed + LATER))
 
   def _watch(self) -> None:
     before = time.monotonic()
@@ -87,9 +96,7 @@ class Watchdog:
       if now - before > 2 * pause and self._began <= before + pause:  # the process stood still, and its work with it
         self._began += now - before - pause
       before = now
-      if self._guard:
-        with contextlib.suppress(OSError):  # it is behind, or somebody ended it
-          self._guard.stdin.write(b"%.1f\n" % (self._allowed + LATER))
+      self._tell_guard()
       seconds, allowed = now - self._began, self._allowed
       if seconds > allowed:
         faulthandler.dump_traceback(file=self._file, all_threads=True)
