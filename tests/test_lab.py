@@ -395,7 +395,7 @@ def _read(path) -> bytes:
 @pytest.mark.full
 def test_failed_trials_are_recorded_and_the_others_go_on(tmp_path, capsys):
   folder = write_ablation(
-    tmp_path / "widths", widths=[32, 40, 48, 56, 64], nan=32, memory=40, slow=48, broken=56, seeds=1, limit=12.0
+    tmp_path / "widths", widths=[32, 40, 48, 56, 64], nan=32, memory=40, slow=48, broken=56, seeds=1, limit=30.0
   )
   (sweep,) = runner.run_all([folder], budget="tiny", workers=3, say=lambda text: None)
   rows = {r["arm"]: r for r in records.read(folder)}
