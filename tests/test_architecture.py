@@ -43,7 +43,7 @@ ARROWS = {
 }
 ARROWS["run"] = BELOW_MODELS | {"adapt", "data", "train", "infer", "convert", "analysis", "__init__"}
 ARROWS["lab"] = ARROWS["run"] | {"presets", "run"}
-ARROWS["report"] = BELOW_MODELS | {"analysis", "lab"}
+ARROWS["report"] = BELOW_MODELS | {"analysis", "lab", "train"}  # durations as train writes them
 ARROWS["commands"] = ARROWS["lab"] | {"lab", "report", "__main__"}
 ARROWS["__main__"] = {"errors", "process", "commands"}
 ARROWS["__init__"] = {"data", "train", "infer", "convert"}
