@@ -27,8 +27,10 @@ def trained(tmp_path_factory):
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   alphabet = pre_tokenizers.ByteLevel.alphabet()
-  tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=420, special_tokens=["<|end|>"],
-                                                            initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+  trainer = trainers.BpeTrainer(
+    vocab_size=420, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+  )
+  tokenizer.train_from_iterator([TEXT], trainer)
   fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
   torch.manual_seed(0)
   config = transformers.LlamaConfig(
@@ -51,13 +53,14 @@ def trained(tmp_path_factory):
 
 
 def nats_of(model, ids: list[int], first: int) -> float:
-  """The sum of -log p of all ids, in disjoint windows of LENGTH inputs that begin with `first`."""
+  """The sum of -log p of all ids after `first`, in windows of LENGTH inputs; the last one ends with the text."""
   inputs, total = [first, *ids[:-1]], 0.0
   with torch.no_grad():
-    for i in range(0, len(ids), LENGTH):
-      logits = model(torch.tensor([inputs[i : i + LENGTH]])).logits[0].double()
-      wanted = torch.tensor(ids[i : i + LENGTH])
-      total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+    for done in range(0, len(ids), LENGTH):
+      start = min(done, len(ids) - LENGTH)
+      logits = model(torch.tensor([inputs[start : start + LENGTH]])).logits[0].double()
+      new, wanted = logits[done - start :], torch.tensor(ids[done : done + LENGTH])
+      total += torch.nn.functional.cross_entropy(new, wanted, reduction="sum").item()
   return total
 
 

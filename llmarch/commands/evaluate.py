@@ -5,8 +5,9 @@ llmarch evaluate --from=DIR --tasks=NAME [--include_path=DIR]        tasks of lm
 
 With --text, the file is one document x_1 .. x_n, and x_0 is what the tokenizer puts before a text, else the end of a
 document. Windows of --length inputs begin every --stride tokens; a window predicts the token after each of its inputs,
-of which the last --stride count (in the first window, all), so that every token counts once. With N the sum of
--log p in nats: loss = N / n, perplexity = exp(N / n), bits_per_byte = N / ln 2 / the file's bytes.
+of which the last --stride count (in the first window, all), so that every token counts once. The last window ends with
+the text, and what no other counted counts there. With N the sum of -log p in nats: loss = N / n,
+perplexity = exp(N / n), bits_per_byte = N / ln 2 / the file's bytes.
 """
 
 import difflib

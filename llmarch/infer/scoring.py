@@ -96,8 +96,8 @@ def perplexity(lm: LM, text: str, *, length: int | None = None, stride: int | No
 
   Windows of `length` inputs (None: max_seq_len) begin every `stride` tokens (None: length). A window predicts the
   token after each of its inputs. The first window counts all of these, and the others count the last `stride`, so that
-  every token counts once, and has at least length - stride tokens of context if the text has them. Then, with
-  N = -sum_i log p(x_i | its window) in nats:
+  every token counts once, and has at least length - stride tokens of context if the text has them. The last window ends
+  with the text. Then, with N = -sum_i log p(x_i | its window) in nats:
 
     loss = N / n        perplexity = exp(N / n)        bits_per_byte = N / ln 2 / bytes of the text in UTF-8
 
