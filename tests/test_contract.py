@@ -103,7 +103,7 @@ FIRST = [("context", "running_mean")]
   "axis, name",
   three(
     FIRST.count,
-    lambda case: case[1] == "running_mean" or case[0] in ("context", "stage"),
+    lambda case: case[1] == "running_mean",
     itertools.product(AXES, new_mixers()),
   ),
 )

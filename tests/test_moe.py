@@ -296,7 +296,7 @@ def test_the_pull_on_a_bias_is_its_loads_error_and_adds_nothing():
   np.testing.assert_allclose(slope, load / 5 - 1, rtol=1e-6)
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_balancing_without_a_loss_evens_the_load():
   """D-14: MaxVio below 0.1 on text that was not trained on, where the same run without biases is far above."""
   draws, rows, tokens, vocab = np.random.default_rng(0), 16, 24, 500

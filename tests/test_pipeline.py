@@ -58,7 +58,8 @@ CASES = [  # mesh, model, options of training
 ]
 MICRO = {"drops": "data=2,stage=2", "experts": "stage=2,expert=2"}  # models with statistics by microbatch
 PLAIN_MESHES = {"stage=2,sequence=2,tensor=2"}
-NIGHTLY_MESHES = {"stage=2", "stage=2,tensor=2", "stage=2,context=2"}  # their pairs of axes are in other products too
+# Their pairs of axes are in other products too.
+NIGHTLY_MESHES = {"stage=2", "data=2,stage=2", "stage=2,tensor=2", "stage=2,context=2"}
 
 
 def mesh_of(text: str):

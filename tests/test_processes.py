@@ -431,7 +431,7 @@ def test_damage_that_one_process_finds_takes_all_back(start, pair, tmp_path, cas
   cases("damaged checkpoints that both processes pass over")
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_a_stopped_process_ends_the_other(start, tmp_path, cases):
   """R9: nothing of it runs, not even its heart."""
   both = start(tmp_path / "run")

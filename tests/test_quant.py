@@ -368,7 +368,7 @@ def run(tmp_path_factory) -> str:
   return folder
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_loss_of_a_trained_model_rises_by_less_than_published(run):
   text = pathlib.Path(argparse.__file__).read_text()[: 32 * 128]
 

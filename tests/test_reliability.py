@@ -9,6 +9,7 @@ others.
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -685,6 +686,14 @@ def test_r9_an_error_in_the_loader_ends_the_run_and_names_it(tmp_path, server, c
   assert "the loader broke" in (tmp_path / "run.log").read_text()
   assert checkpoint.steps_of(tmp_path / "run" / "checkpoints") == [4, 6]
   cases("R9 stuck processes")
+
+
+def test_the_guard_is_told_at_once_when_the_time_that_work_may_take_changes(tmp_path):
+  dog = watch.Watchdog(str(tmp_path), 7.0)
+  dog._guard = types.SimpleNamespace(stdin=io.BytesIO())
+  for what in ("step", "step", "step", "evaluation"):  # the first of a kind may take long
+    dog.begin(what)
+  assert [float(line) for line in dog._guard.stdin.getvalue().split()] == [7 + watch.LATER, watch.SLOW + watch.LATER]
 
 
 def test_the_limit_of_a_step_follows_the_median_and_the_first_of_a_kind_may_compile(tmp_path):

@@ -257,7 +257,7 @@ def test_the_command_writes_page_readme_and_figures(tmp_path, capsys):
   assert json.loads(capsys.readouterr().out)[0]["name"] == "made_up"
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_verdicts_go_to_the_parent_folder_alone(tmp_path):
   parent = tmp_path / "experiments"
   for name in ("one", "two"):
