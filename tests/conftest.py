@@ -52,7 +52,7 @@ def compile_anew():
 def pytest_addoption(parser):
   tiers = parser.getgroup(
     "tiers",
-    "Plain `pytest` runs every equation over a covering choice of configs, in about ten minutes on two cores. Tests"
+    "Plain `pytest` runs every equation over a covering choice of configs, in about twelve minutes on two cores. Tests"
     " and cases marked `full` come with --full, those marked `nightly` with --nightly. A test that is named by its id"
     " (tests/test_x.py::test_y) runs whatever its tier.",
   )
