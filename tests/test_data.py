@@ -710,6 +710,13 @@ def test_a_flag_names_the_token_that_ends_a_document(tmp_path):
     with pytest.raises(UserError, match=f"data.document_end='{token}'"):
       tokenizers.load_tokenizer(spec, token)
   assert tokenizers.load_tokenizer("bytes", tokenizers.END).end_id == 256
+  (tmp_path / "a.txt").write_text("A" * 19)
+  config = DataConfig(
+    source=TextFiles(paths=(str(tmp_path / "a.txt"),)), cache_dir=str(tmp_path / "cache"), validation_fraction=0.0,
+    tokenizer=folder, document_end="<turn>",
+  )  # fmt: skip
+  rows = pipeline.make_pipeline(config, batch_size=1, seq_len=20, seed=0, vocab_size=CLOSE + 1, split="train")
+  assert rows.batch(0)["targets"].tolist() == [[65] * 19 + [TURN]]
 
 
 def test_a_spelling_ends_nothing_by_itself(tmp_path):
