@@ -130,32 +130,38 @@ GPTJ = {
   "dropout": Key("resid_pdrop", 0.0),
 }
 
+GPT2_MODEL = model(
+  layer_norm("layer_norm_epsilon"),
+  tied=True,
+  embed={"position": {"kind": "learned", "length": Size("n_positions")}, "dropout": Key("embd_pdrop", 0.1)},
+  **GPT_MODEL,
+)
+
+
+def gpt2_block(default: str, **mixer) -> dict:
+  """A block of GPT-2, with more options of its mixer; `default` is the activation where the file names none."""
+  attention = {
+    "kind": "attention",
+    "num_heads": Size("n_head"),
+    "qkv_bias": True,
+    "out_bias": True,
+    "query_scale": when("scale_attn_weights", True, Derived(_gpt2_scale), 1.0),
+    "dropout": Key("attn_pdrop", 0.1),
+  }
+  return {
+    "mixer": attention | mixer,
+    "ffn": _gpt(_inner("n_inner", "n_embd"), activation=activation("activation_function", default)),
+    "norm": layer_norm("layer_norm_epsilon"),
+    "dropout": Key("resid_pdrop", 0.1),
+  }
+
+
 FAMILIES = (
   Family(
     "gpt2",
     "GPT2LMHeadModel",
-    model(
-      layer_norm("layer_norm_epsilon"),
-      tied=True,
-      embed={
-        "position": {"kind": "learned", "length": Size("n_positions")},
-        "dropout": Key("embd_pdrop", 0.1),
-      },
-      **GPT_MODEL,
-    ),
-    {
-      "mixer": {
-        "kind": "attention",
-        "num_heads": Size("n_head"),
-        "qkv_bias": True,
-        "out_bias": True,
-        "query_scale": when("scale_attn_weights", True, Derived(_gpt2_scale), 1.0),
-        "dropout": Key("attn_pdrop", 0.1),
-      },
-      "ffn": _gpt(_inner("n_inner", "n_embd"), activation=activation("activation_function", "gelu_new")),
-      "norm": layer_norm("layer_norm_epsilon"),
-      "dropout": Key("resid_pdrop", 0.1),
-    },
+    GPT2_MODEL,
+    gpt2_block("gelu_new"),
     (
       *GPT_ENDS,
       *GPT_NORMS,
@@ -178,29 +184,11 @@ FAMILIES = (
   Family(
     "gpt_bigcode",
     "GPTBigCodeForCausalLM",
-    model(
-      layer_norm("layer_norm_epsilon"),
-      tied=True,
-      embed={
-        "position": {"kind": "learned", "length": Size("n_positions")},
-        "dropout": Key("embd_pdrop", 0.1),
-      },
-      **GPT_MODEL,
+    GPT2_MODEL,
+    gpt2_block(
+      "gelu_pytorch_tanh",
+      num_kv_heads=Pair(lambda h, i: 1 if h.get("multi_query", True) else None, _say_big_code_heads),
     ),
-    {
-      "mixer": {
-        "kind": "attention",
-        "num_heads": Size("n_head"),
-        "num_kv_heads": Pair(lambda h, i: 1 if h.get("multi_query", True) else None, _say_big_code_heads),
-        "qkv_bias": True,
-        "out_bias": True,
-        "query_scale": when("scale_attn_weights", True, Derived(_gpt2_scale), 1.0),
-        "dropout": Key("attn_pdrop", 0.1),
-      },
-      "ffn": _gpt(_inner("n_inner", "n_embd"), activation=activation("activation_function", "gelu_pytorch_tanh")),
-      "norm": layer_norm("layer_norm_epsilon"),
-      "dropout": Key("resid_pdrop", 0.1),
-    },
     (
       *GPT_ENDS,
       *GPT_NORMS,
