@@ -101,7 +101,7 @@ PLAIN_MESHES = {"context=2,sequence=2,tensor=2"}
 # Their pairs of axes are in other products too.
 NIGHTLY_MESHES = {
   "context=4,tensor=2", "sequence=4,tensor=2", "fsdp=4,tensor=2", "fsdp=2,context=4", "data=4,sequence=2",
-  "data=2,tensor=4", "data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,context=2", "data=2,expert=2,sequence=2",
+  "data=2,tensor=4", "data=2,fsdp=2,context=2",
 }  # fmt: skip
 
 
