@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -686,6 +687,13 @@ def test_r9_an_error_in_the_loader_ends_the_run_and_names_it(tmp_path, server, c
   assert "the loader broke" in (tmp_path / "run.log").read_text()
   assert checkpoint.steps_of(tmp_path / "run" / "checkpoints") == [4, 6]
   cases("R9 stuck processes")
+
+
+def test_stacks_that_orbax_logs_are_not_printed_and_those_of_others_are():
+  error = (ValueError, ValueError("no room"), None)
+  for path, printed in (("/lib/orbax/checkpoint/futures.py", False), ("/home/own.py", True)):
+    record = logging.LogRecord("absl", logging.ERROR, path, 1, "it failed", (), error)
+    assert bool(logging.getLogger("absl").filter(record)) == printed
 
 
 def test_the_guard_is_told_at_once_when_the_time_that_work_may_take_changes(tmp_path):

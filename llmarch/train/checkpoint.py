@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
 import sys
 import threading
@@ -35,6 +36,9 @@ from llmarch.train import distributed
 from llmarch.train.faults import Fault, StorageFault
 from llmarch.train.journal import Journal
 from llmarch.train.workdir import read_config, steps_of
+
+# Orbax logs the stacks of errors that it then raises; they are told in a sentence where they are caught.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
 
 FORMAT = 3
 TEMPORARY, DELETED = ".orbax-checkpoint-tmp", ".deleted-"
