@@ -389,7 +389,7 @@ class CheckpointConfig:
 
 @config_dataclass
 class LogConfig:
-  """What is told of a run, and to whom, beside metrics.jsonl. None of it changes a number."""
+  """Says what is told of a run, and to whom, beside metrics.jsonl. None of it changes a number."""
 
   name: str = ""  # name of the run; "" means that of its workdir
   notes: str = ""

@@ -39,7 +39,7 @@ class Companions:
 
   @property
   def named_options(self) -> dict:
-    """What tokenizer_config.json says; {} where it is absent."""
+    """Returns what tokenizer_config.json says; {} where it is absent."""
     return self._json(TOKENIZER)
 
   def with_file(self, options: Mapping) -> "Companions":

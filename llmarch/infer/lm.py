@@ -141,7 +141,7 @@ class LM:
 
   @property
   def suggested(self) -> dict:
-    """How the checkpoint's makers sample (generation_config.json), as options of `generate`; {} if they do not say."""
+    """Returns the sampling that generation_config.json recommends, as options of `generate`; {} if it names none."""
     return self.tokenizer.companions.sampling if self.tokenizer else {}
 
   def generate(

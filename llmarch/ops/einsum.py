@@ -124,7 +124,7 @@ def _runs_locally(products: Sequence[Product]) -> bool:
 
 
 def _is_plain(w) -> bool:
-  """Whether w is a Param with names that holds one array, neither quantised nor with an adapter."""
+  """Tells whether w is a Param with names that holds one array, neither quantised nor with an adapter."""
   return bool(getattr(w, "axes", None)) and isinstance(w.get_value(), jax.Array)
 
 

@@ -88,7 +88,7 @@ def _adapted(subscripts: str, x: jax.Array, w: Adapted, tokens_as_rows: bool) ->
 
 
 def with_one_sum(subscripts: str, x: jax.Array, w: jax.Array | QTensor):
-  """The same einsum with the dimensions that it sums over as one: XLA would transpose the matrix to sum over two."""
+  """Returns the same einsum with its summed dimensions as one: XLA would transpose the matrix to sum over two."""
   lhs, rhs, out = letters(subscripts)
   n = len(lhs) - 2
   if n > 1 and not set(lhs[2:]) & set(out):

@@ -121,7 +121,7 @@ def input_place(p: Product) -> list[Axis]:
 
 
 def source_of(place: Sequence[Axis]) -> Sequence[Axis]:
-  """Where an input lies before its products read it at `place`: a branch's input is at NORMED, others are there."""
+  """Returns where an input lies before its products read it at `place`: a branch's at NORMED, others are there."""
   return NORMED if tuple(place) == BRANCH else place
 
 

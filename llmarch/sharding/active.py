@@ -76,7 +76,7 @@ def is_manual() -> bool:
 
 
 def is_automatic() -> bool:
-  """Whether arrays lie over a mesh, and XLA places the collectives."""
+  """Tells whether arrays lie over a mesh, and XLA places the collectives."""
   return mode() in ("constraints", "local")
 
 
