@@ -11,42 +11,17 @@ Command: llmarch train --config=configs/prefix_lm.py --workdir=runs/prefix_lm
          llmarch generate --from=runs/prefix_lm --prefix --prompt='def main('
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
+
+from llmarch.build import to_dict
+from llmarch.commands.common import load_config
 
 
 def get_config() -> ConfigDict:
-  return ConfigDict(
-    {
-      "model": {
-        "d_model": 128,
-        "vocab_size": 264,
-        "max_seq_len": 256,
-        "stack": "4*layer",
-        "blocks": {
-          "layer": {
-            "mixer": {
-              "kind": "attention",
-              "num_heads": 4,
-              "num_kv_heads": 2,
-              "position": {"kind": "rope"},
-              "mask": {"kind": "prefix"},
-            },
-            "ffn": {"kind": "mlp", "d_ff": 344},
-            "norm": {"kind": "rmsnorm"},
-          }
-        },
-        "head": {"tied": False},
-        "embed_init": {"kind": "normal", "stddev": 1.0},
-        "final_norm": {"kind": "rmsnorm"},
-      },
-      "data": {"source": {"kind": "stdlib"}, "tokenizer": "bytes"},
-      "optimizer": {
-        "algorithm": {"kind": "muon", "adam_learning_rate_ratio": 0.2},
-        "schedule": {"kind": "cosine", "warmup": 50},
-        "learning_rate": 0.02,
-      },
-      "train": {"steps": 1500, "batch_size": 8, "seq_len": 256, "log_every": 50, "loss": "prefix"},
-      "eval": {"every": 500, "batches": 32, "sample_tokens": 0},
-      "checkpoint": {"every": 500},
-    }
-  )
+  config = ConfigDict(to_dict(load_config(str(Path(__file__).with_name("tiny.py")))))
+  config.model.blocks.layer.mixer.mask = "prefix"
+  config.train.loss = "prefix"
+  config.eval.sample_tokens = 0
+  return config
